@@ -244,4 +244,5 @@ d = { 'settings': { 'branch': 'main',
                                 'dinolab.volume.triple': ('api/volume.html#triple', 'dinolab/volume.py'),
                                 'dinolab.volume.update_datapaths_with_target_scales': ( 'api/volume.html#update_datapaths_with_target_scales',
                                                                                         'dinolab/volume.py'),
+                                'dinolab.volume.writable': ('api/volume.html#writable', 'dinolab/volume.py'),
                                 'dinolab.volume.write_multiscale': ('api/volume.html#write_multiscale', 'dinolab/volume.py')}}}
