@@ -161,25 +161,27 @@ def run_blocks(
     if failed: _raise(failed, len(blocks))
     return dict(done=len(left), skipped=skipped)
 
-# %% ../nbs/api/12_blocks.ipynb #7ff9984e
+# %% ../nbs/api/12_blocks.ipynb #505ee442
 def _raise(failed, total):
     block, error = failed[0]
-    kind = InputError if all(isinstance(e, InputError) for _, e in failed) else RuntimeError
+    kind = InputError if all(isinstance(e, (InputError, OSError)) for _, e in failed) else RuntimeError  # OSError: disk full, read-only, connection lost
     raise kind(f"{len(failed)} of {total} blocks failed, the first at {block.index}: {error}; what is done is kept, run again to go on") from error
 
-# %% ../nbs/api/12_blocks.ipynb #f3934872
+# %% ../nbs/api/12_blocks.ipynb #34434a91
 @contextmanager
 def lock_folder(
     path:str|Path,  # local folder
 ):
     "Hold `path` for this process; `InputError` if another process holds it."
-    with open(Path(path)/".lock", "a+") as f:
+    name = Path(path)/".lock"
+    with open(name, "a+") as f:
         try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             f.seek(0)
             raise InputError(f"{path} is in use by process {f.read().strip() or '?'}: wait for it, or write to another path") from None
+        if not name.exists() or name.stat().st_ino != os.fstat(f.fileno()).st_ino: raise InputError(f"{path} was in use until just now: try again")
         f.truncate(0)
         f.write(str(os.getpid()))
         f.flush()
         try: yield
-        finally: f.truncate(0)
+        finally: name.unlink()
