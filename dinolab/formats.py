@@ -279,7 +279,7 @@ class TiffData:
 
     def __reduce__(self): return TiffData, (self.path,)
 
-# %% ../nbs/api/10_formats.ipynb #2e3aa3f9
+# %% ../nbs/api/10_formats.ipynb #8dbb2c6a
 def tiff_axes(
     found:str,       # as tifffile names them, e.g. "QYX"
     axes:str|None,   # what the user says they are
@@ -290,7 +290,7 @@ def tiff_axes(
     if len(shape) == 2: raise InputError(f"{str(path)!r} is one 2D image {shape}: expected a stack; give the folder that holds its slices")
     names = axes or re.sub("[IQ]", "z", found).replace("S", "c").lower()
     if len(names) == len(shape) and len(set(names)) == len(names) and {*"zyx"} <= {*names} <= {*"tczyx"}: return names
-    hint = "if t counts slices, pass axes='zyx'" if names == "tyx" else f"pass axes=, {len(shape)} letters, e.g. {'tczyx'[-len(shape):]!r}"
+    hint = f"if {names[0]} counts slices, pass axes='zyx'" if names in ("tyx", "cyx") else f"pass axes=, {len(shape)} letters, e.g. {'tczyx'[-len(shape):]!r}"
     raise InputError(f"{str(path)!r} has shape {shape} and axes {axes or found!r}: expected z, y, x and perhaps t and c, each once; {hint}")
 
 # %% ../nbs/api/10_formats.ipynb #e00121ae
