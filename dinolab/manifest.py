@@ -64,14 +64,15 @@ class File(_Strict):
     @classmethod
     def _bare(cls, value): return {"path": value} if isinstance(value, str) else value
 
-# %% ../nbs/api/01_manifest.ipynb #e734aede
+# %% ../nbs/api/01_manifest.ipynb #eb334701
 class Reading(_Strict):
     "What a reader must be told; what is not set is taken from the file."
-    voxel_size: Annotated[list[PositiveFloat], Field(min_length=2, max_length=3)] | None = Field(None, description="z y x (or y x), in `unit`")
-    unit: str | None = Field(None, description="of the voxel size, where the file has none")
+    voxel_size: Annotated[list[PositiveFloat], Field(min_length=2, max_length=3)] | None = Field(None, description="nm, z y x (or y x), where the file has none")
+    unit: str | None = Field(None, description="of lengths in the file, where it names none")
     channel: NonNegativeInt | None = Field(None, description="which channel, from 0")
     time: NonNegativeInt | None = Field(None, description="which time point, from 0")
-    origin: Literal["file", "block_mean"] | None = Field(None, description="levels without translation: as the file says, or means of blocks")
+    origin: Literal["file", "corner"] | None = Field(None, description="of coarser levels: as the file says, or such that corners agree")
+    missing: Literal["error", "fill"] | None = Field(None, description="what an absent chunk is")
 
 # %% ../nbs/api/01_manifest.ipynb #d9630100
 ROLES = dict(  # kind -> (needed, possible) roles of files
@@ -193,7 +194,7 @@ def cases_in_one_split(splits, cases):
             home.setdefault(name, split)
     if splits: yield from ((("cases", name), f"case {name!r} is in no split: add it to one, or remove it") for name in cases if name not in home)
 
-# %% ../nbs/api/01_manifest.ipynb #7622eccd
+# %% ../nbs/api/01_manifest.ipynb #02135c3c
 def _files(case): return {role: f if isinstance(f, dict) else {"path": f} for role, f in case.get("files", {}).items()}
 
 def nothing_shared(splits, cases, parameters, source):
@@ -203,7 +204,7 @@ def nothing_shared(splits, cases, parameters, source):
     for name, case in cases.items():
         what = [f"{key} {f[key]!r}" for f in _files(case).values() for key in ("path", "sha256") if f.get(key)]
         what += [f"group {case['group']!r}"] if case.get("group") else []
-        if source_kind(source)[0] == "synth": what += [f"parameters {parameters | case.get('parameters', {})}"]
+        if source_kind(source)[0] == "synth": what += [f"seed {(parameters | case.get('parameters', {})).get('seed', 'of the generator')}"]
         for thing in what:
             other = seen.setdefault(thing, name)
             if home.get(other) != home.get(name):
