@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['triple', 'Grid', 'check_same_box', 'mirror', 'resample_matrix', 'axis_matrices', 'apply_matrices', 'majority',
            'Volume', 'check_inside', 'StoredArray', 'LevelMeta', 'ngff_levels', 'array_level', 'Multiscale',
-           'open_group', 'open_multiscale', 'open_volume', 'pyramid_grids', 'ngff_attributes', 'create_multiscale',
-           'open_or_create_group', 'create_array', 'storage_blocks', 'fill_pyramid', 'new_folder', 'write_multiscale',
-           'update_datapaths_with_target_scales']
+           'open_group', 'open_multiscale', 'open_volume', 'open_or_create_group', 'create_array', 'writable',
+           'pyramid_grids', 'ngff_attributes', 'create_multiscale', 'storage_blocks', 'fill_pyramid', 'new_folder',
+           'write_multiscale', 'update_datapaths_with_target_scales']
 
 # %% ../nbs/api/11_volume.ipynb #4904a215
 import itertools
@@ -606,6 +606,39 @@ class _Eager:
     def __init__(self, array): self.array, self.shape, self.dtype = array, tuple(array.shape), np.dtype(array.dtype.numpy_dtype)
     def __getitem__(self, roi): return np.asarray(self.array[roi].read().result())
 
+# %% ../nbs/api/11_volume.ipynb #49568ce6
+def open_or_create_group(
+    path,                       # folder or fsspec URL
+    storage_options:dict=None,  # for fsspec
+)->zarr.Group:
+    "A zarr 3 group for reading and writing; `InputError` when the place cannot be written."
+    options = {"storage_options": storage_options} if storage_options else {}
+    try: return zarr.open_group(str(path), mode="a", zarr_format=3, **options)
+    except OSError as e: raise InputError(f"{path} cannot be written ({e.strerror or e}): expected a writable folder") from e
+    except (zarr.errors.ContainsArrayError, ValueError) as e: raise InputError(f"{path} holds something else ({str(e).splitlines()[0]}): give a new path") from e
+
+# %% ../nbs/api/11_volume.ipynb #8f00aac7
+def create_array(
+    group:zarr.Group,  # where
+    name:str,          # of the array
+    shape:tuple,       # of the array
+    dtype,             # of its elements
+    chunks:tuple,      # read at once
+    shards:tuple=None, # written at once, multiples of the chunks
+    dimension_names=None,  # one per axis
+)->zarr.Array:
+    "An array compressed by lz4, which costs next to nothing."
+    codec = zarr.codecs.BloscCodec(cname="lz4", shuffle="bitshuffle" if np.dtype(dtype).itemsize == 1 else "shuffle")
+    return group.create_array(name, shape=shape, dtype=dtype, chunks=chunks, shards=shards, compressors=codec, dimension_names=dimension_names)
+
+# %% ../nbs/api/11_volume.ipynb #972eeb54
+def writable(
+    group:zarr.Group,  # where
+    name:str,          # of an array in it
+)->zarr.Array:
+    "An existing array for writing blank chunks too; zarr forgets that wish when an array is opened again, and `open_array` ignores it."
+    with zarr.config.set({"array.write_empty_chunks": True}): return group[name]
+
 # %% ../nbs/api/11_volume.ipynb #301b0879
 def pyramid_grids(
     grid:Grid,     # the finest level
@@ -636,7 +669,7 @@ def ngff_attributes(
     if version == "0.4": return dict(multiscales=[dict(version="0.4", **image)], **omero)
     return dict(ome=dict(version="0.5", multiscales=[image], **omero))
 
-# %% ../nbs/api/11_volume.ipynb #5f84b753
+# %% ../nbs/api/11_volume.ipynb #6855fcf7
 def create_multiscale(
     path,               # folder of the new group
     grid:Grid,          # of the finest level
@@ -649,7 +682,7 @@ def create_multiscale(
     rgb:bool=False,     # a leading axis of three channels
     name:str=None,      # of the image; the folder's by default
 )->zarr.Group:
-    "Create an empty pyramid; every chunk will be written, blank ones too, so that a missing chunk is a fault."
+    "Create an empty pyramid, to be filled through `writable`: blank chunks are written too, so that a missing chunk is a fault."
     if version not in ("0.4", "0.5"): raise InputError(f"OME-Zarr version {version!r}: expected '0.4' or '0.5'")
     if shard and version == "0.4": raise InputError("shards need OME-Zarr 0.5: drop shard=, or use version='0.5'")
     if shard and shard % chunk: raise InputError(f"shard {shard}: expected a multiple of the chunk {chunk}")
@@ -658,34 +691,9 @@ def create_multiscale(
     for i, g in enumerate(grids):
         inner = tuple(min(chunk, n) for n in g.shape) if not shard else (chunk,) * 3
         keys = dict(chunk_key_encoding=dict(name="v2", separator="/")) if version == "0.4" else dict(dimension_names=(["c"] if rgb else []) + list("zyx"))
-        group.create_array(f"s{i}", shape=lead + g.shape, dtype=dtype, chunks=lead + inner, shards=lead + (shard,) * 3 if shard else None, config={"write_empty_chunks": True}, **keys)
+        group.create_array(f"s{i}", shape=lead + g.shape, dtype=dtype, chunks=lead + inner, shards=lead + (shard,) * 3 if shard else None, **keys)
     group.attrs.update(ngff_attributes(grids, name or Path(str(path)).stem, version, rgb))
     return group
-
-# %% ../nbs/api/11_volume.ipynb #49568ce6
-def open_or_create_group(
-    path,                       # folder or fsspec URL
-    storage_options:dict=None,  # for fsspec
-)->zarr.Group:
-    "A zarr 3 group for reading and writing; `InputError` when the place cannot be written."
-    options = {"storage_options": storage_options} if storage_options else {}
-    try: return zarr.open_group(str(path), mode="a", zarr_format=3, **options)
-    except OSError as e: raise InputError(f"{path} cannot be written ({e.strerror or e}): expected a writable folder") from e
-    except (zarr.errors.ContainsArrayError, ValueError) as e: raise InputError(f"{path} holds something else ({str(e).splitlines()[0]}): give a new path") from e
-
-# %% ../nbs/api/11_volume.ipynb #4f535bb4
-def create_array(
-    group:zarr.Group,  # where
-    name:str,          # of the array
-    shape:tuple,       # of the array
-    dtype,             # of its elements
-    chunks:tuple,      # read at once
-    shards:tuple=None, # written at once, multiples of the chunks
-    dimension_names=None,  # one per axis
-)->zarr.Array:
-    "An array whose every chunk is written, compressed by lz4, which costs next to nothing."
-    codec = zarr.codecs.BloscCodec(cname="lz4", shuffle="bitshuffle" if np.dtype(dtype).itemsize == 1 else "shuffle")
-    return group.create_array(name, shape=shape, dtype=dtype, chunks=chunks, shards=shards, compressors=codec, dimension_names=dimension_names, config={"write_empty_chunks": True})
 
 # %% ../nbs/api/11_volume.ipynb #383d6940
 def storage_blocks(
@@ -715,7 +723,7 @@ def _majority_blocks(x, factor, out_shape):
     (a, f), (b, g), (c, h) = zip(out_shape, factor)
     return majority(x.reshape(a, f, b, g, c, h).transpose(0, 2, 4, 1, 3, 5).reshape(a, b, c, f * g * h))
 
-# %% ../nbs/api/11_volume.ipynb #529a84df
+# %% ../nbs/api/11_volume.ipynb #a2e69459
 def fill_pyramid(
     group:zarr.Group,   # from create_multiscale, with s0 written
     kind:str="image",   # "image" for means, "labels" for majorities
@@ -723,7 +731,7 @@ def fill_pyramid(
     "Compute the coarser levels block by block: images from the level before, labels from the finest."
     names = sorted(group.array_keys(), key=lambda s: int(s[1:]))
     for before, name in zip(names, names[1:]):
-        src, dst = group["s0" if kind == "labels" else before], group[name]
+        src, dst = group["s0" if kind == "labels" else before], writable(group, name)
         factor = [round(_step(group, dst.basename, a) / _step(group, src.basename, a)) for a in range(3)]
         for roi in progress(storage_blocks(dst), desc=f"level {name}", unit="block"):
             read = tuple(slice(s.start * f, min(s.stop * f, n)) for s, f, n in zip(roi, factor, src.shape[-3:]))
@@ -753,7 +761,7 @@ def new_folder(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
-# %% ../nbs/api/11_volume.ipynb #d557a39b
+# %% ../nbs/api/11_volume.ipynb #330a5f8a
 def write_multiscale(
     path,                 # local folder of the new OME-Zarr image
     image,                # array z y x (or c z y x with three channels: RGB), or a Volume
@@ -777,8 +785,9 @@ def write_multiscale(
     if kind == "labels" and not np.issubdtype(image.dtype, np.integer): raise InputError(f"labels of type {image.dtype}: expected integers")
     with new_folder(path, overwrite) as temporary:
         group = create_multiscale(temporary, grid, image.dtype, levels=levels, version=version, chunk=chunk, shard=shard, rgb=rgb, name=name or Path(path).stem)
-        for roi in progress(storage_blocks(group["s0"]), desc=f"writing {Path(path).name}", unit="block"):
-            group["s0"][(..., *roi)] = np.asarray(image[(slice(None), *roi)]) if rgb else image.read(roi)
+        finest = writable(group, "s0")
+        for roi in progress(storage_blocks(finest), desc=f"writing {Path(path).name}", unit="block"):
+            finest[(..., *roi)] = np.asarray(image[(slice(None), *roi)]) if rgb else image.read(roi)
         fill_pyramid(group, kind)
     return open_multiscale(path, channel=0 if rgb else None)
 
