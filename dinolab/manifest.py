@@ -287,7 +287,7 @@ def parse_manifest(
     if problems: raise InputError("\n".join(f"{where}:{line}: {text}" for line, text in sorted(problems)))
     return manifest
 
-# %% ../nbs/api/01_manifest.ipynb #1ae62cd7
+# %% ../nbs/api/01_manifest.ipynb #4152940a
 def find_manifests(
     folder:str="data_manifests",  # where the manifests are
 )->dict:                          # name -> path, sorted
@@ -301,7 +301,8 @@ def load_manifest(
     "Read and check a manifest."
     if isinstance(path_or_name, Manifest): return path_or_name
     path = Path(path_or_name).expanduser()
-    if path.suffix not in (".yaml", ".yml") and path.name == str(path_or_name):
+    by_name = path.suffix not in (".yaml", ".yml") and path.name == str(path_or_name)
+    if by_name:
         found = find_manifests(folder)
         if not found: raise MissingError(f"no manifests in {str(folder)!r}: give the path of a .yaml file, or the folder of manifests")
         path = pick(found, str(path_or_name), f"data set in {str(folder)!r}")
@@ -311,7 +312,7 @@ def load_manifest(
         line = e.object[:e.start].count(10) + 1
         raise InputError(f"{path}:{line}: not a text file in UTF-8: {e.reason}") from None
     manifest = parse_manifest(text, str(path))
-    if manifest.name != path.stem:
+    if by_name and manifest.name != path.stem:
         raise InputError(f"{path}:{line_of(yaml.compose(text), ('name',))}: name: got {manifest.name!r}, expected {path.stem!r}, as the file is called")
     if source_kind(manifest.source)[0] != "local": return manifest
     return manifest.model_copy(update=dict(source=str((path.parent / Path(manifest.source).expanduser()).resolve())))

@@ -176,9 +176,11 @@ def test_local_source_is_relative_to_the_manifest(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", sorted(find_manifests(SHIPPED)))
-def test_shipped_manifests_are_valid(name):
+def test_shipped_manifests_are_valid_and_so_is_the_copy_of_a_run(name, tmp_path):
     m = load_manifest(name, SHIPPED)
     assert m.description and parse_manifest(yaml.safe_dump(m.model_dump(exclude_unset=True))) == m
+    (tmp_path / "manifest.yaml").write_text(yaml.safe_dump(m.model_dump(mode="json")))
+    assert load_manifest(tmp_path / "manifest.yaml") == m
 
 
 names = st.text(string.ascii_letters + string.digits, min_size=1, max_size=6)
