@@ -64,14 +64,15 @@ class File(_Strict):
     @classmethod
     def _bare(cls, value): return {"path": value} if isinstance(value, str) else value
 
-# %% ../nbs/api/01_manifest.ipynb #e734aede
+# %% ../nbs/api/01_manifest.ipynb #eb334701
 class Reading(_Strict):
     "What a reader must be told; what is not set is taken from the file."
-    voxel_size: Annotated[list[PositiveFloat], Field(min_length=2, max_length=3)] | None = Field(None, description="z y x (or y x), in `unit`")
-    unit: str | None = Field(None, description="of the voxel size, where the file has none")
+    voxel_size: Annotated[list[PositiveFloat], Field(min_length=2, max_length=3)] | None = Field(None, description="nm, z y x (or y x), where the file has none")
+    unit: str | None = Field(None, description="of lengths in the file, where it names none")
     channel: NonNegativeInt | None = Field(None, description="which channel, from 0")
     time: NonNegativeInt | None = Field(None, description="which time point, from 0")
-    origin: Literal["file", "block_mean"] | None = Field(None, description="levels without translation: as the file says, or means of blocks")
+    origin: Literal["file", "corner"] | None = Field(None, description="of coarser levels: as the file says, or such that corners agree")
+    missing: Literal["error", "fill"] | None = Field(None, description="what an absent chunk is")
 
 # %% ../nbs/api/01_manifest.ipynb #d9630100
 ROLES = dict(  # kind -> (needed, possible) roles of files
@@ -193,7 +194,7 @@ def cases_in_one_split(splits, cases):
             home.setdefault(name, split)
     if splits: yield from ((("cases", name), f"case {name!r} is in no split: add it to one, or remove it") for name in cases if name not in home)
 
-# %% ../nbs/api/01_manifest.ipynb #7622eccd
+# %% ../nbs/api/01_manifest.ipynb #02135c3c
 def _files(case): return {role: f if isinstance(f, dict) else {"path": f} for role, f in case.get("files", {}).items()}
 
 def nothing_shared(splits, cases, parameters, source):
@@ -203,7 +204,7 @@ def nothing_shared(splits, cases, parameters, source):
     for name, case in cases.items():
         what = [f"{key} {f[key]!r}" for f in _files(case).values() for key in ("path", "sha256") if f.get(key)]
         what += [f"group {case['group']!r}"] if case.get("group") else []
-        if source_kind(source)[0] == "synth": what += [f"parameters {parameters | case.get('parameters', {})}"]
+        if source_kind(source)[0] == "synth": what += [f"seed {(parameters | case.get('parameters', {})).get('seed', 'of the generator')}"]
         for thing in what:
             other = seen.setdefault(thing, name)
             if home.get(other) != home.get(name):
@@ -286,7 +287,7 @@ def parse_manifest(
     if problems: raise InputError("\n".join(f"{where}:{line}: {text}" for line, text in sorted(problems)))
     return manifest
 
-# %% ../nbs/api/01_manifest.ipynb #1ae62cd7
+# %% ../nbs/api/01_manifest.ipynb #4152940a
 def find_manifests(
     folder:str="data_manifests",  # where the manifests are
 )->dict:                          # name -> path, sorted
@@ -300,7 +301,8 @@ def load_manifest(
     "Read and check a manifest."
     if isinstance(path_or_name, Manifest): return path_or_name
     path = Path(path_or_name).expanduser()
-    if path.suffix not in (".yaml", ".yml") and path.name == str(path_or_name):
+    by_name = path.suffix not in (".yaml", ".yml") and path.name == str(path_or_name)
+    if by_name:
         found = find_manifests(folder)
         if not found: raise MissingError(f"no manifests in {str(folder)!r}: give the path of a .yaml file, or the folder of manifests")
         path = pick(found, str(path_or_name), f"data set in {str(folder)!r}")
@@ -310,7 +312,7 @@ def load_manifest(
         line = e.object[:e.start].count(10) + 1
         raise InputError(f"{path}:{line}: not a text file in UTF-8: {e.reason}") from None
     manifest = parse_manifest(text, str(path))
-    if manifest.name != path.stem:
+    if by_name and manifest.name != path.stem:
         raise InputError(f"{path}:{line_of(yaml.compose(text), ('name',))}: name: got {manifest.name!r}, expected {path.stem!r}, as the file is called")
     if source_kind(manifest.source)[0] != "local": return manifest
     return manifest.model_copy(update=dict(source=str((path.parent / Path(manifest.source).expanduser()).resolve())))

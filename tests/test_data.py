@@ -259,3 +259,42 @@ def test_list_counts_what_is_here(tmp_path, toy):
     assert list_data(tmp_path, tmp_path)[0]["here"] == "1 of 2"
     get_data(parse_manifest(SYNTH), tmp_path)
     assert list_data(tmp_path, tmp_path)[0]["here"] == "yes"
+
+
+def test_settings_reach_the_reader(tmp_path):
+    from dinolab.data import open_volumes
+    (case, images), = open_volumes(load_manifest("example4d", SHIPPED), "test", tmp_path)
+    level, = images["raw"].levels
+    assert level.shape == (24, 96, 128) and level.voxel_size == pytest.approx((2.2e6, 2e6, 2e6), rel=1e-5)
+    without = load_manifest("example4d", SHIPPED).model_copy(update=dict(read=data.Manifest.model_fields["read"].default))
+    with pytest.raises(InputError, match="axis t has 2 entries"): list(open_volumes(without, "test", tmp_path))
+
+
+def test_manifest_can_correct_the_origins_of_levels(tmp_path):
+    import numpy as np
+    from dinolab.data import open_volumes
+    from dinolab.volume import write_multiscale
+    folder = tmp_path / "em" / "a.zarr"
+    write_multiscale(folder, np.arange(8**3, dtype="uint16").reshape(8, 8, 8), voxel_size=8, levels=3)
+    meta = json.loads((folder / "zarr.json").read_text())
+    for level in meta["attributes"]["ome"]["multiscales"][0]["datasets"]: level["coordinateTransformations"] = level["coordinateTransformations"][:1]
+    (folder / "zarr.json").write_text(json.dumps(meta))
+    text = f"{{name: m, kind: volume, licence: x, citation: x, source: {tmp_path}/em, cases: {{a: {{files: {{raw: a.zarr}}, read: {{origin: corner}}}}}}}}"
+    (_, images), = open_volumes(parse_manifest(text), root=tmp_path)
+    assert [v.origin for v in images["raw"].levels] == [(0, 0, 0), (4, 4, 4), (12, 12, 12)]
+    assert [v.grid.corner for v in images["raw"].levels] == [(-4, -4, -4)] * 3
+
+
+def test_phantom_manifest_says_what_the_generator_makes(tmp_path):
+    import numpy as np
+    from dinolab.data import open_volumes
+    from dinolab.synth import EM_CLASSES, em_volume
+    m = load_manifest("em_phantom", SHIPPED)
+    assert {c.value: (c.name, c.colour) for c in m.classes} == EM_CLASSES
+    assert {split: len(names) for split, names in m.splits.items()} == dict(train=3, valid=1, test=2, anisotropic=1)
+    small = m.model_copy(update=dict(parameters=dict(shape=[24, 24, 24], voxel_size=[8, 8, 8])))
+    (case, images), = open_volumes(small, "valid-0", tmp_path)
+    assert {role: [v.shape for v in image.levels] for role, image in images.items()} == {role: [(n, n, n) for n in (24, 12, 6, 3)] for role in ("raw", "labels", "instances")}
+    assert [v.voxel_size for v in images["raw"].levels] == [(n, n, n) for n in (8, 16, 32, 64)]
+    truth = em_volume((24, 24, 24), voxel_size=(8, 8, 8), seed=m.parameters_of("valid-0")["seed"])
+    for role in images: np.testing.assert_array_equal(images[role].levels[0].read(), getattr(truth, role))

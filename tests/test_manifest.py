@@ -77,7 +77,7 @@ def test_good_has_no_problem():
     ("channel: 0", "voxel_size: [8, 0, 8]", 8, "read.voxel_size.1: got 0, expected greater than 0"),
     ("channel: 0", "voxel_size: [8, .nan, 8]", 8, "read.voxel_size.1"),
     ("channel: 0", "voxel_size: [8]", 8, "at least 2 items"),
-    ("channel: 0", "origin: centre", 8, "expected 'file' or 'block_mean'"),
+    ("channel: 0", "origin: centre", 8, "expected 'file' or 'corner'"),
     ("path: one.tif", "path: /one.tif", 12, "below the source"),
     ("path: one.tif", "path: ../one.tif", 12, "below the source"),
     ("a" * 64, "a" * 63, 12, "64 hexadecimal digits"),
@@ -145,11 +145,11 @@ def test_generated_cases_with_the_same_seed_are_the_same_case():
         parameters: {seed: 1}
         cases:
           a: {}
-          b: {parameters: {seed: %d}}
+          b: {parameters: {seed: %d, noise: 3}}
         splits: {train: [a], test: [b]}
         """)
-    assert parse_manifest(text % 2).parameters_of("b") == {"seed": 2}
-    assert problems(text % 1) == [(9, "parameters {'seed': 1} of case 'b' (test) is in 'a' (train) too: expected in one split only")]
+    assert parse_manifest(text % 2).parameters_of("b") == {"seed": 2, "noise": 3}
+    assert problems(text % 1) == [(9, "seed 1 of case 'b' (test) is in 'a' (train) too: expected in one split only")]
 
 
 def test_group_is_not_divided():
@@ -163,6 +163,8 @@ def test_load_by_name_and_path(tmp_path):
     with pytest.raises(InputError, match="did you mean 'good'"): load_manifest("goood", tmp_path)
     with pytest.raises(MissingError, match="no manifests in"): load_manifest("good", tmp_path / "none")
     with pytest.raises(MissingError, match="no file"): load_manifest(tmp_path / "bad.yaml")
+    (tmp_path / "copy.yaml").write_text(GOOD)
+    with pytest.raises(InputError, match="copy.yaml:2: name: got 'good', expected 'copy'"): load_manifest("copy", tmp_path)
     (tmp_path / "latin.yaml").write_bytes("name: x\ncitation: Müller".encode("latin-1"))
     with pytest.raises(InputError, match="latin.yaml:2: not a text file"): load_manifest("latin", tmp_path)
 
@@ -174,9 +176,11 @@ def test_local_source_is_relative_to_the_manifest(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", sorted(find_manifests(SHIPPED)))
-def test_shipped_manifests_are_valid(name):
+def test_shipped_manifests_are_valid_and_so_is_the_copy_of_a_run(name, tmp_path):
     m = load_manifest(name, SHIPPED)
     assert m.description and parse_manifest(yaml.safe_dump(m.model_dump(exclude_unset=True))) == m
+    (tmp_path / "manifest.yaml").write_text(yaml.safe_dump(m.model_dump(mode="json")))
+    assert load_manifest(tmp_path / "manifest.yaml") == m
 
 
 names = st.text(string.ascii_letters + string.digits, min_size=1, max_size=6)
