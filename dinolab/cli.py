@@ -92,12 +92,14 @@ Manifest = Annotated[str, typer.Argument(help="Name of a manifest, or the path o
 Folder = Annotated[str, typer.Option(help="Folder in which names of manifests are looked up.")]
 Root = Annotated[str, typer.Option(help="Folder of all data sets.")]
 
-# %% ../nbs/api/52_cli.ipynb #8b5dd532
+# %% ../nbs/api/52_cli.ipynb #abb89627
 @data.command("list")
 def data_list(folder:Folder="data_manifests", root:Root="data"):
     "List the data sets: what they are, their size in MB, and whether they are here."
     from dinolab.data import list_data
-    print(format_table(list_data(folder, root)))
+    rows = list_data(folder, root)
+    if not rows: raise InputError(f"no manifests in {folder!r}: expected a folder with .yaml files; go to the repository, or give one with --folder")
+    print(format_table(rows))
 
 # %% ../nbs/api/52_cli.ipynb #e307cc04
 @data.command("check")

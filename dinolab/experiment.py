@@ -173,7 +173,7 @@ def inject(
     if "id" in nb["cells"][at]: cell["id"] = "injected-parameters"
     return nb | dict(cells=[*nb["cells"][:at + 1], cell, *nb["cells"][at + 1:]])
 
-# %% ../nbs/api/50_experiment.ipynb #3ebc34bc
+# %% ../nbs/api/50_experiment.ipynb #d53ff9cd
 def kernel_class(
     run:Run,  # the run that the notebook shall fill
 )->type:      # a kernel manager for nbclient
@@ -185,10 +185,6 @@ def kernel_class(
         def kernel_spec(self):
             argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=CRITICAL"]
             return KernelSpec(argv=argv, display_name="Python 3", language="python", env={"DINOLAB_RUN": str(run.path.resolve())})
-
-        async def shutdown_kernel(self, now=False, restart=False):
-            await self.interrupt_kernel()
-            await super().shutdown_kernel(now, restart)
     return Kernel
 
 # %% ../nbs/api/50_experiment.ipynb #4654a27e

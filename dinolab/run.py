@@ -149,13 +149,21 @@ def flatten(
         else: raise InputError(f"metric {prefix + str(name)!r} is {v!r}: expected a number or None; log other values with run.log")
     return flat
 
-# %% ../nbs/api/03_run.ipynb #635a56a5
+# %% ../nbs/api/03_run.ipynb #27e44582
 class RunState:
     "A run folder's parameters, record and status."
     def __init__(self, path:str|Path): self.path = Path(path)
     def __repr__(self)->str: return f"Run({str(self.path)!r}, {self.status})"
     def __enter__(self): return self
     def __exit__(self, kind, error, trace): self.finish() if error is None else self.fail(error)
+
+    @classmethod
+    def open(cls,
+        path:str|Path,  # folder of a run
+    ):
+        "The run that lies in `path`."
+        if (Path(path)/"run.json").is_file(): return cls(path)
+        raise MissingError(f"no run in {str(path)!r}: expected a folder with a run.json, such as runs/<experiment>/<utc>-<hash>")
 
     @property
     def info(self)->dict:
@@ -192,7 +200,7 @@ class RunState:
         seconds = (now - datetime.fromisoformat(info["started"])).total_seconds()
         write_json(self.path/"run.json", info | dict(ended=now.isoformat(), seconds=round(seconds, 3)) | values)
 
-# %% ../nbs/api/03_run.ipynb #7773448e
+# %% ../nbs/api/03_run.ipynb #72f3e13d
 class Run(RunState):
     "The folder of one experiment."
     @classmethod
@@ -210,14 +218,6 @@ class Run(RunState):
         if manifest is not None: run.save_manifest(manifest)
         write_json(run.path/"run.json", new_record(experiment, key))
         return run
-
-    @classmethod
-    def open(cls,
-        path:str|Path,  # folder of a run
-    )->"Run":
-        "The run that lies in `path`."
-        if (Path(path)/"run.json").is_file(): return cls(path)
-        raise MissingError(f"no run in {str(path)!r}: expected a folder with a run.json, such as runs/<experiment>/<utc>-<hash>")
 
     def log(self,
         **values,  # e.g. step, loss, lr

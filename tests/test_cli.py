@@ -1,4 +1,5 @@
 "The command line as a shell sees it: exit codes, streams and help."
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,7 +43,9 @@ def test_our_own_failure_is_a_traceback():
 @pytest.mark.parametrize("runs", [1, 300])  # output that waits in the buffer, and output that fills the pipe
 def test_closed_pipe_is_quiet(runs):
     for seed in range(runs): Run.create("toy", dict(seed=seed, note="x" * 200 * (runs > 1)))
-    gather = subprocess.Popen([sys.executable, "-c", MAIN, "gather", "--format", "csv"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    gather = subprocess.Popen([sys.executable, "-c", MAIN, "gather", "--format", "csv"], env=buffered,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     gather.stdout.close()
     assert gather.stderr.read() == "" and gather.wait() == 1
 
