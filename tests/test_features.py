@@ -1,0 +1,344 @@
+"Features: against plain computation, across blocks, through kills, and on bad input."
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import zarr
+from hypothesis import given, settings, strategies as st
+from scipy.ndimage import gaussian_filter
+
+from dinolab.backbones import FeatureSpec, create_backbone
+from dinolab.core import InputError
+from dinolab.features import PLANES, PatchMean, extract_features_3d, extract_native, extract_to_zarr, open_features
+from dinolab.volume import Grid, Volume, open_multiscale, write_multiscale
+
+
+class LocalNet(torch.nn.Module):
+    "Patch means, then two 3 × 3 convolutions on the patch grid: context of two patches, nothing beyond."
+    def __init__(self, stride=4, channels=8):
+        super().__init__()
+        torch.manual_seed(0)
+        self.spec, self.stride = FeatureSpec((channels,), (stride,)), stride
+        self.net = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3, padding=1), torch.nn.Tanh(), torch.nn.Conv2d(16, channels, 3, padding=1))
+
+    def forward(self, x): return [self.net(F.avg_pool2d(x, self.stride))]
+
+
+class Pyramid(torch.nn.Module):
+    "Two maps of different stride."
+    spec = FeatureSpec((3, 3), (4, 8))
+    def forward(self, x): return [F.avg_pool2d(x, 4), F.avg_pool2d(x, 8)]
+
+
+@pytest.fixture(scope="module")
+def blobs(): return gaussian_filter(np.random.default_rng(0).normal(size=(48, 48, 48)), 2).astype(np.float32)
+
+
+def volume(x, voxel=8): return Volume(x, Grid(x.shape, voxel, (100, 0, -50)))
+
+
+def test_layout_and_units(blobs):
+    v = Volume(blobs[:20, :30], Grid((20, 30, 48), (20, 8, 8)))
+    features, info = extract_features_3d(v, PatchMean(4), target_output_size=(10, 15, 24), slice_size=96)
+    assert features.shape == (3, 10, 15, 24) and info["grid"].voxel_size == (40, 16, 16)
+    assert info["images"] == 20 + 30 + 48 and info["pixel_nm"] == 4.1666666666666666 and set(info["seconds"]) >= {"read", "xy/backbone", "yz/fuse"}
+    assert sum(info["seconds"].values()) <= info["total_seconds"]
+
+
+def test_aspect_is_physical():
+    "A ball in 20 × 10 × 10 nm voxels gives the same features in every plane."
+    z, y, x = np.meshgrid(*[(np.arange(n) + 0.5) * v - 320 for n, v in zip((32, 64, 64), (20, 10, 10))], indexing="ij")
+    ball = Volume((np.sqrt(z**2 + y**2 + x**2) < 180).astype(np.float32), Grid((32, 64, 64), (20, 10, 10)))
+    torch.manual_seed(0)
+    net = LocalNet(8)
+    maps = {p: extract_features_3d(ball, net, planes=[p], slice_size=128, target_output_size=(32, 32, 32), intensity=(0, 1))[0] for p in PLANES}
+    middle = dict(xy=maps["xy"][:, 15:17].mean(1), xz=maps["xz"][:, :, 15:17].mean(2), yz=maps["yz"][..., 15:17].mean(3))
+    scale = middle["xy"].std()
+    assert (middle["xz"] - middle["yz"]).abs().max() / scale < 0.02
+    assert (middle["xy"] - middle["xz"]).abs().max() / scale < 0.25  # z is sampled twice as coarsely
+
+
+def test_intensity_is_scaled_once_per_volume(blobs):
+    "Two slices that differ only in brightness have different features (each slice's own min-max would make them equal)."
+    x = blobs.copy()
+    x[10], x[11] = x[30], x[30] + 0.1
+    f, _ = extract_features_3d(x, PatchMean(4), planes="xy", slice_size=96)
+    assert (f[:, 11] - f[:, 10]).mean() > 0.05
+
+
+def test_each_slice_is_forwarded_once(blobs):
+    seen = Counter()
+    class Count(PatchMean):
+        def forward(self, x):
+            for image in x: seen[hash(image[0].numpy().tobytes())] += 1
+            return super().forward(x)
+    extract_features_3d(blobs, Count(4), slice_size=96, target_output_size=(96, 96, 96))
+    assert len(seen) == 3 * 48 and max(seen.values()) == 1
+
+
+def test_slice_stride_saves_and_stays_centred(blobs):
+    ramp = np.broadcast_to(np.arange(64, dtype=np.float32)[:, None, None], (64, 16, 16))
+    for stride, images in ((2, 32), (4, 16), (8, 16)):
+        f, info = extract_features_3d(ramp, PatchMean(4), planes="xy", slice_size=16, target_output_size=(8, 4, 4), slice_stride=stride, intensity=(0, 64))
+        assert info["images"] == images
+        np.testing.assert_allclose(f[0, :, 1, 1] * 64, 3.5 + 8 * np.arange(8), atol=1e-3)
+
+
+def test_fusion(blobs):
+    one = {p: extract_features_3d(blobs, LocalNet(), planes=[p], slice_size=96)[0] for p in PLANES}
+    mean, _ = extract_features_3d(blobs, LocalNet(), slice_size=96)
+    concat, _ = extract_features_3d(blobs, LocalNet(), slice_size=96, fusion="concat")
+    torch.testing.assert_close(mean, sum(one.values()) / 3, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(concat, torch.cat(list(one.values())), atol=1e-5, rtol=1e-4)
+    v = Volume(blobs, Grid(blobs.shape, (40, 8, 8)))
+    anis = {p: extract_features_3d(v, LocalNet(), planes=[p], slice_size=48 if p == "xy" else 240)[0] for p in PLANES}
+    weighted, _ = extract_features_3d(v, LocalNet(), slice_size=240, fusion="weighted")
+    torch.testing.assert_close(weighted, (5 * anis["xy"] + anis["xz"] + anis["yz"]) / 7, atol=1e-5, rtol=1e-4)
+
+
+def test_several_maps_are_concatenated(blobs):
+    f, _ = extract_features_3d(blobs, Pyramid(), slice_size=96)
+    a, _ = extract_features_3d(blobs, PatchMean(4), slice_size=96)
+    assert f.shape[0] == 6
+    torch.testing.assert_close(f[:3], a, atol=1e-5, rtol=1e-4)
+    assert (f[3:] - f[:3]).abs().mean() > 1e-3
+
+
+def test_neighbours_are_the_slices_before_and_after():
+    ramp = np.broadcast_to(np.arange(16, dtype=np.float32)[:, None, None], (16, 16, 16))
+    f, _ = extract_features_3d(ramp, PatchMean(4), planes="xy", slice_size=16, neighbours=True, intensity=(0, 16))
+    np.testing.assert_allclose(f[:, 5:8, 8, 8] * 16, [[4, 5, 6], [5, 6, 7], [6, 7, 8]], atol=1e-3)
+
+
+def test_bf16_is_close(blobs):
+    torch.manual_seed(0)
+    net = create_backbone("vit_tiny_patch16_224")
+    a, _ = extract_features_3d(blobs[:8], net, planes="xy", slice_size=96, precision="fp32")
+    b, _ = extract_features_3d(blobs[:8], net, planes="xy", slice_size=96, precision="bf16")
+    assert (a != b).any()
+    assert F.cosine_similarity(a.flatten(1), b.flatten(1), dim=0).min() > 0.999
+
+
+@pytest.mark.parametrize("axis", range(3))
+def test_native_grids_place_patches_in_the_world(axis):
+    "On a ramp of positions, each native feature is the position that its grid claims."
+    grid = Grid((48, 48, 48), (20, 8, 10), (100, 0, -50))
+    line = grid.origin[axis] + grid.voxel_size[axis] * np.arange(48, dtype=np.float32)
+    ramp = np.broadcast_to(line.reshape([-1 if a == axis else 1 for a in range(3)]), grid.shape)
+    out = extract_native(Volume(ramp, grid), PatchMean(4), slice_size=96, target_output_size=(24, 24, 24), intensity=(-100, 1900))
+    for p, (f, native) in out.items():
+        got = np.moveaxis(f[0].numpy(), axis, 0)[2:-2, 2, 2] * 2000 - 100
+        want = (native.origin[axis] + native.voxel_size[axis] * np.arange(native.shape[axis]))[2:-2]
+        assert f.shape[1:] == native.shape and native.shape[PLANES[p]] == 24
+        np.testing.assert_allclose(got, want, atol=0.1)
+
+
+# --- streaming --------------------------------------------------------------------------------
+
+def test_store_equals_memory_where_the_context_is_the_same(blobs, tmp_path):
+    "One block that holds the volume sees whole slices, as the in-memory path does."
+    torch.manual_seed(0)
+    net = create_backbone("vit_tiny_patch16_224", layers=[2])
+    v = volume(blobs[:32, :32, :40])
+    want, info = extract_features_3d(v, net, slice_size=80, precision="fp32")
+    got = extract_to_zarr(v, tmp_path/"f.zarr", net, pixel_size=info["pixel_nm"], precision="fp32", rgb=False).read()
+    torch.testing.assert_close(got.float(), want, rtol=2**-10, atol=2**-10)
+
+
+@pytest.mark.parametrize("voxel", (8, 16, (16, 8, 24)))
+def test_haloed_blocks_equal_whole_slices_inside(blobs, tmp_path, voxel):
+    v = volume(blobs)
+    size = v.grid.with_voxel_size(voxel).shape
+    whole, _ = extract_features_3d(v, LocalNet(), target_output_size=size, slice_size=96)
+    got = extract_to_zarr(v, tmp_path/"f.zarr", LocalNet(), voxel_size=voxel, pixel_size=4.0, block=16, chunk=8, halo=4, rgb=False).read().float()
+    inner = (slice(None),) + tuple(slice(n // 6, -(n // 6)) for n in size)
+    assert (got - whole)[inner].abs().max() <= 1e-3
+    assert whole.std() > 0.05
+
+
+def test_features_do_not_depend_on_the_block(blobs, tmp_path):
+    a = extract_to_zarr(volume(blobs), tmp_path/"a.zarr", LocalNet(), pixel_size=4.0, block=16, halo=4, rgb=False).read().float()
+    b = extract_to_zarr(volume(blobs), tmp_path/"b.zarr", LocalNet(), pixel_size=4.0, block=32, halo=3, rgb=False).read().float()
+    assert (a - b).abs().max() <= 2**-10
+
+
+@pytest.mark.parametrize("halo", (1, 3))
+def test_tiles_stay_on_the_lattice_whatever_the_block(blobs, tmp_path, halo):
+    "24-voxel blocks and a pitch of 20 nm: block edges fall inside patches, the phase must not move."
+    v = volume(blobs)
+    whole, _ = extract_features_3d(v, PatchMean(5), slice_size=0 or None, intensity=(-1, 1))
+    a = extract_to_zarr(v, tmp_path/"a.zarr", PatchMean(5), pixel_size=4.0, block=24, chunk=8, halo=halo, intensity=(-1, 1), rgb=False).read().float()
+    b = extract_to_zarr(v, tmp_path/"b.zarr", PatchMean(5), pixel_size=4.0, block=48, chunk=8, halo=halo, intensity=(-1, 1), rgb=False).read().float()
+    assert (a - b)[:, 2:-4, 2:-4, 2:-4].abs().max() <= 2**-10 and whole.shape == a.shape
+
+
+def test_each_raw_chunk_is_decoded_once_per_block(tmp_path):
+    write_multiscale(tmp_path/"raw.zarr", np.random.default_rng(0).integers(0, 255, (64, 64, 64)).astype(np.uint8), voxel_size=8, chunk=16, levels=1)
+    v = open_multiscale(tmp_path/"raw.zarr").levels[0]
+    reads = []
+    class Counting:
+        shape, dtype = v.array.shape, v.array.dtype
+        def __getitem__(self, roi):
+            reads.append(roi)
+            return v.array[roi]
+    counted = Volume(Counting(), v.grid, v.name, v.path)
+    extract_to_zarr(counted, tmp_path/"f.zarr", PatchMean(4), voxel_size=16, pixel_size=8.0, block=16, chunk=8, halo=2, intensity=(0, 255), rgb=False)
+    assert len(reads) == 8  # one region per block
+    per_chunk = Counter(c for roi in reads for c in np.ndindex(4, 4, 4) if all(s.start < 16 * k + 16 and s.stop > 16 * k for s, k in zip(roi, c)))
+    assert max(per_chunk.values()) <= 8
+
+
+def test_projection_is_stored_and_applied(blobs, tmp_path):
+    net = LocalNet(4, 16)
+    full = extract_to_zarr(volume(blobs), tmp_path/"a.zarr", net, pixel_size=4.0, block=16, rgb=False)
+    small = extract_to_zarr(volume(blobs), tmp_path/"b.zarr", net, pixel_size=4.0, block=16, n_components=4, rgb=False)
+    from dinolab.show import Pca
+    pca = Pca.from_dict(small.group.attrs["projection"])
+    want = pca.transform(full.read().permute(1, 2, 3, 0).float().numpy())
+    np.testing.assert_allclose(small.read().permute(1, 2, 3, 0).numpy(), want, atol=5e-3)
+    assert pca.explained.sum() > 0.6
+
+
+def test_the_picture_is_a_valid_image(blobs, tmp_path):
+    import yaozarrs
+    f = extract_to_zarr(volume(blobs), tmp_path/"f.zarr", LocalNet(), pixel_size=4.0, block=32)
+    yaozarrs.validate_zarr_store(str(tmp_path/"f.zarr/rgb"))
+    channels = [open_multiscale(tmp_path/"f.zarr/rgb", channel=c).levels[0] for c in range(3)]
+    assert all(c.grid == f.grid for c in channels) and all(c.read().std() > 10 for c in channels)
+
+
+def snapshot(path): return {str(p.relative_to(path)): p.read_bytes() for p in sorted(Path(path).rglob("*")) if p.is_file()}
+
+
+class SlowNet(LocalNet):
+    def forward(self, x):
+        time.sleep(0.002)
+        return super().forward(x)
+
+
+def test_killed_and_resumed_store_is_identical(blobs, tmp_path):
+    "SIGKILL at twenty random moments, resumed each time."
+    def run(store): extract_to_zarr(volume(blobs), store, SlowNet(), pixel_size=4.0, block=16, chunk=8, batch_size=8, n_components=4)
+    t = time.perf_counter()
+    run(tmp_path/"calm.zarr")
+    whole = time.perf_counter() - t
+    rng, kills = random.Random(0), 0
+    for _ in range(20):
+        pid = os.fork()
+        if pid == 0:
+            try: run(tmp_path/"killed.zarr")
+            finally: os._exit(0)
+        time.sleep(rng.uniform(0, whole * 0.08))
+        os.kill(pid, signal.SIGKILL)
+        kills += os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    with pytest.raises(InputError, match="unfinished"): open_features(tmp_path/"killed.zarr")
+    run(tmp_path/"killed.zarr")
+    assert kills == 20
+    calm, killed = snapshot(tmp_path/"calm.zarr"), snapshot(tmp_path/"killed.zarr")
+    assert calm.keys() == killed.keys() and [k for k in calm if calm[k] != killed[k]] == []
+
+
+def test_processes_give_the_same_store(blobs, tmp_path):
+    a, b = (extract_to_zarr(volume(blobs), tmp_path/f"{n}.zarr", PatchMean(4), pixel_size=4.0, block=16, workers=n) for n in (1, 2))
+    assert snapshot(tmp_path/"1.zarr") == snapshot(tmp_path/"2.zarr")
+
+
+def test_two_runs_on_one_store(blobs, tmp_path):
+    pid = os.fork()
+    if pid == 0:
+        try: extract_to_zarr(volume(blobs), tmp_path/"f.zarr", SlowNet(), pixel_size=4.0, block=16, batch_size=4)
+        finally: os._exit(0)
+    while not (tmp_path/"f.zarr/done").exists(): time.sleep(0.01)
+    with pytest.raises(InputError, match="in use by process"): extract_to_zarr(volume(blobs), tmp_path/"f.zarr", SlowNet(), pixel_size=4.0, block=16, batch_size=4)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    extract_to_zarr(volume(blobs), tmp_path/"f.zarr", SlowNet(), pixel_size=4.0, block=16, batch_size=4)
+
+
+# --- bad input --------------------------------------------------------------------------------
+
+def nan(x): return np.where(x > 2, np.nan, x)
+
+
+BAD = {
+    "2D": (lambda x: dict(volume=x[0]), "expected three axes"),
+    "5D": (lambda x: dict(volume=x[None, None]), "expected three axes"),
+    "empty": (lambda x: dict(volume=x[:0]), "at least one voxel"),
+    "constant": (lambda x: dict(volume=np.full_like(x, 3)), "is constant (3)"),
+    "NaN": (lambda x: dict(volume=np.where(x > 0, np.nan, x)), "NaN or infinite"),
+    "inf": (lambda x: dict(volume=np.where(x > 0, np.inf, x)), "NaN or infinite"),
+    "complex": (lambda x: dict(volume=x.astype(complex)), "take the magnitude"),
+    "planes": (lambda x: dict(volume=x, planes=("xy", "yx")), "unknown plane 'yx'"),
+    "planes twice": (lambda x: dict(volume=x, planes=("xy", "xy")), "at most once"),
+    "target": (lambda x: dict(volume=x, target_output_size=(48, 48, 48 * 17)), "at most 16 times"),
+    "target 2": (lambda x: dict(volume=x, target_output_size=(4, 4)), "expected three sizes"),
+    "target 0": (lambda x: dict(volume=x, target_output_size=(4, 4, 0)), "at least 1"),
+    "slice size": (lambda x: dict(volume=x, slice_size=97), "multiple of the patch, 4, e.g. 96"),
+    "batch": (lambda x: dict(volume=x, batch_size=0), "batch size 0"),
+    "precision": (lambda x: dict(volume=x, precision="fp8"), "expected auto, fp32 or bf16"),
+    "fusion": (lambda x: dict(volume=x, fusion="max"), "expected mean, weighted or concat"),
+    "intensity": (lambda x: dict(volume=x, intensity=(1, 1)), "low < high"),
+    "stride": (lambda x: dict(volume=x, slice_stride=0), "expected 1 or more"),
+    "path": (lambda x: dict(volume="/no/such.zarr"), "no such path"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(blobs, case):
+    make, message = BAD[case]
+    with pytest.raises(InputError) as e: extract_features_3d(backbone=PatchMean(4), **make(blobs))
+    assert message in str(e.value) and "\n" not in str(e.value), str(e.value)
+
+
+def test_extreme_ratios_warn(blobs):
+    with pytest.warns(UserWarning, match="ratios from 0.1 to 16"): extract_features_3d(blobs, PatchMean(4), target_output_size=(2, 2, 2), slice_size=48)
+
+
+def test_bad_stores(blobs, tmp_path):
+    v, net = volume(blobs[:16, :16, :16]), PatchMean(4)
+    with pytest.raises(InputError, match="cannot be written"): extract_to_zarr(v, "/proc/f.zarr", net, pixel_size=4.0)
+    (tmp_path/"mine").mkdir()
+    (tmp_path/"mine/thesis.txt").write_text("do not touch")
+    with pytest.raises(InputError, match="is no feature store"): extract_to_zarr(v, tmp_path/"mine", net, pixel_size=4.0)
+    assert [p.name for p in (tmp_path/"mine").iterdir()] == ["thesis.txt"]
+    write_multiscale(tmp_path/"raw.zarr", np.arange(4096).reshape(16, 16, 16).astype(np.uint16), voxel_size=8)
+    before = snapshot(tmp_path/"raw.zarr")
+    with pytest.raises(InputError, match="is no feature store"): extract_to_zarr(v, tmp_path/"raw.zarr", net, pixel_size=4.0)
+    assert snapshot(tmp_path/"raw.zarr") == before
+    holes = np.asarray(blobs[:16, :16, :16]).copy()
+    holes[3, 4, 5] = np.nan
+    with pytest.raises(InputError, match="NaN or infinite"): extract_to_zarr(Volume(holes, v.grid), tmp_path/"nan.zarr", net, pixel_size=4.0, intensity=(0, 1))
+
+
+def test_full_disk(blobs, tmp_path):
+    "The error says so in one line, and the run goes on when there is room."
+    mount = tmp_path/"small"
+    mount.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(mount)], capture_output=True).returncode: pytest.skip("needs the right to mount")
+    try:
+        with pytest.raises(InputError, match="No space left.*run again"): extract_to_zarr(volume(blobs), mount/"f.zarr", LocalNet(), pixel_size=4.0, block=16)
+        subprocess.run(["mount", "-o", "remount,size=50m", str(mount)], check=True)
+        extract_to_zarr(volume(blobs), mount/"f.zarr", LocalNet(), pixel_size=4.0, block=16)
+        extract_to_zarr(volume(blobs), tmp_path/"g.zarr", LocalNet(), pixel_size=4.0, block=16)
+        assert snapshot(mount/"f.zarr") == snapshot(tmp_path/"g.zarr")
+    finally: subprocess.run(["umount", str(mount)])
+
+
+@settings(max_examples=15, deadline=None)
+@given(shape=st.tuples(*[st.integers(1, 20)] * 3), size=st.tuples(*[st.integers(1, 20)] * 3), planes=st.sets(st.sampled_from(sorted(PLANES)), min_size=1))
+def test_any_shape_to_any_size(shape, size, planes):
+    if any(t > 16 * s for s, t in zip(shape, size)): return
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    if x.size < 2: return
+    f, _ = extract_features_3d(x, PatchMean(2), planes=sorted(planes), target_output_size=size, slice_size=16)
+    assert f.shape == (3, *size) and torch.isfinite(f).all() and f.min() >= -1e-4 and f.max() <= 1 + 1e-4
