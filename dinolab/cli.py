@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'data', 'Manifest', 'Folder', 'Root', 'show_version', 'options', 'join_pairs', 'PairCommand', 'run', 'gather',
-           'data_list', 'data_check', 'data_get', 'main']
+           'numbers', 'features', 'data_list', 'data_check', 'data_get', 'main']
 
 # %% ../nbs/api/52_cli.ipynb #1b0a85b0
 import os
@@ -83,6 +83,66 @@ def gather(
     "Print one table of all runs: status, seconds, commit, parameters, metrics."
     from dinolab.run import gather, gather_table
     print(gather_table(gather(root, experiment), format))
+
+# %% ../nbs/api/52_cli.ipynb #2c156a3f
+def numbers(
+    text:str,  # such as "8" or "40,8,8"
+    name:str,  # of the option
+):             # one number, a tuple, or None
+    "Numbers separated by commas."
+    if text is None: return None
+    try: values = tuple(float(t) for t in text.split(","))
+    except ValueError: raise InputError(f"{name} {text!r}: expected a number, or numbers separated by commas such as 40,8,8") from None
+    return values[0] if len(values) == 1 else values
+
+# %% ../nbs/api/52_cli.ipynb #9bace317
+@app.command()
+def features(
+    source:Annotated[str, typer.Argument(help="OME-Zarr image (folder, zip or URL), one of its levels, N5 array, NIfTI, TIFF (file or folder of slices) or .npy.")],
+    out:Annotated[str, typer.Argument(help="Folder of the new feature store; an unfinished one goes on.")],
+    backbone:Annotated[str, typer.Option(help="Family (dinov3, dinov2, retfound, visionfm) or any timm model.")]="dinov3",
+    size:Annotated[str, typer.Option(help="Size within the family.")]="small",
+    weights:Annotated[Optional[str], typer.Option(help="pretrained, or a file or folder.", show_default="random")]=None,
+    layers:Annotated[Optional[str], typer.Option(help="Blocks whose features are concatenated, such as 5,8,11; one number means so many, evenly spread.", show_default="the last")]=None,
+    planes:Annotated[str, typer.Option(help="Which slices the backbone sees.")]="xy,xz,yz",
+    voxel_size:Annotated[Optional[str], typer.Option(help="Voxel size of the features, nm; one number or z,y,x.", show_default="as the image")]=None,
+    raw_resolution:Annotated[Optional[str], typer.Option(help="Voxel size of the level to read, nm.", show_default="a quarter of --voxel-size")]=None,
+    pixel_size:Annotated[Optional[float], typer.Option(help="Side of a network pixel, nm.", show_default="patches two target voxels apart")]=None,
+    fusion:Annotated[str, typer.Option(help="mean, weighted (by sampling) or concat.")]="mean",
+    neighbours:Annotated[bool, typer.Option(help="Give the slices before and after as red and blue.")]=False,
+    slice_stride:Annotated[int, typer.Option(help="Look at one in this many of the slices that a target plane averages.")]=1,
+    intensity:Annotated[Optional[str], typer.Option(help="Raw values low,high that become 0 and 1.", show_default="percentiles 0.5 and 99.5")]=None,
+    components:Annotated[Optional[int], typer.Option(help="Project to this many principal components.", show_default="all channels")]=None,
+    block:Annotated[int, typer.Option(help="Target voxels per block and axis; also the shard of the store.")]=64,
+    halo:Annotated[int, typer.Option(help="Patches of context around a block.")]=4,
+    batch_size:Annotated[Optional[int], typer.Option(help="Images per batch.", show_default="from memory")]=None,
+    precision:Annotated[str, typer.Option(help="auto, fp32 or bf16.")]="auto",
+    device:Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]="auto",
+    workers:Annotated[int, typer.Option(help="Processes on this machine.")]=1,
+    source_voxel_size:Annotated[Optional[str], typer.Option(help="Voxel size of a source that does not state it, nm; one number or z,y,x.", show_default="as stated")]=None,
+    channel:Annotated[Optional[int], typer.Option(help="Index on the channel axis.", show_default="none")]=None,
+    time:Annotated[Optional[int], typer.Option(help="Index on the time axis.", show_default="none")]=None,
+    unit:Annotated[Optional[str], typer.Option(help="Unit of the source's lengths where it names none.", show_default="as stated")]=None,
+    axes:Annotated[Optional[str], typer.Option(help="Axes of a TIFF that does not state them, e.g. zyx.", show_default="as stated")]=None,
+    missing:Annotated[str, typer.Option(help="What an absent chunk of the source is: error, or fill for its fill value.")]="error",
+    seed:Annotated[int, typer.Option(help="Of random weights.")]=0,
+    rgb:Annotated[bool, typer.Option(help="Also write the picture of principal components.")]=True,
+):
+    "Extract features of a volume into a zarr store, in constant memory; run again to go on after an interruption."
+    import torch
+    from dinolab.backbones import create_backbone
+    from dinolab.features import extract_to_zarr, timing_table
+    from dinolab.volume import open_levels
+    volume = open_levels(source, voxel_size=numbers(source_voxel_size, "--source-voxel-size"), channel=channel, time=time, unit=unit, axes=axes, missing=missing)
+    torch.manual_seed(seed)
+    chosen = numbers(layers, "--layers")
+    model = create_backbone(backbone, size, weights=weights, layers=tuple(map(int, chosen)) if isinstance(chosen, tuple) else chosen and int(chosen))
+    if device == "auto": device = "cuda" if torch.cuda.is_available() else "cpu"
+    store = extract_to_zarr(volume, out, model.to(device), voxel_size=numbers(voxel_size, "--voxel-size"), raw_resolution=numbers(raw_resolution, "--raw-resolution"), planes=planes, pixel_size=pixel_size,
+                            block=block, halo=halo, n_components=components, fusion=fusion, neighbours=neighbours, slice_stride=slice_stride, intensity=numbers(intensity, "--intensity"),
+                            batch_size=batch_size, precision=precision, rgb=rgb, workers=workers)
+    print(f"{out}: {store}")
+    if store.info["seconds"]: print(timing_table(store.info))
 
 # %% ../nbs/api/52_cli.ipynb #41b45242
 data = typer.Typer(help="Data sets: list, check, get.", no_args_is_help=True, rich_markup_mode=None)

@@ -9,7 +9,7 @@ __all__ = ['PLANES', 'plane_axes', 'check_planes', 'intensity_range', 'check_fin
            'timing_table', 'native_grid', 'extract_native', 'model_identity', 'extract_to_zarr', 'Features',
            'open_features']
 
-# %% ../nbs/api/42_features.ipynb #eda5bc9b
+# %% ../nbs/api/42_features.ipynb #b3bd60d1
 import math
 import os
 import warnings
@@ -26,8 +26,8 @@ from .backbones import FeatureSpec
 from .blocks import Block, Done, check_aligned, lock_folder, make_blocks, run_blocks
 from .core import InputError, MissingError, Stages, format_table, memory_mb, pick, plain, progress, settings_hash
 from .show import Pca, fit_pca
-from .volume import (Grid, Multiscale, Volume, check_same_box, create_array, create_multiscale, fill_pyramid, mirror, open_group, open_multiscale,
-                            open_or_create_group, open_volume, resample_matrix, writable)
+from .volume import (Grid, Volume, check_same_box, create_array, create_multiscale, fill_pyramid, mirror, open_group, open_levels,
+                            open_multiscale, open_or_create_group, open_volume, resample_matrix, writable)
 
 # %% ../nbs/api/42_features.ipynb #981c345e
 PLANES = dict(xy=0, xz=1, yz=2)  # plane -> axis of its normal, z y x
@@ -387,15 +387,14 @@ def _pixel_of(slice_size, src, planes, stride):
     if slice_size < stride or slice_size % stride: raise InputError(f"slice_size {slice_size}: expected a multiple of the patch, {stride}, e.g. {max(1, round(slice_size / stride)) * stride}")
     return max(src.extent[a] for p in check_planes(planes) for a in plane_axes(p)[1:]) / slice_size
 
-# %% ../nbs/api/42_features.ipynb #b1d72c8d
-def _check_volume(volume):
-    "A raw volume ready to be read, from anything `open_volume` takes."
+# %% ../nbs/api/42_features.ipynb #de4ad340
+def _check_shape(volume):
+    "Say what is wrong with an array before it is taken for a volume."
     shape = tuple(getattr(volume, "shape", ()) or ())
     if shape and len(shape) != 3: raise InputError(f"volume of shape {shape}: expected three axes z y x; select a channel or time first")
     if shape and min(shape) < 1: raise InputError(f"volume of shape {shape}: expected at least one voxel on each axis")
-    return open_volume(volume)
 
-# %% ../nbs/api/42_features.ipynb #72d06ba8
+# %% ../nbs/api/42_features.ipynb #d175bda3
 def extract_features_3d(
     volume,                       # raw: a Volume, an array z y x, or a path
     backbone:nn.Module,           # from create_backbone: b 3 h w in 0..1 -> maps
@@ -415,7 +414,8 @@ def extract_features_3d(
     stages, device = _stages(backbone, enable_timing), _device(backbone)
     before = memory_mb()[0]
     with stages("read"):
-        volume = _check_volume(volume)
+        _check_shape(volume)
+        volume = open_volume(volume)
         data = volume.read()
     with stages("intensity"):
         check_finite(data, volume.name)
@@ -486,7 +486,7 @@ def native_grid(
     for a in axes: shape[a], size[a] = math.ceil(plan.src.extent[a] / plan.pitch - 1e-6), plan.pitch
     return Grid(tuple(shape), tuple(size), tuple(c + s / 2 for c, s in zip(plan.src.corner, size)))
 
-# %% ../nbs/api/42_features.ipynb #118bcfc0
+# %% ../nbs/api/42_features.ipynb #72474864
 def extract_native(
     volume,                     # raw: a Volume, an array z y x, or a path
     backbone:nn.Module,         # from create_backbone
@@ -501,7 +501,8 @@ def extract_native(
     precision:str="auto",       # "fp32", "bf16" or "auto"
 )->dict:                        # plane -> (features c z y x, Grid)
     "Features of each plane on its own patch grid; of several maps, the first (finest) sets the pitch and all must share it."
-    volume = _check_volume(volume)
+    _check_shape(volume)
+    volume = open_volume(volume)
     if len(set(backbone.spec.strides)) != 1: raise InputError(f"maps with strides {backbone.spec.strides}: expected one stride; choose layers of equal stride")
     data = volume.read()
     check_finite(data, volume.name)
@@ -617,15 +618,13 @@ def extract_to_zarr(
         group.attrs["status"] = "complete"
     return Features(open_group(store), store, report(plan, task.stages, math.prod(array.shape) * 2, before))
 
-# %% ../nbs/api/42_features.ipynb #56ac03b4
+# %% ../nbs/api/42_features.ipynb #746c3ac7
 def _raw_level(source, voxel_size, raw_resolution):
     "The raw volume to read: of a pyramid, the level that was asked for, or four raw voxels per target voxel."
-    if isinstance(source, (str, Path)):
-        try: source = open_multiscale(source)
-        except InputError: source = open_volume(source)
-    if not isinstance(source, Multiscale): return _check_volume(source)
-    if raw_resolution is None and voxel_size is None: return source.levels[0]
-    return source.level_for(raw_resolution if raw_resolution is not None else tuple(v / 4 for v in np.broadcast_to(voxel_size, 3)))
+    _check_shape(source)
+    pyramid = open_levels(source)
+    if raw_resolution is None and voxel_size is None: return pyramid.levels[0]
+    return pyramid.level_for(raw_resolution if raw_resolution is not None else tuple(v / 4 for v in np.broadcast_to(voxel_size, 3)))
 
 def _place_of(volume): return volume.path if "://" in volume.path or not volume.path else os.path.abspath(volume.path)
 

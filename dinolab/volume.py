@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['triple', 'Grid', 'check_same_box', 'mirror', 'resample_matrix', 'axis_matrices', 'apply_matrices', 'majority',
            'Volume', 'check_inside', 'StoredArray', 'LevelMeta', 'ngff_levels', 'array_level', 'Multiscale',
-           'open_group', 'open_multiscale', 'open_volume', 'open_or_create_group', 'create_array', 'writable',
-           'pyramid_grids', 'ngff_attributes', 'create_multiscale', 'storage_blocks', 'fill_pyramid', 'new_folder',
-           'write_multiscale', 'update_datapaths_with_target_scales']
+           'open_group', 'open_multiscale', 'open_levels', 'open_volume', 'open_or_create_group', 'create_array',
+           'writable', 'pyramid_grids', 'ngff_attributes', 'create_multiscale', 'storage_blocks', 'fill_pyramid',
+           'new_folder', 'write_multiscale', 'update_datapaths_with_target_scales']
 
 # %% ../nbs/api/11_volume.ipynb #4904a215
 import itertools
@@ -500,31 +500,42 @@ def open_multiscale(
         volumes.append(Volume(stored, _place(m, array.shape, unit, at), at, at))
     return Multiscale(_align(volumes, origin, where), name or Path(where.rstrip("/")).name)
 
-# %% ../nbs/api/11_volume.ipynb #8442b298
-def open_volume(
+# %% ../nbs/api/11_volume.ipynb #8e36c999
+def open_levels(
     source,               # path, URL, array (NumPy, torch, zarr, dask), Volume or Multiscale
     *,
-    level=0,              # of a pyramid: index (0 is the finest) or path of the level
     voxel_size=None,      # nm, where the source does not say; one number or z y x
-    origin=None,          # nm, centre of the first voxel, where the source does not say
+    origin=None,          # where the source does not say: nm, centre of the first voxel; for a pyramid "file" or "corner"
     channel:int=None,     # index on the channel axis
     time:int=None,        # index on the time axis
     unit:str=None,        # unit, where the source has none
+    axes:str=None,        # of a TIFF whose axes are not stated or wrong, e.g. "zyx"
     missing:str="error",  # an absent chunk is an "error", or "fill" for the fill value
     storage_options:dict=None,  # for fsspec
+)->Multiscale:
+    "Open anything as a pyramid, lazily where the format allows it; a single volume is a pyramid of one level."
+    if isinstance(source, Multiscale): return source
+    if isinstance(source, Volume): return Multiscale([source], source.name)
+    if not isinstance(source, (str, Path)): return Multiscale([_array_volume(source, voxel_size, origin)], "array")
+    path, name = str(source).rstrip("/"), Path(str(source)).name
+    if path.lower().endswith((".nii", ".nii.gz")): return Multiscale([_source_volume(read_nifti(path, unit), path, voxel_size, origin, channel, time)], name)
+    if path.lower().endswith((".tif", ".tiff")) or _is_tiff_folder(path): return Multiscale([_source_volume(read_tiff(path, axes), path, voxel_size, origin, channel, time)], name)
+    if path.endswith(".npy"): return Multiscale([_array_volume(_load_npy(path), voxel_size, origin, path)], name)
+    if ".n5" in path: return Multiscale([_n5_volume(path, unit)], name)
+    options = dict(channel=channel, time=time, unit=unit, missing=missing, storage_options=storage_options)
+    if _is_array(path): return Multiscale([_array_in_group(path, voxel_size, origin, options)], name)
+    pyramid = open_multiscale(path, origin=origin or "file", **options)
+    if voxel_size is not None: raise InputError(f"{path} states its own voxel sizes, {pyramid.levels[0].voxel_size} nm at the finest: drop voxel_size, or correct the file")
+    return pyramid
+
+# %% ../nbs/api/11_volume.ipynb #7db3c73b
+def open_volume(
+    source,    # anything that `open_levels` takes
+    level=0,   # index (0 is the finest), or the last part of the level's path
+    **options, # of `open_levels`
 )->Volume:
     "Open one volume, lazily where the format allows it."
-    if isinstance(source, Volume): return source
-    if isinstance(source, Multiscale): return _pick_level(source, level)
-    if not isinstance(source, (str, Path)): return _array_volume(source, voxel_size, origin)
-    path = str(source).rstrip("/")
-    if path.endswith((".nii", ".nii.gz")): return _source_volume(read_nifti(path), path, voxel_size, origin, channel, time)
-    if path.lower().endswith((".tif", ".tiff")) or _is_tiff_folder(path): return _source_volume(read_tiff(path), path, voxel_size, origin, channel, time)
-    if path.endswith(".npy"): return _array_volume(_load_npy(path), voxel_size, origin, path)
-    options = dict(channel=channel, time=time, unit=unit, missing=missing, storage_options=storage_options)
-    if ".n5" in path: return _n5_volume(path, unit)
-    if _is_array(path): return _array_in_group(path, voxel_size, origin, options)
-    return _pick_level(open_multiscale(path, **options), level)
+    return _pick_level(open_levels(source, **options), level)
 
 # %% ../nbs/api/11_volume.ipynb #16c3b269
 def _array_volume(array, voxel_size, origin=None, name="array"):
