@@ -120,18 +120,18 @@ def style():
         matplotlib.rcParams.update(STYLE)
         yield
 
-# %% ../nbs/api/02_show.ipynb #eeba0b8e
+# %% ../nbs/api/02_show.ipynb #c73abccf
 def png_bytes(
     fig,              # matplotlib figure
     max_kb:float=100, # largest size, kB of 1000 bytes
 )->bytes:
     "A figure as PNG, in fewer colours or at a lower resolution if it would be too large."
     from PIL import Image
-    for part in (1, 0.85, 0.7, 0.6, 0.5, 0.4):
+    for part in (1, 0.8, 0.6, 0.4):
         raster = io.BytesIO()
         fig.savefig(raster, dpi=fig.dpi * part, facecolor="white", pil_kwargs=dict(compress_level=1))
         image = Image.open(raster).convert("RGB")
-        for picture in (image, image.quantize(256, kmeans=1)):
+        for picture in (image, image.quantize(256, Image.Quantize.FASTOCTREE)):
             out = io.BytesIO()
             picture.save(out, "png", optimize=True)
             if out.tell() <= max_kb * 1000: return out.getvalue()
@@ -314,7 +314,7 @@ def same_place(
     "Carry a voxel from one grid to another of the same box."
     return tuple(int((a + 0.5) * m / n) for a, n, m in zip(at, shape, other))
 
-# %% ../nbs/api/02_show.ipynb #b1f5805b
+# %% ../nbs/api/02_show.ipynb #f4f2557a
 def _check_view(shape, at, voxel_size):
     "Voxel and lengths to draw by; the middle, and 1 per voxel, where they are not given."
     at = tuple(n // 2 for n in shape) if at is None else tuple(int(i) for i in at)
@@ -324,9 +324,9 @@ def _check_view(shape, at, voxel_size):
     if len(size) != 3 or not all(np.isfinite(v) and v > 0 for v in size): raise InputError(f"voxel size {voxel_size}: expected three positive lengths, z y x in nm")
     return at, size
 
-def _outlined(color="black", width=2):
+def _outlined(width):
     from matplotlib.patheffects import withStroke
-    return [withStroke(linewidth=width, foreground=color, alpha=0.7)]
+    return [withStroke(linewidth=width, foreground="black")]
 
 def _scale_bar(ax, physical):
     "A round length in the lower left corner, in physical units or voxels."
@@ -334,8 +334,8 @@ def _scale_bar(ax, physical):
     length = round_length(0.3 * right)
     x, y = 0.04 * right, bottom - 0.06 * right
     text = length_text(length) if physical else f"{length:g} voxel" + "s" * (length != 1)
-    ax.plot([x, x + length], [y, y], color="white", lw=2.5, solid_capstyle="butt", path_effects=_outlined(width=4))
-    ax.annotate(text, (x, y), (0, 3), textcoords="offset points", color="white", fontsize=8, path_effects=_outlined())
+    ax.plot([x, x + length], [y, y], color="white", lw=2.5, solid_capstyle="butt", path_effects=_outlined(4.5))
+    ax.annotate(text, (x, y), (0, 3), textcoords="offset points", color="white", fontsize=8, fontweight="bold", path_effects=_outlined(2))
 
 def _in_plane(zyx, plane): return [zyx["zyx".index(a)] for a in PLANES[plane][1]]
 
@@ -405,7 +405,7 @@ def _color_bar(fig, ax):
     bar = fig.colorbar(ax.images[0], cax=fig.add_axes((box.x1 + width, box.y0, width, box.height)))
     bar.outline.set_visible(False)
 
-# %% ../nbs/api/02_show.ipynb #7cf06212
+# %% ../nbs/api/02_show.ipynb #73a3e980
 @style()
 def show_features(
     raw,                    # z y x
@@ -432,7 +432,7 @@ def show_features(
     lowest = min(s.min() for s in columns["similarity"].values())
 
     sizes = [_in_plane(extent, p) for p in PLANES]
-    fig, axes = panel_figure([sizes] * len(columns), width=9 if len(columns) < 5 else 11, margins=(0.65, 0.5, 0.28, 0.05), gaps=(0.08, 0.08))
+    fig, axes = panel_figure([sizes] * len(columns), width=9 if len(columns) < 5 else 11, margins=(0.65, 0.65, 0.28, 0.05), gaps=(0.08, 0.08))
     for column, (name, images) in zip(axes, columns.items()):
         column[0].set_title(name)
         heat = dict(cmap="magma", vmin=lowest, vmax=1) if name == "similarity" else {}
