@@ -195,6 +195,13 @@ def test_other_parameters_are_not_mixed(tmp_path, toy):
     assert toy == [1, 2]
 
 
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path, toy):
+    (tmp_path / "toys/a.zarr").mkdir(parents=True)
+    (tmp_path / "toys/a.zarr/raw").write_text("mine")
+    with pytest.raises(InputError, match="not generated"): get_data(parse_manifest(SYNTH), tmp_path)
+    assert everything(tmp_path) == ["toys/a.zarr/raw"] and (tmp_path / "toys/a.zarr/raw").read_text() == "mine" and toy == []
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, MemoryError])
 def test_failed_generator_leaves_nothing(tmp_path, monkeypatch, error):
     def make(folder, size, seed):
@@ -213,8 +220,8 @@ def test_two_processes_may_make_the_same(tmp_path, toy, monkeypatch):
         return files
     monkeypatch.setitem(GENERATORS, "toy", slow)
     get_data(parse_manifest(SYNTH), tmp_path, only="a")
-    assert toy == [1, 1] and everything(tmp_path) == ["toys/a.zarr/made_by.json", "toys/a.zarr/raw"]
-    assert json.loads((tmp_path / "toys/a.zarr/made_by.json").read_text())["parameters"] == dict(size=4, seed=1)
+    assert toy == [1, 1] and everything(tmp_path) == ["toys/a.zarr/raw", "toys/a.zarr/zarr.json"]
+    assert data.read_note(tmp_path / "toys/a.zarr")["parameters"] == dict(size=4, seed=1)
 
 
 def test_unknown_generator_names_the_nearest(tmp_path):

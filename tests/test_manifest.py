@@ -183,7 +183,7 @@ def test_shipped_manifests_are_valid_and_so_is_the_copy_of_a_run(name, tmp_path)
     assert load_manifest(tmp_path / "manifest.yaml") == m
 
 
-names = st.text(string.ascii_letters + string.digits, min_size=1, max_size=6)
+names = st.text(string.ascii_letters + string.digits, max_size=6).map("n".__add__)  # no name is also a key
 sizes = st.floats(0.1, 1e6, allow_nan=False) | st.integers(1, 1000)
 
 @st.composite
