@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['EM_CLASSES', 'LABELS', 'KINDS', 'TONES', 'PAINT', 'EMVolume', 'class_histograms', 'threshold_baseline', 'keyed',
-           'spline_weights', 'smooth_noise', 'Body', 'Kind', 'draw_body', 'Scene', 'empty_scene', 'fits', 'make_scene',
-           'bell', 'Slab', 'mix', 'ramp', 'paint_cell', 'pores', 'nucleoplasm', 'paint_nucleus', 'cristae',
-           'paint_mitochondrion', 'paint_lysosome', 'paint_lipid', 'paint_vesicle', 'paint_process', 'around',
-           'paint_bodies', 'er_distance', 'paint_er', 'subdivision', 'split_voxels', 'majority', 'render', 'drift_walk',
-           'expose', 'check_request', 'em_volume']
+           'spline_weights', 'smooth_noise', 'Body', 'Kind', 'draw_body', 'Scene', 'empty_scene', 'Crowd', 'fits',
+           'make_scene', 'bell', 'Slab', 'mix', 'ramp', 'paint_cell', 'pores', 'nucleoplasm', 'paint_nucleus',
+           'cristae', 'paint_mitochondrion', 'paint_lysosome', 'paint_lipid', 'paint_vesicle', 'paint_process',
+           'around', 'paint_bodies', 'er_distance', 'paint_er', 'subdivision', 'split_voxels', 'majority', 'render',
+           'drift_walk', 'expose', 'check_request', 'em_volume']
 
-# %% ../nbs/api/13_synth.ipynb #29f6e8e2
+# %% ../nbs/api/13_synth.ipynb #fb69435c
 import operator
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import NamedTuple
 from zlib import crc32
@@ -205,36 +206,54 @@ def empty_scene(
         if scene.nucleolus is None and scene.nucleus(centre) < -0.8 * radius - 50 * scene.size: scene.nucleolus = centre, radius
     return scene
 
-# %% ../nbs/api/13_synth.ipynb #b861d9ea
+# %% ../nbs/api/13_synth.ipynb #eeec7830
+class Crowd:
+    "Spheres in a hash grid: all that could touch a point are in its cell or a neighbour."
+    def __init__(self,
+        cell:float,  # nm, at least the sum of the two largest radii and the gap
+    ):
+        self.cell, self.cells = cell, defaultdict(list)
+
+    def add(self, points:np.ndarray, radius:float):
+        "Put a sphere at each point (z y x)."
+        for p in points: self.cells[tuple(np.floor(p / self.cell).astype(int))].append((*p, radius))
+
+    def near(self, points:np.ndarray)->np.ndarray:  # sphere, (z y x radius)
+        "Spheres that could touch one at any of the points."
+        around = np.indices((3, 3, 3)).reshape(3, -1).T - 1
+        keys = {tuple(k) for p in points for k in (np.floor(p / self.cell).astype(int) + around).tolist()}
+        return np.array([s for k in sorted(keys) for s in self.cells.get(k, ())]).reshape(-1, 4)
+
+# %% ../nbs/api/13_synth.ipynb #9ee33cbd
 def fits(
     scene:Scene,
     body:Body,
-    spheres:np.ndarray,  # sphere, (z y x radius): what is there already, nm
+    crowd:Crowd,  # what is there already
 )->bool:
     "Whether `body` has room, with a gap to everything else."
     spine, r, s = body.spine().T, body.radius, scene.size
     if body.kind == "process": free = scene.cell(spine) > r + 60*s
     else: free = (scene.nucleus(spine) > scene.envelope + r + 22*s) & (scene.cell(spine) < -r - 45*s)
-    gap = 14 if body.kind == "vesicle" else 24
+    if not free.all(): return False
+    spheres, gap = crowd.near(spine.T), 14 if body.kind == "vesicle" else 24
     apart = np.linalg.norm(spine.T[:, None] - spheres[:, :3], axis=-1) - spheres[:, 3] - r
-    return bool(free.all() and (apart > gap).all())
+    return bool((apart > gap).all())
 
-# %% ../nbs/api/13_synth.ipynb #5d915721
+# %% ../nbs/api/13_synth.ipynb #a13eeaf7
 def make_scene(
     seed:int,
     extent,   # nm, size of the box along z y x
 )->Scene:
     "The whole scene: `empty_scene` filled with bodies that do not touch."
-    scene, spheres = empty_scene(seed, extent), np.zeros((0, 4))
+    scene = empty_scene(seed, extent)
     size = scene.size
+    crowd = Crowd(300 * size + 24)
     def add(rng, kind, margin, attempts, near=None):
-        nonlocal spheres
         for attempt in range(attempts):
             centre = rng.uniform(-1, 1, 3) * (scene.half + margin) if near is None else near + rng.standard_normal(3) * 90 * size
             body = draw_body(rng, kind, centre, size * 0.97**attempt)
-            if fits(scene, body, spheres):
-                spine = body.spine()
-                spheres = np.concatenate([spheres, np.c_[spine, np.full(len(spine), body.radius)]])
+            if fits(scene, body, crowd):
+                crowd.add(body.spine(), body.radius)
                 scene.bodies.append(body)
                 return body
     rngs = {kind: keyed(seed, "place", kind) for kind in KINDS}
