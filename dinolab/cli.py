@@ -95,7 +95,7 @@ def numbers(
     except ValueError: raise InputError(f"{name} {text!r}: expected a number, or numbers separated by commas such as 40,8,8") from None
     return values[0] if len(values) == 1 else values
 
-# %% ../nbs/api/52_cli.ipynb #9bace317
+# %% ../nbs/api/52_cli.ipynb #aff3c742
 @app.command()
 def features(
     source:Annotated[str, typer.Argument(help="OME-Zarr image (folder, zip or URL), one of its levels, N5 array, NIfTI, TIFF (file or folder of slices) or .npy.")],
@@ -124,7 +124,7 @@ def features(
     time:Annotated[Optional[int], typer.Option(help="Index on the time axis.", show_default="none")]=None,
     unit:Annotated[Optional[str], typer.Option(help="Unit of the source's lengths where it names none.", show_default="as stated")]=None,
     axes:Annotated[Optional[str], typer.Option(help="Axes of a TIFF that does not state them, e.g. zyx.", show_default="as stated")]=None,
-    missing:Annotated[str, typer.Option(help="What an absent chunk of the source is: error, or fill for its fill value.")]="error",
+    missing:Annotated[Optional[str], typer.Option(help="What an absent chunk of the source is: error, or fill for its fill value.", show_default="error")]=None,
     seed:Annotated[int, typer.Option(help="Of random weights.")]=0,
     rgb:Annotated[bool, typer.Option(help="Also write the picture of principal components.")]=True,
 ):
