@@ -9,7 +9,7 @@ __all__ = ['PLANES', 'plane_axes', 'check_planes', 'intensity_range', 'check_fin
            'timing_table', 'native_grid', 'extract_native', 'model_identity', 'extract_to_zarr', 'Features',
            'open_features']
 
-# %% ../nbs/api/42_features.ipynb #b3bd60d1
+# %% ../nbs/api/42_features.ipynb #59b63205
 import math
 import os
 import warnings
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .backbones import FeatureSpec
+from .backbones import FeatureSpec, state_hash
 from .blocks import Block, Done, check_aligned, lock_folder, make_blocks, run_blocks
 from .core import InputError, MissingError, Stages, format_table, memory_mb, pick, plain, progress, settings_hash
 from .show import Pca, fit_pca
@@ -516,14 +516,13 @@ def extract_native(
         result[p] = extract_block(data, volume.grid, one.dst, one, backbone, Compute(batch_size, precision)).cpu().permute(3, 0, 1, 2), one.dst
     return result
 
-# %% ../nbs/api/42_features.ipynb #397b5a45
+# %% ../nbs/api/42_features.ipynb #c07d0211
 def model_identity(
     backbone:nn.Module,  # from create_backbone, or any module
 )->dict:                 # what it is, and a hash of its weights
     "What identifies a backbone in a store."
-    own = getattr(backbone, "weights_hash", None)
-    if own is None: own = settings_hash({k: settings_hash(dict(v=v.float().cpu().numpy().tobytes().hex())) for k, v in backbone.state_dict().items()})
-    return dict(model=getattr(backbone, "recipe", {"name": type(backbone).__name__}), weights_hash=own, spec=asdict(backbone.spec))
+    recipe = {k: v for k, v in getattr(backbone, "recipe", {"name": type(backbone).__name__}).items() if k != "weights"}
+    return dict(model=recipe, weights_hash=getattr(backbone, "weights_hash", None) or state_hash(backbone.state_dict()), spec=asdict(backbone.spec))
 
 # %% ../nbs/api/42_features.ipynb #c0a6034d
 class _Extraction:
@@ -573,7 +572,7 @@ def _sample_features(array, chunks=48, per_chunk=400, seed=0):
         return x[rng.choice(len(x), min(per_chunk, len(x)), replace=False)]
     return np.concatenate([read(i) for i in sorted(picked)])
 
-# %% ../nbs/api/42_features.ipynb #653cfc51
+# %% ../nbs/api/42_features.ipynb #77644bb5
 def extract_to_zarr(
     source,                     # raw: path or URL of OME-Zarr, NIfTI, TIFF, .npy; or Multiscale, Volume, array
     store,                      # folder (or fsspec URL) of the new zarr group
@@ -607,7 +606,7 @@ def extract_to_zarr(
         plan = make_plan(volume.grid, backbone.spec, intensity, dst=dst, planes=planes, pixel=pixel_size, fusion=fusion, neighbours=neighbours,
                          slice_stride=slice_stride, halo=halo, block=block)
         settings = dict(plan=asdict(plan), n_components=n_components, rgb=rgb, chunk=chunk, precision=_stored_precision(precision, backbone), source=_place_of(volume), **model_identity(backbone))
-        array, pca = _prepare(group, store, settings, plan, backbone.spec, chunk, n_components)
+        array, pca = _prepare(group, store, settings, plan, backbone.spec, chunk, n_components, str(getattr(backbone, "recipe", {}).get("weights")))
         blocks = make_blocks(dst.shape, block)
         check_aligned(array, block)
         task = _Extraction(volume, array, plan, backbone.eval(), Compute(batch_size, precision))
@@ -649,21 +648,21 @@ def _open_store(path, resume):
         if there and "settings" not in group.attrs: raise InputError(f"{path} exists and is no feature store: give a new path")
         yield group
 
-# %% ../nbs/api/42_features.ipynb #385a2cd9
+# %% ../nbs/api/42_features.ipynb #e1e8d129
 def _differences(old, new, prefix=""):
     "Dotted names of settings that differ."
     if isinstance(old, dict) and isinstance(new, dict):
         return [d for k in {**old, **new} for d in _differences(old.get(k), new.get(k), f"{prefix}{k}.")]
     return [] if old == new else [f"{prefix[:-1]} ({old} there, {new} now)"]
 
-def _prepare(group, store, settings, plan, spec, chunk, n_components):
+def _prepare(group, store, settings, plan, spec, chunk, n_components, weights):
     "Write the settings and create the array, or check that those of an unfinished run are the same."
     settings, there = plain(settings), group.attrs.get("settings")
     if there is not None and settings_hash(there) != settings_hash(settings):
         raise InputError(f"{store} was made with other settings, {'; '.join(_differences(there, settings)[:3])}: give a new path, or the same settings")
     if there is None:
         group.attrs.update(dict(kind="dinolab features", axes=list("zyxc"), voxel_size_nm=list(plan.dst.voxel_size), origin_nm=list(plan.dst.origin),
-                                intensity=list(plan.intensity), planes=list(plan.planes), settings=settings, settings_hash=settings_hash(settings), status="running"))
+                                intensity=list(plan.intensity), planes=list(plan.planes), weights=weights, settings=settings, settings_hash=settings_hash(settings), status="running"))
     channels = n_components or sum(spec.channels) * (len(plan.planes) if plan.fusion == "concat" else 1)
     if "features" not in group:
         create_array(group, "features", (*plan.dst.shape, channels), "f2", (chunk,) * 3 + (channels,), (*plan.block, channels), tuple("zyxc"))
