@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['InputError', 'MissingError', 'nearest', 'pick', 'atomic_write', 'plain', 'write_json', 'write_yaml', 'settings_hash',
-           'progress', 'Stages', 'format_table', 'memory_mb']
+           'progress', 'Stages', 'format_table', 'memory_mb', 'reset_peak_memory']
 
 # %% ../nbs/api/00_core.ipynb #10b75d37
 import difflib
@@ -162,11 +162,18 @@ def format_table(
     lines = ["  ".join(c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, number)).rstrip() for row in cells]
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
 
-# %% ../nbs/api/00_core.ipynb #a47a634a
+# %% ../nbs/api/00_core.ipynb #73b278ed
 def memory_mb(
 )->tuple:  # (resident now, highest so far), MB of 2**20 bytes
     "Resident memory of this process; on systems without /proc both are the highest value."
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    try: pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError: return peak, peak
-    return pages * resource.getpagesize() / 2**20, peak
+    try: lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(("VmRSS", "VmHWM")))
+    except OSError: return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10),) * 2
+    return tuple(int(lines[k].split()[0]) / 2**10 for k in ("VmRSS", "VmHWM"))
+
+# %% ../nbs/api/00_core.ipynb #391a695a
+def reset_peak_memory(
+)->bool:  # whether the system allowed it
+    "Let the highest resident memory count from now on (Linux)."
+    try: Path("/proc/self/clear_refs").write_text("5")
+    except OSError: return False
+    return True

@@ -360,7 +360,7 @@ class PatchMean(nn.Module):
 
     def forward(self, images:Tensor)->list: return [nn.functional.avg_pool2d(images, self.spec.strides[0])]
 
-# %% ../nbs/api/42_features.ipynb #4b0d3de6
+# %% ../nbs/api/42_features.ipynb #dd1a02ad
 def make_plan(
     src:Grid,           # raw
     spec:FeatureSpec,   # of the backbone
@@ -373,7 +373,6 @@ def make_plan(
 )->Plan:
     "A plan with defaults filled in and extreme ratios reported."
     dst = dst or src
-    check_same_box(src, dst)
     ratios = [d / s for s, d in zip(src.voxel_size, dst.voxel_size)]
     if min(ratios) < 1 / 16: raise InputError(f"target voxels {1 / min(ratios):.3g} times finer than raw: expected at most 16 times; read a finer level")
     if min(ratios) < 0.1 or max(ratios) > 16: warnings.warn(f"target voxels are {min(ratios):.3g} to {max(ratios):.3g} times the raw ones; ratios from 0.1 to 16 make sense")
@@ -394,13 +393,13 @@ def _check_shape(volume):
     if shape and len(shape) != 3: raise InputError(f"volume of shape {shape}: expected three axes z y x; select a channel or time first")
     if shape and min(shape) < 1: raise InputError(f"volume of shape {shape}: expected at least one voxel on each axis")
 
-# %% ../nbs/api/42_features.ipynb #d175bda3
+# %% ../nbs/api/42_features.ipynb #979ed58f
 def extract_features_3d(
     volume,                       # raw: a Volume, an array z y x, or a path
     backbone:nn.Module,           # from create_backbone: b 3 h w in 0..1 -> maps
     *,
     planes=("xy", "xz", "yz"),    # which slices the backbone sees
-    target_output_size=None,      # voxels z y x of the result, the same box; None: as the raw
+    target_output_size=None,      # voxels z y x of the result, or a Grid or Volume (e.g. labels) on the same box; None: as the raw
     slice_size:int=None,          # network pixels of the longest image side, a multiple of the patch; None: see default_pixel
     batch_size:int=None,          # images per batch; None: from memory
     enable_timing:bool=False,     # print the table of stages; on a GPU, wait for it at each stage
@@ -420,8 +419,7 @@ def extract_features_3d(
     with stages("intensity"):
         check_finite(data, volume.name)
         intensity = intensity or intensity_range(Volume(data, volume.grid, volume.name))
-    dst = volume.grid if target_output_size is None else volume.grid.with_shape(_size(target_output_size))
-    plan = make_plan(volume.grid, backbone.spec, intensity, dst=dst, planes=planes, pixel=_pixel_of(slice_size, volume.grid, planes, backbone.spec.strides[-1]),
+    plan = make_plan(volume.grid, backbone.spec, intensity, dst=_target(target_output_size, volume.grid), planes=planes, pixel=_pixel_of(slice_size, volume.grid, planes, backbone.spec.strides[-1]),
                      fusion=fusion, neighbours=neighbours, slice_stride=slice_stride)
     backbone.eval()
     with progress(total=count_images(plan), desc="slices", unit="img") as bar:
@@ -430,6 +428,14 @@ def extract_features_3d(
     info = report(plan, stages, out.numel() * out.element_size(), before)
     if enable_timing: print(timing_table(info))
     return out.permute(3, 0, 1, 2), info
+
+def _target(target, src):
+    "The target grid, from a size, a grid or a volume; the last two are compared with the raw box in the world."
+    if target is None: return src
+    grid = target.grid if isinstance(target, Volume) else target
+    if not isinstance(grid, Grid): return src.with_shape(_size(target))
+    check_same_box(src, grid)
+    return grid
 
 def _size(size):
     size = tuple(int(n) for n in np.atleast_1d(size))
