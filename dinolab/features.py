@@ -9,7 +9,7 @@ __all__ = ['PLANES', 'plane_axes', 'check_planes', 'intensity_range', 'check_fin
            'timing_table', 'native_grid', 'extract_native', 'model_identity', 'extract_to_zarr', 'Features',
            'open_features']
 
-# %% ../nbs/api/42_features.ipynb #59b63205
+# %% ../nbs/api/42_features.ipynb #2a78480e
 import math
 import os
 import warnings
@@ -27,7 +27,7 @@ from .blocks import Block, Done, check_aligned, lock_folder, make_blocks, run_bl
 from .core import InputError, MissingError, Stages, format_table, memory_mb, pick, plain, progress, settings_hash
 from .show import Pca, fit_pca
 from .volume import (Grid, Volume, check_same_box, create_array, create_multiscale, fill_pyramid, mirror, open_group, open_levels,
-                            open_multiscale, open_or_create_group, open_volume, resample_matrix, writable)
+                            open_multiscale, open_or_create_group, open_volume, resample_matrix, size_text, writable)
 
 # %% ../nbs/api/42_features.ipynb #981c345e
 PLANES = dict(xy=0, xz=1, yz=2)  # plane -> axis of its normal, z y x
@@ -689,7 +689,7 @@ def _write_rgb(group, store, array, dst, blocks):
         run_blocks(_Paint(array, writable(rgb, "s0"), Pca.from_dict(group.attrs["rgb_pca"])), blocks, done, desc="picture")
         fill_pyramid(rgb)
 
-# %% ../nbs/api/42_features.ipynb #8019065d
+# %% ../nbs/api/42_features.ipynb #2c711350
 class Features:
     "Stored features of a volume: `read` gives `c z y x`."
     def __init__(self,
@@ -712,7 +712,7 @@ class Features:
             raise InputError(f"region {roi} of features of shape {self.shape}: expected three non-empty ranges within it")
         return torch.from_numpy(np.ascontiguousarray(self.array[roi])).permute(3, 0, 1, 2)
 
-    def __repr__(self): return f"Features({self.channels} channels, {self.shape}, {' × '.join(f'{v:g}' for v in self.grid.voxel_size)} nm)"
+    def __repr__(self): return f"Features({self.channels} channels, {self.shape}, {size_text(self.grid.voxel_size)})"
 
 # %% ../nbs/api/42_features.ipynb #1b900acb
 def open_features(

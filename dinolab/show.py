@@ -348,7 +348,7 @@ def _ring(ax, point):
     "The voxel that is compared."
     for color, width in (("black", 3), ("white", 1.5)): ax.plot(point[1], point[0], "o", mfc="none", mec=color, ms=9, mew=width)
 
-def _legend(fig, labels, classes, height):
+def _legend(fig, labels, classes):
     from matplotlib.patches import Patch
     values = np.unique(np.concatenate([np.unique(l) for l in labels]))
     colors = label_colors(classes)
@@ -382,7 +382,7 @@ def show_planes(
         images = {k: gray_rgb(v, limits) for k, v in slices.items()}
     xy, xz, yz = (_in_plane(extent, p) for p in PLANES)
     columns = [[xy], [xz, yz]] if 2.4 * extent[0] < extent[1] else [[xy], [xz], [yz]]
-    fig, axes = panel_figure(columns, margins=(0.25, 0.05, 0.28, 0.45 if classes is not None else 0.22), gaps=(0.3, 0.5))
+    fig, axes = panel_figure(columns, margins=(0.25, 0.05, 0.28, 0.22 + 0.22 * -(-len(classes or ()) // 6)), gaps=(0.3, 0.5))
     for ax, (plane, (across, names)) in zip((ax for column in axes for ax in column), PLANES.items()):
         image = overlay_labels(images[plane], _as_fine(over[plane], images[plane].shape), classes) if over else images[plane]
         _draw(ax, image, _in_plane(extent, plane))
@@ -391,7 +391,7 @@ def show_planes(
         ax.set_title(f"{plane}, {'zyx'[across]} = {at[across]}")
         ax.set_xlabel(names[1], labelpad=2)
         ax.set_ylabel(names[0], rotation=0, labelpad=6, va="center")
-    if classes is not None: _legend(fig, (over or slices).values(), classes, 0.25)
+    if classes is not None: _legend(fig, (over or slices).values(), classes)
     return fig
 
 # %% ../nbs/api/02_show.ipynb #959fcadd
