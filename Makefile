@@ -31,7 +31,7 @@ export: $(STAMP)  ## notebooks -> dinolab/, cleaned
 	@PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_export && PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_clean
 
 readme: $(STAMP)  ## README.md from nbs/index.ipynb
-	@$(BIN)/python -m dinolab.docs readme
+	@$(BIN)/python -c 'from dinolab.docs import write_readme; write_readme()'
 
 clean:  ## remove .venv and built files (not runs/ or data/)
 	rm -rf .venv _docs _proc build *.egg-info
