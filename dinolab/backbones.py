@@ -462,12 +462,13 @@ def read_weights(
     dino = "storage_tokens" in state or "mask_token" in state and "blocks.0.ls1.gamma" in state
     return state, "original" if dino or family == "visionfm" else "mae" if family == "retfound" else "timm"
 
-# %% ../nbs/api/20_backbones.ipynb #047c9faf
+# %% ../nbs/api/20_backbones.ipynb #cfa3a3c8
 def image_side(
     state:dict,  # state dict of a ViT, or of anything else
 )->int:          # pixels, or None where there is no square grid of learnt positions
     "The side of the image for which the positions in `state` were learnt."
-    if "pos_embed" not in state or "patch_embed.proj.weight" not in state: return None
+    hybrid = any(k.startswith("patch_embed.backbone.") for k in state)  # patches of a convolutional network's maps
+    if hybrid or not {"pos_embed", "patch_embed.proj.weight"} <= state.keys(): return None
     tokens = state["pos_embed"].shape[1]
     sides = [math.isqrt(n) for n in (tokens, tokens - 1) if math.isqrt(n) ** 2 == n]
     return sides[0] * state["patch_embed.proj.weight"].shape[-1] if sides else None
@@ -541,8 +542,8 @@ def to_timm(
     if "_extra_state" in own: extra["_extra_state"] = torch.tensor(resizing, dtype=torch.float64)
     return extra | state | {"rope.periods": p for p in periods}
 
-# %% ../nbs/api/20_backbones.ipynb #92a8db9e
-LEFTOVERS = ("decoder", "head", "fc.", "fc_norm", "classifier", "dino_head", "ibot_head", "lm_head", "pooler", "neck", "projectors.",
+# %% ../nbs/api/20_backbones.ipynb #bad23e37
+LEFTOVERS = ("decoder", "head", "fc.", "fc_norm", "classifier", "dino_head", "ibot_head", "last_linear", "lm_head", "pooler", "neck", "projectors.",
     "mask_token", "masked_embed", "cls_norm", "local_cls_norm", "norms.")
 WIDTHS = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge_plus", 1536: "giant", 4096: "7b"}  # of ViTs
 

@@ -115,8 +115,10 @@ def as_meta_dinov3(hf):
     "The state dict that Meta's code would save for this transformers model: fused qkv, masked key bias, bf16 periods."
     state = hf.state_dict()
     out = {"cls_token": state["embeddings.cls_token"], "storage_tokens": state["embeddings.register_tokens"], "mask_token": torch.zeros(1, 384),
-           "patch_embed.proj.weight": state["embeddings.patch_embeddings.weight"], "patch_embed.proj.bias": state["embeddings.patch_embeddings.bias"],
-           "norm.weight": state["norm.weight"], "norm.bias": state["norm.bias"], "local_cls_norm.weight": torch.ones(384), "local_cls_norm.bias": torch.ones(384),
+           "patch_embed.proj.weight": state["embeddings.patch_embeddings.weight"],
+           "patch_embed.proj.bias": state["embeddings.patch_embeddings.bias"],
+           "norm.weight": state["norm.weight"], "norm.bias": state["norm.bias"],
+           "local_cls_norm.weight": torch.ones(384), "local_cls_norm.bias": torch.ones(384),
            "rope_embed.periods": (1 / hf.rope_embeddings.inv_freq).bfloat16()}
     for i, layer in enumerate(hf.model.layer):
         a = layer.attention
@@ -129,7 +131,9 @@ def as_meta_dinov3(hf):
     return out
 
 
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"teacher": {f"module.backbone.{k}": v for k, v in s.items()} | {"module.dino_head.w": torch.ones(1)}}])
+@pytest.mark.parametrize("wrap", [
+    lambda s: s,
+    lambda s: {"teacher": {f"module.backbone.{k}": v for k, v in s.items()} | {"module.dino_head.w": torch.ones(1)}}])
 def test_original_dinov3(tmp_path, wrap):
     hf = hf_dinov3()
     torch.save(wrap(as_meta_dinov3(hf)), tmp_path / "dinov3_vits16.pth")
@@ -154,8 +158,8 @@ def reference_vit(model, x, offset):
     h, w = tokens.shape[-2:]
     side = round((model.pos_embed.shape[1] - 1) ** 0.5)
     grid = model.pos_embed[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
-    if (h, w) != (side, side):
-        grid = F.interpolate(grid, scale_factor=((h + offset) / side, (w + offset) / side), mode="bicubic") if offset else F.interpolate(grid, (h, w), mode="bicubic")
+    target = dict(scale_factor=((h + offset) / side, (w + offset) / side)) if offset else dict(size=(h, w))
+    if (h, w) != (side, side): grid = F.interpolate(grid, mode="bicubic", **target)
     x = torch.cat([(model.cls_token + model.pos_embed[:, :1]).expand(len(x), -1, -1), (tokens + grid).flatten(2).mT], 1)
     for block in model.blocks: x = block(x)
     return model.norm(x)
@@ -168,11 +172,11 @@ def test_original_dinov2(tmp_path):
 
 
 def test_timm_file_equals_timm(tmp_path):
-    for name in ("vit_small_patch14_dinov2", "vit_small_patch16_dinov3_qkvb", TINY_VIT):
+    for name in ("vit_small_patch14_dinov2", "vit_small_patch16_dinov3_qkvb", TINY_VIT, "vit_tiny_r_s16_p8_224"):
         model = random_weights(create(name, num_classes=0, dynamic_img_size=True))
         save_file(model.state_dict(), tmp_path / "model.safetensors")
-        patch = model.patch_embed.patch_size[0]
-        assert_same(create_backbone(name, weights=tmp_path), model.forward_features, patch=patch)
+        backbone = create_backbone(name, weights=tmp_path)
+        assert_same(backbone, model.forward_features, patch=backbone.stride)
 
 
 @pytest.fixture
@@ -194,7 +198,8 @@ def test_retfound_mae(tmp_path, small_families):
 
 def test_retfound_dinov2_file_selects_its_architecture(tmp_path, small_families):
     model = random_weights(timm.create_model("vit_small_patch14_dinov2", num_classes=0, img_size=224))
-    state = {f"backbone.{k}": v for k, v in model.state_dict().items()} | {"backbone.mask_token": torch.zeros(1, 384), "dino_head.mlp.0.weight": torch.ones(2)}
+    state = {f"backbone.{k}": v for k, v in model.state_dict().items()}
+    state |= {"backbone.mask_token": torch.zeros(1, 384), "dino_head.mlp.0.weight": torch.ones(2)}
     torch.save(dict(teacher=state), tmp_path / "RETFound_dinov2.pth")
     backbone = create_backbone("retfound", "large", weights=tmp_path / "RETFound_dinov2.pth")
     assert backbone.recipe["size"] == "large_dinov2" and backbone.stride == 14
@@ -203,7 +208,8 @@ def test_retfound_dinov2_file_selects_its_architecture(tmp_path, small_families)
 
 def test_visionfm(tmp_path, small_families):
     model = random_weights(timm.create_model(TINY_VIT, num_classes=0))
-    state = {f"module.backbone.{k}": v for k, v in model.state_dict().items()} | {"module.backbone.masked_embed": torch.zeros(1, 192), "module.head.w": torch.ones(1)}
+    state = {f"module.backbone.{k}": v for k, v in model.state_dict().items()}
+    state |= {"module.backbone.masked_embed": torch.zeros(1, 192), "module.head.w": torch.ones(1)}
     torch.save(dict(teacher=state, student={}), tmp_path / "VFM_Fundus_weights.pth")
     backbone = create_backbone("visionfm", "base", weights=tmp_path / "VFM_Fundus_weights.pth")
     assert backbone.mean[0] == pytest.approx(0.4237, abs=1e-4)
@@ -355,7 +361,9 @@ def test_overhead_over_bare_timm():
         f()
         return time.perf_counter() - start
 
-    def bare(): return backbone.model.forward_intermediates(y, indices=list(backbone.layers), norm=True, output_fmt="NCHW", intermediates_only=True)
+    def bare():
+        return backbone.model.forward_intermediates(y, indices=list(backbone.layers), norm=True, output_fmt="NCHW", intermediates_only=True)
+
     for _ in range(4):  # a busy machine may spoil a round
         pairs = [(seconds(lambda: backbone(x)), seconds(bare)) for _ in range(8)]
         ratio = min(a for a, _ in pairs) / min(b for _, b in pairs)
@@ -401,7 +409,8 @@ class Code:
 
 
 @pytest.mark.parametrize("damage, message", [
-    (lambda s, p: torch.save({k: v for k, v in s.items() if "blocks.7.attn.proj" not in k}, p), "2 missing (blocks.7.attn.proj.weight, blocks.7.attn.proj.bias)"),
+    (lambda s, p: torch.save({k: v for k, v in s.items() if "blocks.7.attn.proj" not in k}, p),
+     "2 missing (blocks.7.attn.proj.weight, blocks.7.attn.proj.bias)"),
     (lambda s, p: torch.save({"foo": torch.ones(2)}, p), "1 left over (foo)"),
     (lambda s, p: torch.save({}, p), "holds no weights"),
     (lambda s, p: torch.save([1, 2], p), "holds no weights"),
@@ -415,7 +424,7 @@ def test_bad_files(tmp_path, damage, message, name):
     path = tmp_path / "w.pth"
     damage(create(TINY_VIT, num_classes=0).state_dict(), path)
     with pytest.raises(InputError, match="^[^\n]*$") as e: create_backbone(name, weights=path)
-    if name == TINY_VIT or "weights do not" not in str(e.value): assert message in str(e.value) or "patches" in str(e.value)
+    if name == TINY_VIT: assert message in str(e.value)
 
 
 def test_truncated_safetensors(tmp_path):
@@ -427,7 +436,8 @@ def test_truncated_safetensors(tmp_path):
 
 def test_other_sizes_and_families_are_refused(tmp_path):
     hf_dinov3(tmp_path)
-    for name, size in (("dinov3", "base"), ("dinov3", "small_plus"), ("dinov2", "small"), (TINY_VIT, "small"), ("resnet18", "small"), ("convnext_atto", "small")):
+    others = ("dinov2", TINY_VIT, "resnet18", "convnext_atto")
+    for name, size in (("dinov3", "base"), ("dinov3", "small_plus"), *((name, "small") for name in others)):
         with pytest.raises(InputError, match="choose the model"): create_backbone(name, size, weights=tmp_path)
 
 
@@ -445,7 +455,8 @@ def test_offline_and_nothing_cached(tmp_path, monkeypatch):
     start = time.perf_counter()
     with pytest.raises(InputError, match="^[^\n]*$") as e: create_backbone("dinov3", "small", weights="pretrained")
     assert time.perf_counter() - start < 2
-    for part in ("timm/vit_small_patch16_dinov3.lvd1689m", "HF_HOME", "weights=<file or folder>", "weights=None"): assert part in str(e.value)
+    for part in ("timm/vit_small_patch16_dinov3.lvd1689m", "HF_HOME", "weights=<file or folder>", "weights=None"):
+        assert part in str(e.value)
 
 
 def test_cached_weights_need_no_network(tmp_path, monkeypatch):
@@ -464,7 +475,8 @@ def test_cached_weights_need_no_network(tmp_path, monkeypatch):
 
 def test_spec():
     assert FeatureSpec((8, 16, 16, 16), (3.5, 7, 14, 28)).sizes(28, 30)[0] == (8, 9)
-    for channels, strides in [((), ()), ((0,), (4,)), ((8,), (0,)), ((8.5,), (4,)), ((8, 8), (4,)), (8, (4, 8)), ((8,), (float("nan"),)), ("ab", (1, 2))]:
+    nan = float("nan")
+    for channels, strides in [((), ()), ((0,), (4,)), ((8,), (0,)), ((8.5,), (4,)), ((8, 8), (4,)), (8, (4, 8)), ((8,), (nan,)), ("ab", (1, 2))]:
         with pytest.raises(InputError): FeatureSpec(channels, strides)
     with pytest.raises(AttributeError): FeatureSpec((8,), (4,)).channels = (3,)
     assert len(build_model(TINY_VIT, init=False).feature_info) == 12
