@@ -123,13 +123,15 @@ def progress(
     "A progress bar on standard error, shown only in a terminal."
     return tqdm(items, total=total, desc=desc, unit=unit, initial=initial, disable=None, dynamic_ncols=True, mininterval=0.2)
 
-# %% ../nbs/api/00_core.ipynb #38e66a2d
+# %% ../nbs/api/00_core.ipynb #b3305ca9
 class Stages:
     "Seconds per named stage; `stages(name)` is a context manager that adds to it."
     def __init__(self,
-        sync:Callable=None,  # called before each look at the clock, e.g. `torch.cuda.synchronize`
+        sync:Callable=None,   # called before each look at the clock, such as torch.cuda.synchronize
+        memory:Callable=None, # gives MB in use; looked at after each entry
     ):
-        self.seconds, self.calls, self.sync = defaultdict(float), defaultdict(int), sync or (lambda: None)
+        self.seconds, self.calls, self.mb = defaultdict(float), defaultdict(int), {}
+        self.sync, self.memory = sync or (lambda: None), memory
         self.start = time.perf_counter()
 
     @contextmanager
@@ -141,6 +143,7 @@ class Stages:
             self.sync()
             self.seconds[name] += time.perf_counter() - t
             self.calls[name] += 1
+            if self.memory: self.mb[name] = max(self.mb.get(name, 0), self.memory())
 
     @property
     def total(self)->float:
