@@ -71,18 +71,19 @@ def intensity_range(
     if low == high: raise InputError(f"{volume.name} is constant ({low:g}): expected an image; is it the right channel or region?")
     return low, high
 
-# %% ../nbs/api/42_features.ipynb #ee624961
+# %% ../nbs/api/42_features.ipynb #ea61513b
 def check_finite(
     x:np.ndarray,  # any shape
     name:str,      # for the message
 ):
     "Raise `InputError` when `x` holds NaN or infinity."
-    if np.issubdtype(x.dtype, np.integer) or x.dtype == bool: return
-    if np.iscomplexobj(x): raise InputError(f"{name} is complex: expected real intensities; take the magnitude")
+    if x.dtype.kind == "c": raise InputError(f"{name} is complex: expected real intensities; take the magnitude")
+    if x.dtype.kind not in "biuf": raise InputError(f"{name} holds {x.dtype}: expected numbers")
+    if x.dtype.kind != "f": return
     bad = ~np.isfinite(x)
     if bad.any(): raise InputError(f"{name}: {bad.sum()} of {bad.size} values are NaN or infinite, the first at {tuple(int(i) for i in np.argwhere(bad)[0])}: replace them before extraction")
 
-# %% ../nbs/api/42_features.ipynb #78224661
+# %% ../nbs/api/42_features.ipynb #28eb4c42
 @dataclass(frozen=True)
 class Plan:
     "What to extract: grids, planes, scale and fusion."
@@ -106,6 +107,10 @@ class Plan:
 
     @property
     def pitch(self): "Distance of patches, nm."; return self.pixel * self.stride
+
+    def channels(self, spec:FeatureSpec)->int:
+        "Channels of the result: those of all maps, per plane when they are concatenated."
+        return sum(spec.channels) * (len(self.planes) if self.fusion == "concat" else 1)
 
     def weights(self)->dict:
         "Weight of each plane in the result; they sum to 1, or are 1 each for concat."
@@ -169,7 +174,7 @@ def slice_weights(
     weights = resample_matrix(n, step, corner, *one(dst))
     return weights if stride == 1 else np.stack([_thin(r, stride) for r in weights])
 
-# %% ../nbs/api/42_features.ipynb #2e56a73e
+# %% ../nbs/api/42_features.ipynb #a499ad62
 class PlanePass:
     "Everything about one plane of one block that does not depend on the slice."
     def __init__(self,
@@ -179,8 +184,9 @@ class PlanePass:
         dst:Grid,          # target block
         spec:FeatureSpec,  # of the backbone
         device="cpu",      # where the backbone is
+        home="cpu",        # where the result is
     ):
-        self.plan, self.plane, self.spec, self.device = plan, plane, spec, device
+        self.plan, self.plane, self.spec, self.device, self.home = plan, plane, spec, device, home
         self.normal, *self.axes = plane_axes(plane)
         self.offset = round((region.corner[self.normal] - plan.src.corner[self.normal]) / plan.src.voxel_size[self.normal])
         self.weights = slice_weights(plan.src, dst, self.normal, plan.slice_stride) * plan.weights()[plane]
@@ -188,12 +194,12 @@ class PlanePass:
         spans = [tile_span(plan, dst, a) for a in self.axes]
         self.image_shape = tuple(n * plan.stride for _, n in spans)
         corners = [plan.src.corner[a] + first * plan.pitch for a, (first, _) in zip(self.axes, spans)]
-        self.to_image = [self._matrix(region.shape[a], region.voxel_size[a], region.corner[a], n * plan.stride, plan.pixel, c)
+        self.to_image = [self._matrix(device, region.shape[a], region.voxel_size[a], region.corner[a], n * plan.stride, plan.pixel, c)
                          for a, c, (_, n) in zip(self.axes, corners, spans)]
-        self.to_target = [[self._matrix(n * plan.stride // s, plan.pixel * s, c, dst.shape[a], dst.voxel_size[a], dst.corner[a])
+        self.to_target = [[self._matrix(home, n * plan.stride // s, plan.pixel * s, c, dst.shape[a], dst.voxel_size[a], dst.corner[a])
                            for a, c, (_, n) in zip(self.axes, corners, spans)] for s in spec.strides]
 
-    def _matrix(self, *args): return torch.from_numpy(resample_matrix(*args)).to(self.device)
+    def _matrix(self, device, *args): return torch.from_numpy(resample_matrix(*args)).to(device)
 
     def images(self,
         data:np.ndarray,  # z y x, raw voxels of the region
@@ -296,7 +302,7 @@ def raw_region(
         high.append(max([math.ceil(e - 1e-6) + 1 for _, e in inside] + [int(i[-1]) + 1 + plan.neighbours for i in normal]))
     return tuple(slice(max(0, b), min(e, n)) for b, e, n in zip(low, high, plan.src.shape))
 
-# %% ../nbs/api/42_features.ipynb #2f222e7b
+# %% ../nbs/api/42_features.ipynb #3c0306ed
 @torch.inference_mode()
 def extract_block(
     data:np.ndarray,     # z y x, raw voxels of `region`
@@ -307,13 +313,13 @@ def extract_block(
     compute:Compute=Compute(),  # batch size and precision
     stages:Stages=None,  # adds up the time
     bar=None,            # progress bar, moved by images
-)->Tensor:               # z y x c, float32, on the backbone's device
-    "Features of one target block."
+)->Tensor:               # z y x c, float32
+    "Features of one target block: where the backbone is, or in the machine's memory when a GPU has no room."
     stages, spec, device = stages or Stages(), backbone.spec, _device(backbone)
     width = sum(spec.channels)
-    out = torch.zeros(*dst.shape, width * (len(plan.planes) if plan.fusion == "concat" else 1), device=device)
+    with stages("result"): out = _zeros((*dst.shape, plan.channels(spec)), device)
     for p, plane in enumerate(plan.planes):
-        with stages(f"{plane}/setup"): work = PlanePass(plan, plane, region, dst, spec, device)
+        with stages(f"{plane}/setup"): work = PlanePass(plan, plane, region, dst, spec, device, out.device)
         part = out[..., p * width:(p + 1) * width] if plan.fusion == "concat" else out
         size = compute.batch_size or auto_batch(work.image_shape, spec, device)
         for i in range(0, len(work.slices), size):
@@ -324,9 +330,14 @@ def extract_block(
             if bar is not None: bar.update(len(batch))
     return out
 
+def _zeros(shape, device):
+    "The result, beside the backbone where it takes at most half of the free memory of a GPU, else in the machine's."
+    if device.type == "cuda" and math.prod(shape) * 4 > torch.cuda.mem_get_info(device)[0] / 2: device = "cpu"
+    return torch.zeros(shape, device=device)
+
 def _device(backbone): return next((t.device for t in (*backbone.parameters(), *backbone.buffers())), torch.device("cpu"))
 
-# %% ../nbs/api/42_features.ipynb #c33e24b8
+# %% ../nbs/api/42_features.ipynb #26c20851
 def run_backbone(
     backbone:nn.Module,  # b 3 h w in 0..1 -> maps
     images:Tensor,       # b 3 h w
@@ -344,7 +355,7 @@ def _fuse(out, maps, work, batch):
     planes = slice(int(targets[0]), int(targets[-1]) + 1)
     mix, start = torch.from_numpy(weights[planes]).to(out.device), 0
     for m, (rows, cols) in zip(maps, work.to_target):
-        m = m.permute(0, 2, 3, 1).float().contiguous()
+        m = m.to(out.device).permute(0, 2, 3, 1).float().contiguous()
         k = (mix @ m.view(len(m), -1)).view(len(mix), *m.shape[1:])
         add_plane(out[..., start:start + m.shape[-1]], k, planes, work.normal, rows, cols)
         start += m.shape[-1]
@@ -442,10 +453,13 @@ def _size(size):
     if len(size) != 3 or min(size) < 1: raise InputError(f"target_output_size {size}: expected three sizes (z, y, x) of at least 1")
     return size
 
-# %% ../nbs/api/42_features.ipynb #f22a1334
+# %% ../nbs/api/42_features.ipynb #dc82320e
 def _stages(backbone, timing):
+    "Stages that, when timing is asked for, wait for a GPU and look at the memory."
     device = _device(backbone)
-    return Stages((lambda: torch.cuda.synchronize(device)) if timing and device.type == "cuda" else None)
+    if not timing: return Stages()
+    if device.type != "cuda": return Stages(memory=lambda: memory_mb()[0])
+    return Stages(lambda: torch.cuda.synchronize(device), lambda: torch.cuda.memory_allocated(device) / 2**20)
 
 def count_images(
     plan:Plan,  # what to extract
@@ -453,7 +467,7 @@ def count_images(
     "Images that the backbone will see for the whole target."
     return sum(int(slice_weights(plan.src, plan.dst, plane_axes(p)[0], plan.slice_stride).any(0).sum()) for p in plan.planes)
 
-# %% ../nbs/api/42_features.ipynb #f9a2aa49
+# %% ../nbs/api/42_features.ipynb #f3bd159d
 def report(
     plan:Plan,          # what was extracted
     stages:Stages,      # seconds per stage
@@ -464,17 +478,18 @@ def report(
     now, peak = memory_mb()
     total, images = stages.total, count_images(plan)
     backbone = sum(s for k, s in stages.seconds.items() if k.endswith("/backbone"))
-    return dict(seconds=dict(stages.seconds), total_seconds=total, backbone_share=backbone / total, images=images, images_per_second=images / total,
+    return dict(seconds=dict(stages.seconds), memory_mb=dict(stages.mb), total_seconds=total, backbone_share=backbone / total, images=images, images_per_second=images / total,
                 voxels_per_second=math.prod(plan.dst.shape) / total, result_mb=result_bytes / 2**20, resident_mb=now, resident_growth_mb=now - before if before else None, peak_mb=peak,
                 grid=plan.dst, pixel_nm=plan.pixel, patch_nm=plan.pitch, intensity=plan.intensity, plan=plan)
 
-# %% ../nbs/api/42_features.ipynb #c69405ed
+# %% ../nbs/api/42_features.ipynb #a634fddc
 def timing_table(
     info:dict,  # from extract_features_3d
 )->str:
-    "Seconds and share per stage and plane, as text."
+    "Seconds, share and (when timing was asked for) memory at the end per stage and plane, as text."
     stage = lambda k: k.split("/") if "/" in k else ["", k]
-    rows = [dict(plane=stage(k)[0], stage=stage(k)[1], seconds=s, share=f"{s / info['total_seconds']:.1%}") for k, s in info["seconds"].items()]
+    memory = lambda k: dict(mb=round(info["memory_mb"][k])) if info["memory_mb"] else {}
+    rows = [dict(plane=stage(k)[0], stage=stage(k)[1], seconds=s, share=f"{s / info['total_seconds']:.1%}", **memory(k)) for k, s in info["seconds"].items()]
     rows.append(dict(plane="", stage="total", seconds=info["total_seconds"], share="100.0%"))
     return format_table(rows) + (f"\n{info['images']} images, {info['images_per_second']:.3g} per second, {info['voxels_per_second']:.3g} target voxels per second; "
                                  f"result {info['result_mb']:.0f} MB, resident memory {info['resident_mb']:.0f} MB, highest {info['peak_mb']:.0f} MB")
@@ -530,12 +545,12 @@ def model_identity(
     recipe = {k: v for k, v in getattr(backbone, "recipe", {"name": type(backbone).__name__}).items() if k != "weights"}
     return dict(model=recipe, weights_hash=getattr(backbone, "weights_hash", None) or state_hash(backbone.state_dict()), spec=asdict(backbone.spec))
 
-# %% ../nbs/api/42_features.ipynb #c0a6034d
+# %% ../nbs/api/42_features.ipynb #f35e2feb
 class _Extraction:
     "Task of `run_blocks`: extract one target block and write it. Travels to workers once."
     def __init__(self, volume, array, plan, backbone, compute, pca=None):
         self.volume, self.array, self.plan, self.backbone, self.compute, self.pca = volume, array, plan, backbone, compute, pca
-        self.device, self.stages = str(_device(backbone)), Stages()
+        self.device, self.stages = str(_device(backbone)), _stages(backbone, True)
 
     def __getstate__(self): return {**self.__dict__, "backbone": self.backbone.cpu(), "stages": None}
 
@@ -551,13 +566,13 @@ class _Extraction:
         x = self.features(block.write)
         with self.stages("write"): self.array[block.write] = (x if self.pca is None else self.pca.transform(x)).astype(self.array.dtype)
 
-# %% ../nbs/api/42_features.ipynb #01955fbe
+# %% ../nbs/api/42_features.ipynb #27df6392
 def _fit_projection(task, blocks, n_components, seed=0):
     "PCA of the features of four blocks spread over the volume."
     chosen = [blocks[i] for i in sorted({round(q * (len(blocks) - 1)) for q in (0.125, 0.375, 0.625, 0.875)})]
     rng = np.random.default_rng(seed)
     def sample(block):
-        x = task.features(block.write).reshape(-1, sum(task.backbone.spec.channels) * (len(task.plan.planes) if task.plan.fusion == "concat" else 1))
+        x = task.features(block.write).reshape(-1, task.plan.channels(task.backbone.spec))
         return x[rng.choice(len(x), min(len(x), 10000), replace=False)]
     return fit_pca(np.concatenate([sample(b) for b in progress(chosen, desc="projection", unit="block")]), n_components)
 
@@ -578,7 +593,7 @@ def _sample_features(array, chunks=48, per_chunk=400, seed=0):
         return x[rng.choice(len(x), min(per_chunk, len(x)), replace=False)]
     return np.concatenate([read(i) for i in sorted(picked)])
 
-# %% ../nbs/api/42_features.ipynb #77644bb5
+# %% ../nbs/api/42_features.ipynb #73d8e76d
 def extract_to_zarr(
     source,                     # raw: path or URL of OME-Zarr, NIfTI, TIFF, .npy; or Multiscale, Volume, array
     store,                      # folder (or fsspec URL) of the new zarr group
@@ -606,16 +621,15 @@ def extract_to_zarr(
     "Features of a volume of any size, in constant memory; a run that was killed goes on where it was."
     before, volume = memory_mb()[0], _raw_level(source, voxel_size, raw_resolution)
     dst = volume.grid if voxel_size is None else volume.grid.with_voxel_size(voxel_size)
-    block = tuple(min(block, -(-n // chunk) * chunk) for n in dst.shape)
+    plan = make_plan(volume.grid, backbone.spec, intensity or _stored_intensity(store) or intensity_range(volume), dst=dst, planes=planes, pixel=pixel_size, fusion=fusion,
+                     neighbours=neighbours, slice_stride=slice_stride, halo=halo, block=_block_shape(block, chunk, dst.shape))
+    compute, settings = Compute(batch_size, precision), dict(plan=asdict(plan), n_components=n_components, rgb=rgb, chunk=chunk, precision=_stored_precision(precision, backbone), source=_place_of(volume), **model_identity(backbone))
+    _check_components(n_components, plan, backbone.spec)
     with _open_store(store, resume) as group:
-        intensity = intensity or group.attrs.get("intensity") or intensity_range(volume)
-        plan = make_plan(volume.grid, backbone.spec, intensity, dst=dst, planes=planes, pixel=pixel_size, fusion=fusion, neighbours=neighbours,
-                         slice_stride=slice_stride, halo=halo, block=block)
-        settings = dict(plan=asdict(plan), n_components=n_components, rgb=rgb, chunk=chunk, precision=_stored_precision(precision, backbone), source=_place_of(volume), **model_identity(backbone))
         array, pca = _prepare(group, store, settings, plan, backbone.spec, chunk, n_components, str(getattr(backbone, "recipe", {}).get("weights")))
-        blocks = make_blocks(dst.shape, block)
-        check_aligned(array, block)
-        task = _Extraction(volume, array, plan, backbone.eval(), Compute(batch_size, precision))
+        blocks = make_blocks(dst.shape, plan.block)
+        check_aligned(array, plan.block)
+        task = _Extraction(volume, array, plan, backbone.eval(), compute)
         if n_components and pca is None: pca = _keep_pca(group, "projection", _fit_projection(task, blocks, n_components))
         task.pca = pca
         run_blocks(task, blocks, Done.create(group, blocks), workers=workers, client=client, desc="blocks")
@@ -623,7 +637,7 @@ def extract_to_zarr(
         group.attrs["status"] = "complete"
     return Features(open_group(store), store, report(plan, task.stages, math.prod(array.shape) * 2, before))
 
-# %% ../nbs/api/42_features.ipynb #746c3ac7
+# %% ../nbs/api/42_features.ipynb #37fca1f6
 def _raw_level(source, voxel_size, raw_resolution):
     "The raw volume to read: of a pyramid, the level that was asked for, or four raw voxels per target voxel."
     _check_shape(source)
@@ -632,6 +646,18 @@ def _raw_level(source, voxel_size, raw_resolution):
     return pyramid.level_for(raw_resolution if raw_resolution is not None else tuple(v / 4 for v in np.broadcast_to(voxel_size, 3)))
 
 def _place_of(volume): return volume.path if "://" in volume.path or not volume.path else os.path.abspath(volume.path)
+
+def _stored_intensity(store):
+    "The intensity range of an unfinished store, so that a resumed run need not look at the volume again."
+    try: return open_group(store).attrs.get("intensity")
+    except InputError: return None
+
+def _block_shape(block, chunk, shape):
+    if chunk < 1 or block < chunk or block % chunk: raise InputError(f"block {block}, chunk {chunk}: expected a block of one or more whole chunks, e.g. block {max(1, round(block / max(1, chunk))) * max(1, chunk)}")
+    return tuple(min(block, -(-n // chunk) * chunk) for n in shape)
+
+def _check_components(n, plan, spec):
+    if n is not None and not 1 <= n <= plan.channels(spec): raise InputError(f"{n} components of {plan.channels(spec)} channels: expected 1 to {plan.channels(spec)}")
 
 def _stored_precision(precision, backbone): return auto_precision(_device(backbone)) if precision == "auto" else precision
 
@@ -654,7 +680,7 @@ def _open_store(path, resume):
         if there and "settings" not in group.attrs: raise InputError(f"{path} exists and is no feature store: give a new path")
         yield group
 
-# %% ../nbs/api/42_features.ipynb #e1e8d129
+# %% ../nbs/api/42_features.ipynb #cd094da2
 def _differences(old, new, prefix=""):
     "Dotted names of settings that differ."
     if isinstance(old, dict) and isinstance(new, dict):
@@ -669,7 +695,7 @@ def _prepare(group, store, settings, plan, spec, chunk, n_components, weights):
     if there is None:
         group.attrs.update(dict(kind="dinolab features", axes=list("zyxc"), voxel_size_nm=list(plan.dst.voxel_size), origin_nm=list(plan.dst.origin),
                                 intensity=list(plan.intensity), planes=list(plan.planes), weights=weights, settings=settings, settings_hash=settings_hash(settings), status="running"))
-    channels = n_components or sum(spec.channels) * (len(plan.planes) if plan.fusion == "concat" else 1)
+    channels = n_components or plan.channels(spec)
     if "features" not in group:
         create_array(group, "features", (*plan.dst.shape, channels), "f2", (chunk,) * 3 + (channels,), (*plan.block, channels), tuple("zyxc"))
     return writable(group, "features"), Pca.from_dict(group.attrs["projection"]) if "projection" in group.attrs else None

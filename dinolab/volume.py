@@ -45,7 +45,7 @@ def triple(
     if positive and min(values) <= 0: raise InputError(f"{what} {values}: expected positive numbers")
     return values
 
-# %% ../nbs/api/11_volume.ipynb #26b3b258
+# %% ../nbs/api/11_volume.ipynb #5cc2f113
 @dataclass(frozen=True)
 class Grid:
     "A regular grid of voxels in the world; all tuples are z, y, x, lengths are nanometres."
@@ -57,9 +57,7 @@ class Grid:
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
         object.__setattr__(self, "voxel_size", triple(self.voxel_size, "voxel size (nm)"))
         object.__setattr__(self, "origin", triple(self.origin, "origin (nm)", positive=False))
-        if len(self.shape) != 3 or min(self.shape) < 1: raise InputError(f"a grid of shape {self.shape}: expected three sizes (z, y, x) of at least 1")
-        if not all(1e-3 <= v <= 1e9 for v in self.voxel_size):
-            raise InputError(f"voxel size {self.voxel_size} nm: expected between 0.001 nm and 1 m; are the units right?")
+        _check_grid(self.shape, self.voxel_size)
 
     @property
     def corner(self): "Edge of voxel (0, 0, 0), nm."; return tuple(o - v / 2 for o, v in zip(self.origin, self.voxel_size))
@@ -92,10 +90,12 @@ class Grid:
         margin:int=0,  # voxels of this grid added on every side
     )->tuple:          # three slices, not clipped
         "The voxels of this grid that touch the box of `other`."
-        def axis(c, v, c2, e2):
-            a, b = (c2 - c) / v, (c2 + e2 - c) / v
-            return slice(math.floor(a + 1e-6) - margin, math.ceil(b - 1e-6) + margin)
-        return tuple(axis(*t) for t in zip(self.corner, self.voxel_size, other.corner, other.extent))
+        ends = [((c2 - c) / v, (c2 + e2 - c) / v) for c, v, c2, e2 in zip(self.corner, self.voxel_size, other.corner, other.extent)]
+        return tuple(slice(math.floor(a + 1e-6) - margin, math.ceil(b - 1e-6) + margin) for a, b in ends)
+
+def _check_grid(shape, voxel_size):
+    if len(shape) != 3 or min(shape) < 1: raise InputError(f"a grid of shape {shape}: expected three sizes (z, y, x) of at least 1")
+    if not all(1e-3 <= v <= 1e9 for v in voxel_size): raise InputError(f"voxel size {voxel_size} nm: expected between 0.001 nm and 1 m; are the units right?")
 
 # %% ../nbs/api/11_volume.ipynb #3d850212
 def size_text(
@@ -186,7 +186,7 @@ def majority(
     run = place - np.maximum.accumulate(start, axis=-1)
     return np.take_along_axis(s, run.argmax(-1)[..., None], -1)[..., 0]
 
-# %% ../nbs/api/11_volume.ipynb #d53bbe8b
+# %% ../nbs/api/11_volume.ipynb #544a273f
 class Volume:
     "A lazily read array with its grid, z y x."
     def __init__(self,
@@ -203,7 +203,7 @@ class Volume:
     origin = property(lambda self: self.grid.origin)
     dtype = property(lambda self: np.dtype(self.array.dtype))
 
-    def __repr__(self): return f"Volume({self.name!r}, {self.shape}, {self.dtype}, {size_text(self.voxel_size)})"
+    def __repr__(self): return f"Volume({'/'.join(Path(self.name).parts[-2:])!r}, {self.shape}, {self.dtype}, {size_text(self.voxel_size)})"
 
     def read(self,
         roi:tuple=None,  # three slices within the volume, voxels; None for all
