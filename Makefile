@@ -19,7 +19,8 @@ $(STAMP): settings.ini setup.py
 	@touch $@
 
 demo: $(STAMP)  ## features of two volumes, from image to picture (minutes)
-	@$(BIN)/dinolab run multires_features --out runs --figures-to runs/demo
+	@echo "running nbs/experiments/multires_features.ipynb: some minutes"
+	@folder=$$($(BIN)/dinolab run multires_features --out runs --figures-to runs/demo) && cat "$$folder/timing.txt" && echo "pictures in runs/demo, everything in $$folder"
 
 test: $(STAMP)  ## all tests: notebooks and tests/
 	@PATH="$(CURDIR)/$(BIN):$$PATH" tests/run
