@@ -657,7 +657,7 @@ def create_backbone(
     if state is not None: state = to_timm(model, state, source, in_channels)
     cut_above(model, layers, norm and not pyramid)
     if state is not None: load_checked(model, state, known, f"{path} for {full}")
-    elif not next(model.parameters()).is_meta: print(f"{full}: random weights (weights=None)", file=sys.stderr)
+    elif not next(model.parameters()).is_meta: print(f"{full}: random weights (weights=None): good for trying things out, not for results", file=sys.stderr)
     if source == "huggingface": check_config(path, model)
     recipe = dict(name=name, size=size, weights=weights if weights is None else str(weights), layers=list(layers),
         in_channels=in_channels, norm=norm)

@@ -10,6 +10,7 @@ import fcntl
 import itertools
 import multiprocessing
 import os
+import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -81,6 +82,12 @@ _TASK = None  # what this worker process works on
 def _start(task):
     global _TASK
     _TASK = task
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+def _end_with_parent():
+    "A worker whose parent is killed would go on writing for a while, and then wait for ever."
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 def _work(block, done, task=None):
     "One block in a worker: run, then mark; the order makes a kill harmless."
@@ -114,13 +121,16 @@ def _processes(task, blocks, done, workers, restarts=3):
     left = {b.index: b for b in blocks}
     for _ in range(1 + restarts):
         with _threads_per_worker(workers), ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start, (task,)) as pool:
-            futures = {pool.submit(_work, b, done): b for b in left.values()}
-            for f in as_completed(futures):
-                error = f.exception()
-                if isinstance(error, BrokenProcessPool): continue
-                yield left.pop(futures[f].index), error
+            try:
+                futures = {pool.submit(_work, b, done): b for b in left.values()}
+                for f in as_completed(futures):
+                    if not isinstance(f.exception(), BrokenProcessPool): yield left.pop(futures[f].index), f.exception()
+            except BrokenProcessPool: pass  # while work was handed out
+            except BaseException:           # Ctrl-C: what is not begun is dropped
+                pool.shutdown(cancel_futures=True)
+                raise
         if not left: return
-    for b in left.values(): yield b, RuntimeError("its worker was killed again and again; is there enough memory?")
+    for b in left.values(): yield b, RuntimeError("its worker was killed again and again; is there enough memory, and is the task in a module that workers can import?")
 
 # %% ../nbs/api/12_blocks.ipynb #cff7d030
 def _dask(task, blocks, done, client, rounds=3):
@@ -174,7 +184,9 @@ def lock_folder(
 ):
     "Hold `path` for this process; `InputError` if another process holds it."
     name = Path(path)/".lock"
-    with open(name, "a+") as f:
+    try: f = open(name, "a+")
+    except OSError as e: raise InputError(f"{path} cannot be written ({e.strerror}): expected a writable folder") from e
+    with f:
         try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             f.seek(0)
@@ -184,4 +196,4 @@ def lock_folder(
         f.write(str(os.getpid()))
         f.flush()
         try: yield
-        finally: name.unlink()
+        finally: name.unlink(missing_ok=True)

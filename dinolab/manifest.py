@@ -17,6 +17,7 @@ from typing import Annotated, Any, Iterator, Literal, get_args
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, NonNegativeInt, ValidationError, model_validator
 
+import dinolab
 from .core import InputError, MissingError, nearest, pick
 
 # %% ../nbs/api/01_manifest.ipynb #2100fbc6
@@ -291,8 +292,10 @@ def parse_manifest(
 def find_manifests(
     folder:str="data_manifests",  # where the manifests are
 )->dict:                          # name -> path, sorted
-    "All manifests of a folder, by the names of their files."
-    return {p.stem: p for p in sorted(Path(folder).glob("*.yaml"))}
+    "All manifests of a folder, by the names of their files; a relative folder is looked for from here upwards, then beside the package."
+    bases = (Path.cwd(), *Path.cwd().parents, Path(dinolab.__file__).resolve().parents[1])
+    there = next((b/folder for b in bases if (b/folder).is_dir()), Path(folder))
+    return {p.stem: p for p in sorted(there.glob("*.yaml"))}
 
 def load_manifest(
     path_or_name,                 # file, name of a manifest in the folder, or a Manifest, which is returned as it is

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['OPTIONS', 'triple', 'Grid', 'size_text', 'check_same_box', 'mirror', 'resample_matrix', 'axis_matrices',
-           'apply_matrices', 'majority', 'Volume', 'check_inside', 'StoredArray', 'LevelMeta', 'ngff_levels',
-           'array_level', 'Multiscale', 'open_group', 'open_multiscale', 'format_of', 'open_levels', 'open_volume',
-           'open_or_create_group', 'create_array', 'writable', 'pyramid_grids', 'ngff_attributes', 'create_multiscale',
-           'storage_blocks', 'fill_pyramid', 'new_folder', 'write_multiscale', 'update_datapaths_with_target_scales']
+           'with_mirror', 'is_identity', 'apply_matrices', 'majority', 'check_roi', 'Volume', 'check_inside',
+           'StoredArray', 'LevelMeta', 'ngff_levels', 'array_level', 'Multiscale', 'plain_path', 'open_group',
+           'open_multiscale', 'format_of', 'open_levels', 'open_volume', 'open_or_create_group', 'create_array',
+           'writable', 'pyramid_grids', 'ngff_attributes', 'create_multiscale', 'storage_blocks', 'fill_pyramid',
+           'new_folder', 'write_multiscale', 'update_datapaths_with_target_scales']
 
 # %% ../nbs/api/11_volume.ipynb #4904a215
 import itertools
@@ -19,7 +20,8 @@ import tempfile
 import uuid
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -111,10 +113,10 @@ def check_same_box(
     b:Grid,              # the other
     names:tuple=("raw", "target"),  # what they are, for the error
 ):
-    "Raise `InputError` unless both grids cover the same box within half a voxel of the coarser one."
+    "Raise `InputError` unless both grids cover the same box: within half a voxel of the coarser one at the corner, and one at the end, where a last voxel may be cut."
     slack = [max(v, w) / 2 + 1e-6 for v, w in zip(a.voxel_size, b.voxel_size)]
     ends = [[c + e for c, e in zip(g.corner, g.extent)] for g in (a, b)]
-    if all(abs(p - q) <= s and abs(u - v) <= s for p, q, u, v, s in zip(a.corner, b.corner, *ends, slack)): return
+    if all(abs(p - q) <= s and abs(u - v) <= 2 * s for p, q, u, v, s in zip(a.corner, b.corner, *ends, slack)): return
     show = lambda g: f"{tuple(round(c) for c in g.corner)} to {tuple(round(c + e) for c, e in zip(g.corner, g.extent))} nm"
     raise InputError(f"{names[0]} covers {show(a)}, {names[1]} {show(b)}: expected the same box; crop one of them, or correct its voxel size")
 
@@ -160,20 +162,32 @@ def axis_matrices(
     "`resample_matrix` for each axis."
     return [resample_matrix(*t) for t in zip(src.shape, src.voxel_size, src.corner, dst.shape, dst.voxel_size, dst.corner)]
 
+# %% ../nbs/api/11_volume.ipynb #313bf3bb
+def with_mirror(
+    s:slice, # of an axis, may reach beyond it
+    n:int,   # length of the axis
+)->slice:    # within the axis
+    "The part of `s` inside the axis, and where the parts outside are mirrored to."
+    return slice(max(0, min(s.start, 2 * n - s.stop)), min(n, max(s.stop, -s.start)))
+
+# %% ../nbs/api/11_volume.ipynb #2c5bd052
+def is_identity(
+    matrix:np.ndarray,  # from `resample_matrix`: rows sum to 1
+)->bool:
+    "Whether a resampling changes nothing, so that it can be left out."
+    return matrix.shape[0] == matrix.shape[1] and bool((np.diagonal(matrix) == 1).all())
+
 # %% ../nbs/api/11_volume.ipynb #db92b375
 def apply_matrices(
     x:np.ndarray,        # z y x
-    matrices:Sequence,   # three matrices, or None where an axis stays
+    matrices:Sequence,   # three, as from `axis_matrices`
 )->np.ndarray:           # z y x, float32
     "Multiply each axis of `x` with its matrix, the one that shrinks most first."
     x = np.asarray(x, dtype=np.float32)
     order = sorted(range(3), key=lambda a: len(matrices[a]) / matrices[a].shape[1])
     for a in order:
-        if not _is_identity(matrices[a]): x = np.moveaxis(np.tensordot(matrices[a], x, (1, a)), 0, a)
+        if not is_identity(matrices[a]): x = np.moveaxis(np.tensordot(matrices[a], x, (1, a)), 0, a)
     return np.ascontiguousarray(x)
-
-def _is_identity(m):
-    return m.shape[0] == m.shape[1] and bool((np.diagonal(m) == 1).all())
 
 # %% ../nbs/api/11_volume.ipynb #ca360387
 def majority(
@@ -185,6 +199,19 @@ def majority(
     start = np.where(np.diff(s, axis=-1, prepend=s[..., :1]) != 0, place, 0)
     run = place - np.maximum.accumulate(start, axis=-1)
     return np.take_along_axis(s, run.argmax(-1)[..., None], -1)[..., 0]
+
+# %% ../nbs/api/11_volume.ipynb #f8ec44ea
+def check_roi(
+    roi,         # three slices, voxels; None for all
+    shape:tuple, # voxels there are
+    name:str,    # for the error
+)->tuple:        # three slices with start and stop
+    "A region of interest with its ends filled in, checked to be non-empty and inside."
+    roi = (slice(None),) * 3 if roi is None else tuple(roi)
+    ends = [(s.start or 0, n if s.stop is None else s.stop, s.step or 1) for s, n in zip(roi, shape)]
+    if len(roi) != 3 or any(step != 1 or not 0 <= a < b <= n for (a, b, step), n in zip(ends, shape)):
+        raise InputError(f"{name}: region [{', '.join(f'{s.start}:{s.stop}' for s in roi)}] of a volume of shape {tuple(shape)}: expected three non-empty ranges within it")
+    return tuple(slice(a, b) for a, b, _ in ends)
 
 # %% ../nbs/api/11_volume.ipynb #544a273f
 class Volume:
@@ -209,33 +236,29 @@ class Volume:
         roi:tuple=None,  # three slices within the volume, voxels; None for all
     )->np.ndarray:       # z y x
         "The voxels of `roi`, as they are stored."
-        roi = tuple(slice(0, n) for n in self.shape) if roi is None else tuple(roi)
-        if len(roi) != 3 or any(not 0 <= s.start < s.stop <= n for s, n in zip(roi, self.shape)):
-            raise InputError(f"{self.name}: region {_show(roi)} of a volume of shape {self.shape}: expected three non-empty ranges within it")
-        return np.asarray(self.array[roi])
+        return np.asarray(self.array[check_roi(roi, self.shape, self.name)])
 
     def crop(self,
-        roi:tuple,  # three slices, voxels
+        roi:tuple,  # three slices within the volume, voxels
     )->"Volume":
         "A part of the volume, still on disk."
+        roi = check_roi(roi, self.shape, self.name)
         grid = self.grid.crop(roi)
-        return Volume(_Window(self.array, tuple(s.start for s in roi), grid.shape), grid, self.name, self.path)
+        part = self.array[roi] if isinstance(self.array, np.ndarray) else _Window(self.array, tuple(s.start for s in roi), grid.shape)
+        return Volume(part, grid, self.name, self.path)
 
     def sample(self,
         grid:Grid,          # where values are wanted
         mode:str="linear",  # "linear" (mean where coarser), "nearest", or "majority" for labels
     )->np.ndarray:          # z y x on `grid`; float32 when linear, else as stored
-        "Values on any grid within the volume; up to half a voxel beyond its box is mirrored."
-        margin = {"linear": 1, "nearest": 1, "majority": 0}
-        if mode not in margin: raise InputError(f"sampling mode {mode!r}: expected linear, nearest or majority")
+        "Values on any grid within the volume; what `check_inside` lets reach out of it is mirrored."
+        if mode not in ("linear", "nearest", "majority"): raise InputError(f"sampling mode {mode!r}: expected linear, nearest or majority")
         check_inside(grid, self.grid, self.name)
-        roi = tuple(slice(max(0, s.start), min(n, s.stop)) for s, n in zip(self.grid.roi_of(grid, margin[mode]), self.shape))
+        roi = tuple(with_mirror(s, n) for s, n in zip(self.grid.roi_of(grid, 1), self.shape))
         data, matrices = self.read(roi), axis_matrices(self.grid.crop(roi), grid)
         if mode == "linear": return apply_matrices(data, matrices)
         if mode == "nearest": return data[np.ix_(*(_nearest_index(self.grid.crop(roi), grid, a) for a in range(3)))]
         return _majority_sample(data, matrices)
-
-def _show(roi): return "[" + ", ".join(f"{s.start}:{s.stop}" for s in roi) + "]"
 
 def _nearest_index(src, dst, a):
     "Index of the source voxel that holds each target centre; a centre on an edge takes the lower voxel."
@@ -257,6 +280,7 @@ def _majority_sample(data, matrices):
 class _Window:
     "A region of an array-like, as an array-like."
     def __init__(self, array, start, shape): self.array, self.start, self.shape, self.dtype = array, start, shape, array.dtype
+    fixed = property(lambda self: getattr(self.array, "fixed", {}))
     def __getitem__(self, roi): return self.array[tuple(slice(s.start + o, s.stop + o) for s, o in zip(roi, self.start))]
 
 # %% ../nbs/api/11_volume.ipynb #9d423da6
@@ -265,10 +289,10 @@ def check_inside(
     box:Grid,      # where there are values
     name:str="volume",  # for the error
 ):
-    "Raise `InputError` when `grid` reaches further out of `box` than half a voxel of the coarser of the two."
+    "Raise `InputError` when `grid` reaches out of `box`: half a voxel of the coarser of the two at its corner, or a whole one at its end, where a last voxel may be cut."
     for axis, c, e, v, c2, e2, v2 in zip("zyx", grid.corner, grid.extent, grid.voxel_size, box.corner, box.extent, box.voxel_size):
         slack = max(v, v2) / 2 + 1e-6
-        if c < c2 - slack or c + e > c2 + e2 + slack:
+        if c < c2 - slack or c + e > c2 + e2 + 2 * slack:
             raise InputError(f"{name}: {axis} from {c:g} to {c + e:g} nm asked, {c2:g} to {c2 + e2:g} nm there: expected a box inside the volume")
 
 # %% ../nbs/api/11_volume.ipynb #845c5967
@@ -309,10 +333,10 @@ class StoredArray:
     def _check(self, index, data):
         "Only a chunk that reads as pure fill value can be absent, so only those are looked up in the store."
         fill = self.array.metadata.fill_value
-        if fill is None: return
+        blank = np.isnan if fill != fill else partial(np.equal, 0 if fill is None else fill)  # zarr reads null as 0
         for chunk, inside in self._chunks(index):
             part = data[inside]
-            if part.size and part.flat[0] == fill and (part == fill).all() and not self._exists(chunk):
+            if part.size and blank(part.flat[0]) and blank(part).all() and not self._exists(chunk):
                 raise InputError(f"{self.name}: chunk {chunk} is missing; restore it, or read with missing='fill' if blank chunks were never written")
 
     def _exists(self, chunk):
@@ -368,9 +392,12 @@ def ngff_levels(
     axes = [dict(name=a) if isinstance(a, str) else a for a in m.get("axes", [])]
     if not axes or not m.get("datasets"): raise InputError(f"{where}: multiscales without axes or datasets: expected OME-Zarr 0.4 or 0.5 metadata")
     letters, units = "".join(str(a["name"])[0].lower() for a in axes), tuple(a.get("unit") for a in axes)
+    if any("path" not in d for d in m["datasets"]): raise InputError(f"{where}: a dataset without a path: expected OME-Zarr 0.4 or 0.5 metadata")
     levels = []
     for d in m["datasets"]:
-        scale, shift = _compose([*(d.get("coordinateTransformations") or []), *(m.get("coordinateTransformations") or [])], len(axes), f"{where}/{d['path']}")
+        transforms = [*(d.get("coordinateTransformations") or []), *(m.get("coordinateTransformations") or [])]
+        if not any(t.get("type") == "scale" for t in transforms): raise InputError(f"{where}/{d['path']}: no scale, so no voxel size: expected coordinateTransformations with a scale; correct the metadata")
+        scale, shift = _compose(transforms, len(axes), f"{where}/{d['path']}")
         levels.append(LevelMeta(d["path"], letters, tuple(scale), tuple(shift), units))
     return levels, str(m.get("name") or "")
 
@@ -415,6 +442,18 @@ class Multiscale:
 
     def __repr__(self): return f"Multiscale({self.name!r})\n" + "\n".join(f"  {v!r}" for v in self.levels)
 
+# %% ../nbs/api/11_volume.ipynb #10ed2fd0
+def plain_path(
+    path,   # path or URL
+)->str:     # a file:// URL as the path that it is
+    "Paths and URLs as text."
+    return str(path).removeprefix("file://")
+
+def _remote(where, storage_options=None):
+    "What zarr must be told to read from `where`: options for fsspec; anonymous on s3 unless told otherwise."
+    options = storage_options or ({"anon": True} if where.startswith("s3://") else {})
+    return {"storage_options": options} if options and "://" in where else {}
+
 # %% ../nbs/api/11_volume.ipynb #ed06507f
 def open_group(
     source,               # path, URL, zip file or zarr group
@@ -422,16 +461,15 @@ def open_group(
 )->zarr.Group:
     "Open a zarr group for reading."
     if isinstance(source, zarr.Group): return source
-    where = str(source)
+    where = plain_path(source)
     remote = "://" in where
     if not remote and not Path(where).exists(): raise MissingError(f"no such path {where!r}: expected an OME-Zarr folder, a zip of one, or a URL")
-    options = storage_options or ({"anon": True} if where.startswith("s3://") else {})
     store = zarr.storage.ZipStore(where, mode="r") if Path(where).suffix in (".zip", ".ozx") and not remote else where
-    try: return zarr.open_group(store, mode="r", **({"storage_options": options} if remote and options else {}))
+    try: return zarr.open_group(store, mode="r", **_remote(where, storage_options))
     except ImportError as e: raise ImportError(f"{where}: {e}; install the extra: pip install 'dinolab[remote]'") from e
     except zarr.errors.ContainsArrayError: raise InputError(f"{where} is a single array: expected the group above it, or open_volume({where!r})") from None
-    except (zarr.errors.GroupNotFoundError, FileNotFoundError): raise MissingError(f"no zarr group at {where!r}: expected a folder with zarr.json or .zgroup") from None
-    except Exception as e: raise InputError(f"{where} cannot be opened: {str(e).splitlines()[0] if str(e) else type(e).__name__}; expected zarr format 2 or 3") from e
+    except (zarr.errors.GroupNotFoundError, FileNotFoundError): raise MissingError(f"no zarr group at {where!r}: expected an OME-Zarr folder (with zarr.json or .zgroup), or a .zip, .nii, .nii.gz, .tif or .npy file") from None
+    except Exception as e: raise InputError(f"{where} cannot be opened: {str(e).splitlines()[0] if str(e) else type(e).__name__}; expected " + ("an address that can be reached" if remote else "zarr format 2 or 3")) from e
 
 # %% ../nbs/api/11_volume.ipynb #fffc6039
 def _group_levels(group, where, multiscale):
@@ -455,8 +493,8 @@ def _select(meta, shape, channel, time, where):
         if letter in "zyx": continue
         i = chosen.get(letter)
         if i is None and n > 1: raise InputError(f"{where}: axis {letter} has {n} entries: choose one, {'channel' if letter == 'c' else 'time' if letter == 't' else letter}=0..{n - 1}")
-        if not -n <= (i or 0) < n: raise InputError(f"{where}: index {i} on axis {letter}: expected 0..{n - 1}")
-        fixed[letter] = (i or 0) % n
+        if not 0 <= (i or 0) < n: raise InputError(f"{where}: index {i} on axis {letter}: expected 0..{n - 1}")
+        fixed[letter] = i or 0
     if sorted(a for a in meta.axes if a in "zyx") != ["x", "y", "z"]: raise InputError(f"{where}: axes {meta.axes!r}: expected z, y and x (and maybe t, c)")
     return fixed
 
@@ -494,7 +532,7 @@ def open_multiscale(
 )->Multiscale:
     "Open an image pyramid lazily: OME-Zarr 0.4 and 0.5, or N5-style arrays; see https://ngff.openmicroscopy.org."
     if missing not in ("error", "fill"): raise InputError(f"missing={missing!r}: expected 'error' or 'fill'")
-    group, where = open_group(source, storage_options), str(source) if not isinstance(source, zarr.Group) else source.name or "group"
+    group, where = open_group(source, storage_options), plain_path(source) if not isinstance(source, zarr.Group) else source.name or "group"
     metas, name = _group_levels(group, where, multiscale)
     volumes = []
     for m in metas:
@@ -508,19 +546,23 @@ def open_multiscale(
 
 # %% ../nbs/api/11_volume.ipynb #4bb6ab47
 OPTIONS = dict(  # kind of source -> what a reader of it may be told
-    NIfTI=("voxel_size", "origin", "channel", "time", "unit"), TIFF=("voxel_size", "origin", "channel", "time", "axes"), npy=("voxel_size", "origin"), N5=("unit",),
+    Volume=(), memory=("voxel_size", "origin"), NIfTI=("voxel_size", "origin", "channel", "time", "unit"), TIFF=("voxel_size", "origin", "channel", "time", "axes"), npy=("voxel_size", "origin"), N5=("unit",),
     array=("voxel_size", "origin", "channel", "time", "unit", "missing", "storage_options"), OME_Zarr=("origin", "channel", "time", "unit", "missing", "storage_options"))
 
 def format_of(
-    path:str,  # file, folder or URL
-)->str:        # key of OPTIONS
-    "The kind of source at a path, from its name and what is in the folder."
+    source,                     # file, folder or URL; or something open
+    storage_options:dict=None,  # for fsspec
+)->str:                         # key of OPTIONS
+    "The kind of a source; of a path, from its name and what is in the folder."
+    if isinstance(source, (Volume, Multiscale)): return "Volume"
+    if not isinstance(source, (str, Path)): return "memory"
+    path = plain_path(source).rstrip("/")
     low = path.lower()
     if low.endswith((".nii", ".nii.gz")): return "NIfTI"
     if low.endswith((".tif", ".tiff")) or _is_tiff_folder(path): return "TIFF"
     if low.endswith(".npy"): return "npy"
     if ".n5" in low: return "N5"
-    return "array" if _is_array(path) else "OME_Zarr"
+    return "array" if _is_array(path, storage_options) else "OME_Zarr"
 
 # %% ../nbs/api/11_volume.ipynb #6d4a2429
 def open_levels(
@@ -536,14 +578,14 @@ def open_levels(
     storage_options:dict=None,  # for fsspec
 )->Multiscale:
     "Open anything as a pyramid, lazily where the format allows it; a single volume is a pyramid of one level. An option that the source has no use for is an `InputError`."
-    if isinstance(source, Multiscale): return source
-    if isinstance(source, Volume): return Multiscale([source], source.name)
-    if not isinstance(source, (str, Path)): return Multiscale([_array_volume(source, voxel_size, origin)], "array")
-    path = str(source).rstrip("/")
-    kind = format_of(path)
+    kind = format_of(source, storage_options)
     given = {k: v for k, v in dict(voxel_size=voxel_size, origin=origin, channel=channel, time=time, unit=unit, axes=axes, missing=missing, storage_options=storage_options).items() if v is not None}
     if idle := [k for k in given if k not in OPTIONS[kind]]:
-        raise InputError(f"{path}: {', '.join(idle)} has no effect on a source of kind {kind}: expected only {', '.join(OPTIONS[kind])}")
+        what = source if isinstance(source, (str, Path)) else getattr(source, "name", "array")
+        raise InputError(f"{what}: {', '.join(idle)} has no effect on a source of kind {kind}: expected {'only ' + ', '.join(OPTIONS[kind]) if OPTIONS[kind] else 'none'}")
+    if kind == "Volume": return source if isinstance(source, Multiscale) else Multiscale([source], source.name)
+    if kind == "memory": return Multiscale([_array_volume(source, voxel_size, origin)], "array")
+    path = plain_path(source).rstrip("/")
     if kind == "OME_Zarr": return open_multiscale(path, **given)
     return Multiscale([_single(path, kind, **given)], Path(path).name)
 
@@ -551,7 +593,9 @@ def _single(path, kind, voxel_size=None, origin=None, channel=None, time=None, u
     "The only level of a source that is no pyramid."
     if kind == "NIfTI": return _source_volume(read_nifti(path, unit), path, voxel_size, origin, channel, time)
     if kind == "TIFF": return _source_volume(read_tiff(path, axes), path, voxel_size, origin, channel, time)
-    if kind == "npy": return _array_volume(_load_npy(path), voxel_size, origin, path)
+    if kind == "npy":
+        if voxel_size is None: raise InputError(f"{path} does not state its voxel size: give voxel_size in nm")
+        return _array_volume(_load_npy(path), voxel_size, origin, path)
     if kind == "N5": return _n5_volume(path, unit)
     return _array_in_group(path, voxel_size, origin, dict(channel=channel, time=time, unit=unit, **stored))
 
@@ -569,17 +613,24 @@ def _array_volume(array, voxel_size, origin=None, name="array"):
     "A volume of an array in memory (or dask, zarr)."
     array = array.numpy() if hasattr(array, "detach") else array
     array = array if hasattr(array, "dtype") and hasattr(array, "shape") else np.asarray(array)
-    if array.ndim != 3: raise InputError(f"{name} of shape {tuple(array.shape)}: expected three axes z y x; select a channel or time first")
+    if len(array.shape) != 3: raise InputError(f"{name} of shape {tuple(array.shape)}: expected three axes z y x; select a channel or time first")
     return Volume(array, Grid(array.shape, 1. if voxel_size is None else voxel_size, (0, 0, 0) if origin is None else origin), name, "" if name == "array" else name)
 
 def _load_npy(path):
     if not Path(path).exists(): raise MissingError(f"no such path {path!r}: expected a .npy file")
-    try: return np.load(path, mmap_mode="r", allow_pickle=False)
+    try: return _Mapped(path)
     except ValueError as e: raise InputError(f"{path}: {e}; expected a plain .npy array") from None
+
+class _Mapped:
+    "A .npy file mapped into memory; it travels to other processes as a path, where NumPy would send all its values."
+    def __init__(self, path): self.path, self.array = path, np.load(path, mmap_mode="r", allow_pickle=False)
+    shape, dtype = property(lambda self: self.array.shape), property(lambda self: self.array.dtype)
+    def __getitem__(self, roi): return self.array[roi]
+    def __reduce__(self): return _Mapped, (self.path,)
 
 def _pick_level(pyramid, level):
     "A level by index or by the last part of its path."
-    if isinstance(level, int) and level < len(pyramid.levels): return pyramid.levels[level]
+    if isinstance(level, int) and -len(pyramid.levels) <= level < len(pyramid.levels): return pyramid.levels[level]
     for v in pyramid.levels:
         if v.path.endswith(f"/{level}"): return v
     raise InputError(f"{pyramid.name}: no level {level!r}: expected 0..{len(pyramid.levels) - 1} or one of {', '.join(v.path.rsplit('/', 1)[-1] for v in pyramid.levels)}")
@@ -597,13 +648,13 @@ def _is_tiff_folder(path):
     return Path(path).is_dir() and any(p.suffix.lower() in (".tif", ".tiff") for p in itertools.islice(Path(path).iterdir(), 100))
 
 # %% ../nbs/api/11_volume.ipynb #cd465bff
-def _is_array(path):
+def _is_array(path, storage_options=None):
     "Whether `path` is a zarr array rather than a group."
     if "://" not in path:
         if (Path(path)/".zarray").exists(): return True
         try: return json.loads((Path(path)/"zarr.json").read_text()).get("node_type") == "array"
         except (OSError, ValueError): return False
-    try: zarr.open_array(path, mode="r", **({"storage_options": {"anon": True}} if path.startswith("s3://") else {})); return True
+    try: zarr.open_array(path, mode="r", **_remote(path, storage_options)); return True
     except Exception: return False
 
 def _array_in_group(path, voxel_size, origin, options):
@@ -616,7 +667,7 @@ def _array_in_group(path, voxel_size, origin, options):
         try: return _pick_level(open_multiscale(above, **options), level)
         except InputError:
             if "multiscales" in (group.attrs.get("ome") or group.attrs): raise
-    array = zarr.open_array(path, mode="r")
+    array = zarr.open_array(path, mode="r", **_remote(path, options.get("storage_options")))
     meta = array_level(dict(array.attrs), "")
     if meta: return Volume(StoredArray(array, meta.axes, _select(meta, array.shape, options["channel"], options["time"], path), path, options.get("missing", "error")), _place(meta, array.shape, options["unit"], path), path, path)
     if voxel_size is None: raise InputError(f"{path}: nothing above this array states its voxel size: give voxel_size in nm")
@@ -651,7 +702,7 @@ def open_or_create_group(
 )->zarr.Group:
     "A zarr 3 group for reading and writing; `InputError` when the place cannot be written."
     options = {"storage_options": storage_options} if storage_options else {}
-    try: return zarr.open_group(str(path), mode="a", zarr_format=3, **options)
+    try: return zarr.open_group(plain_path(path), mode="a", zarr_format=3, **options)
     except OSError as e: raise InputError(f"{path} cannot be written ({e.strerror or e}): expected a writable folder") from e
     except (zarr.errors.ContainsArrayError, ValueError) as e: raise InputError(f"{path} holds something else ({str(e).splitlines()[0]}): give a new path") from e
 
@@ -743,23 +794,24 @@ def storage_blocks(
     return [tuple(slice(a, min(a + s, n)) for a, s, n in zip(at, sizes, array.shape[-3:])) for at in itertools.product(*starts)]
 
 # %% ../nbs/api/11_volume.ipynb #adf7ac0e
-def _reduce(x, factor, out_shape, kind):
+def _reduce(x, factor, kind):
     "Blocks of `factor` voxels of `... z y x`; a block cut off by the edge counts what there is of it."
-    if kind == "labels": return _majority_blocks(x, factor, out_shape)
-    total = x.astype(np.float64)
+    if kind == "labels": return _majority_blocks(x, factor)
+    total = x
     for axis, f in zip((-3, -2, -1), factor):
-        n = total.shape[axis]
-        total = np.add.reduceat(total, np.arange(0, n, f), axis=axis)
-        count = np.minimum(f, n - np.arange(0, n, f))
-        total = total / count.reshape([-1 if a == axis else 1 for a in range(-total.ndim, 0)])
-    return (np.rint(total) if np.issubdtype(x.dtype, np.integer) else total).astype(x.dtype)
+        starts = np.arange(0, x.shape[axis], f)
+        count = np.minimum(f, x.shape[axis] - starts)
+        total = np.add.reduceat(total, starts, axis=axis, dtype=np.float64) / count.reshape([-1 if a == axis else 1 for a in range(-x.ndim, 0)])
+    return (total if x.dtype.kind == "f" else np.rint(total)).astype(x.dtype)
 
-def _majority_blocks(x, factor, out_shape):
-    "Majority per block; a block cut off by the edge is filled up by mirroring, which keeps its majority."
-    pad = [(0, n * f - s) for n, f, s in zip(out_shape, factor, x.shape[-3:])]
-    x = np.pad(x, pad, mode="symmetric")
-    (a, f), (b, g), (c, h) = zip(out_shape, factor)
-    return majority(x.reshape(a, f, b, g, c, h).transpose(0, 2, 4, 1, 3, 5).reshape(a, b, c, f * g * h))
+def _majority_blocks(x, factor):
+    "Majority per block; an axis that ends in a cut block is done in two parts."
+    for axis, f in enumerate(factor):
+        whole = x.shape[axis] // f * f
+        if 0 < whole < x.shape[axis]: return np.concatenate([_majority_blocks(part, factor) for part in np.split(x, [whole], axis)], axis)
+    f, g, h = (min(f, n) for f, n in zip(factor, x.shape))
+    votes = x.reshape(x.shape[0] // f, f, x.shape[1] // g, g, x.shape[2] // h, h).transpose(0, 2, 4, 1, 3, 5)
+    return majority(votes.reshape(*votes.shape[:3], f * g * h))
 
 # %% ../nbs/api/11_volume.ipynb #a2e69459
 def fill_pyramid(
@@ -771,9 +823,17 @@ def fill_pyramid(
     for before, name in zip(names, names[1:]):
         src, dst = group["s0" if kind == "labels" else before], writable(group, name)
         factor = [round(_step(group, dst.basename, a) / _step(group, src.basename, a)) for a in range(3)]
-        for roi in progress(storage_blocks(dst), desc=f"level {name}", unit="block"):
-            read = tuple(slice(s.start * f, min(s.stop * f, n)) for s, f, n in zip(roi, factor, src.shape[-3:]))
-            dst[(..., *roi)] = _reduce(src[(..., *read)], factor, [s.stop - s.start for s in roi], kind)
+        for roi in progress(storage_blocks(dst), desc=f"level {name}", unit="block"): dst[(..., *roi)] = _reduced(src, roi, factor, kind)
+
+def _reduced(src, roi, factor, kind):
+    "One block of a coarser level, in pieces that need about 128³ voxels of `src` each: a 64³ chunk of labels at 1/16 stands for 1024³ voxels."
+    out = np.empty((*src.shape[:-3], *(s.stop - s.start for s in roi)), src.dtype)
+    side = [max(1, max(128, n) // f) for f, n in zip(factor, src.chunks[-3:])]
+    for at in itertools.product(*(range(s.start, s.stop, n) for s, n in zip(roi, side))):
+        piece = [slice(a, min(a + n, s.stop)) for a, n, s in zip(at, side, roi)]
+        read = tuple(slice(p.start * f, min(p.stop * f, n)) for p, f, n in zip(piece, factor, src.shape[-3:]))
+        out[(..., *(slice(p.start - s.start, p.stop - s.start) for p, s in zip(piece, roi)))] = _reduce(src[(..., *read)], factor, kind)
+    return out
 
 def _step(group, level, axis):
     attrs = group.attrs.get("ome") or group.attrs
@@ -805,7 +865,7 @@ def write_multiscale(
     image,                # array z y x (or c z y x with three channels: RGB), or a Volume
     *,
     voxel_size=None,      # nm, one number or z y x; a Volume knows its own
-    origin=(0, 0, 0),     # nm, centre of the first voxel
+    origin=None,          # nm, centre of the first voxel; 0 by default, a Volume knows its own
     levels:int=4,         # at most
     kind:str="image",     # "image", or "labels" for majorities
     version:str="0.5",    # OME-Zarr version, "0.4" or "0.5"
@@ -818,8 +878,9 @@ def write_multiscale(
     if kind not in ("image", "labels"): raise InputError(f"kind {kind!r}: expected 'image' or 'labels'")
     rgb = getattr(image, "ndim", 3) == 4
     if rgb and image.shape[0] != 3: raise InputError(f"image of shape {tuple(image.shape)}: expected z y x, or 3 z y x for RGB")
+    if voxel_size is None and format_of(image) == "memory": raise InputError(f"{path}: voxel size None: expected nm, one number or three (z, y, x)")
     if not rgb: image = open_volume(image, voxel_size=voxel_size, origin=origin)
-    grid = image.grid if not rgb else Grid(image.shape[1:], voxel_size, origin)
+    grid = image.grid if not rgb else Grid(image.shape[1:], voxel_size, (0, 0, 0) if origin is None else origin)
     if kind == "labels" and not np.issubdtype(image.dtype, np.integer): raise InputError(f"labels of type {image.dtype}: expected integers")
     with new_folder(path, overwrite) as temporary:
         group = create_multiscale(temporary, grid, image.dtype, levels=levels, version=version, chunk=chunk, shard=shard, rgb=rgb, name=name or Path(path).stem)

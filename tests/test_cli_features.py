@@ -59,7 +59,7 @@ BAD = {
     "pixel 0": (["raw.zarr", "--pixel-size", "0"], "expected a positive number"),
     "pixel nan": (["raw.zarr", "--pixel-size", "nan"], "expected a positive number"),
     "pixel huge": (["raw.zarr", "--pixel-size", "1e6"], "smaller than the volume"),
-    "block 0": (["raw.zarr", "--block", "0"], "expected a block of one or more whole chunks"),
+    "block 0": (["raw.zarr", "--block", "0"], "a block of one or more whole chunks, e.g. block 16"),
     "block 24": (["raw.zarr", "--block", "24"], "whole chunks, e.g. block 32"),
     "halo": (["raw.zarr", "--halo", "-1"], "expected 0 patches or more"),
     "intensity 1": (["raw.zarr", "--intensity", "5"], "expected two numbers"),

@@ -19,7 +19,9 @@ from scipy.ndimage import gaussian_filter
 
 from dinolab.backbones import FeatureSpec, create_backbone
 from dinolab.core import InputError
-from dinolab.features import PLANES, PatchMean, extract_features_3d, extract_native, extract_to_zarr, open_features
+import dinolab.features
+from dinolab.blocks import make_blocks
+from dinolab.features import (PLANES, PatchMean, Plan, _Extraction, extract_block, intensity_range, raw_region, slice_weights, extract_features_3d, extract_native, extract_to_zarr, open_features)
 from dinolab.volume import Grid, Volume, open_multiscale, write_multiscale
 
 
@@ -94,6 +96,39 @@ def test_slice_stride_saves_and_stays_centred(blobs):
         np.testing.assert_allclose(f[0, :, 1, 1] * 64, 3.5 + 8 * np.arange(8), atol=1e-3)
 
 
+@settings(max_examples=60, deadline=None)
+@given(ratio=st.floats(1.01, 9), stride=st.integers(2, 5), n=st.integers(8, 60))
+def test_thinned_slices_keep_the_centre_of_their_plane(ratio, stride, n):
+    src = Grid((n, 1, 1), (10, 1, 1))
+    dst = src.with_voxel_size((10 * ratio, 1, 1))
+    full, thin = slice_weights(src, dst, 0), slice_weights(src, dst, 0, stride)
+    assert thin.min() >= -1e-6 and (thin[full == 0] == 0).all()
+    np.testing.assert_allclose(thin.sum(1), 1, atol=1e-5)
+    many = ((thin > 0).sum(1) > 1) & ((1 + np.arange(len(thin))) * ratio <= n)  # the last plane may be mirrored
+    np.testing.assert_allclose((thin @ np.arange(n))[many], (full @ np.arange(n))[many], atol=1e-3)
+    assert (np.abs((thin - full) @ np.arange(n))[:n // int(np.ceil(ratio))] <= 0.5 + 1e-3).all()
+
+
+def test_slices_between_the_planes_of_a_finer_target():
+    "Every third slice, linear between them: a ramp stays a ramp but at its ends."
+    src = Grid((31, 1, 1), (10, 1, 1), (40, 0, 0))
+    dst = src.with_voxel_size((5, 1, 1))
+    w = slice_weights(src, dst, 0, 3)
+    assert set(np.flatnonzero(w.any(0))) == set(range(1, 31, 3))
+    np.testing.assert_allclose((w @ (40 + 10 * np.arange(31.0)))[4:-6], (dst.origin[0] + 5 * np.arange(62))[4:-6], atol=1e-3)
+
+
+def test_the_range_is_looked_for_everywhere():
+    "A black margin of a quarter of the volume is a quarter of the sample, on whichever side it is."
+    x = np.random.default_rng(0).integers(100, 200, (128, 128, 128)).astype(np.uint8)
+    for axis in range(3):
+        black = x.copy()
+        black[tuple(slice(0, 32) if a == axis else slice(None) for a in range(3))] = 0
+        low, high = intensity_range(Volume(black, Grid(x.shape, 8)), (40, 99), voxels=2**19)
+        assert low > 100 and high > 190
+    assert intensity_range(Volume(x, Grid(x.shape, 8)), voxels=2**19) == intensity_range(Volume(x, Grid(x.shape, 8)), voxels=2**19)
+
+
 def test_fusion(blobs):
     one = {p: extract_features_3d(blobs, LocalNet(), planes=[p], slice_size=96)[0] for p in PLANES}
     mean, _ = extract_features_3d(blobs, LocalNet(), slice_size=96)
@@ -164,6 +199,33 @@ def test_haloed_blocks_equal_whole_slices_inside(blobs, tmp_path, voxel):
     inner = (slice(None),) + tuple(slice(n // 6, -(n // 6)) for n in size)
     assert (got - whole)[inner].abs().max() <= 1e-3
     assert whole.std() > 0.05
+
+
+class Everywhere(torch.nn.Module):
+    "Patch means and a sum over the whole image: any pixel that differs shows in every feature."
+    spec = FeatureSpec((2,), (2,))
+    def forward(self, x):
+        m = F.avg_pool2d(x, 2)
+        place = (1.7 * torch.arange(m.shape[-2])[:, None] + 0.3 * torch.arange(m.shape[-1])).sin()
+        return [torch.cat([m[:, :1], (m[:, 1:] * place).sum((2, 3), keepdim=True).sum(1, keepdim=True) + m[:, :1]], 1)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_the_region_that_is_read_is_all_that_matters(data):
+    "A block from its raw region equals the block from the whole volume, its surroundings mirrored at the edge of the volume and nowhere else."
+    pick = lambda *options: data.draw(st.sampled_from(options))
+    shape = data.draw(st.tuples(*[st.integers(3, 25)] * 3))
+    src = Grid(shape, tuple(pick(4.0, 5.24, 8.0, 20.0) for _ in range(3)), (13, -40, 5.5))
+    dst = src.with_voxel_size(tuple(v * pick(0.5, 1.0, 1.31, 2.0, 3.3) for v in src.voxel_size))
+    plan = Plan(src, dst, pick(("xy",), ("xz", "yz"), ("xy", "xz", "yz")), pick(2.0, 3.0, 4.0, 7.0), 2, (0, 1), neighbours=pick(False, True),
+                slice_stride=pick(1, 2, 3), halo=pick(0, 1, 3), block=(pick(2, 4, 5),) * 3)
+    x = np.random.default_rng(0).random(shape, dtype=np.float32)
+    blocks = make_blocks(dst.shape, plan.block)
+    for b in (blocks[0], blocks[len(blocks) // 2], blocks[-1]):
+        part = dst.crop(b.write)
+        roi = raw_region(plan, part)
+        torch.testing.assert_close(extract_block(x[roi], src.crop(roi), part, plan, Everywhere()), extract_block(x, src, part, plan, Everywhere()), atol=1e-4, rtol=1e-4)
 
 
 def test_features_do_not_depend_on_the_block(blobs, tmp_path):
@@ -253,6 +315,85 @@ def test_processes_give_the_same_store(blobs, tmp_path):
     assert snapshot(tmp_path/"1.zarr") == snapshot(tmp_path/"2.zarr")
 
 
+@pytest.mark.parametrize("step", ("fill_pyramid", "_fit_projection", "create_array", "create_multiscale", "_sample_features"))
+def test_ended_between_two_steps(blobs, tmp_path, monkeypatch, step):
+    "The steps that are too short for a random kill: the run ends as each begins, or when half the coarser levels are there."
+    run = lambda store: extract_to_zarr(volume(blobs[:32, :32, :32]), store, LocalNet(), pixel_size=4.0, block=16, chunk=8, n_components=4)
+    run(tmp_path/"calm.zarr")
+    with monkeypatch.context() as m:
+        def end(*args, **kw): raise KeyboardInterrupt
+        m.setattr(dinolab.features, step, end)
+        with pytest.raises(KeyboardInterrupt): run(tmp_path/"ended.zarr")
+    with pytest.raises(InputError, match="unfinished"): open_features(tmp_path/"ended.zarr")
+    run(tmp_path/"ended.zarr")
+    assert snapshot(tmp_path/"calm.zarr") == snapshot(tmp_path/"ended.zarr")
+
+
+HALF = "zarr.0123456789abcdef0123456789abcdef.partial"
+
+
+@pytest.mark.parametrize("left", ("nothing", "file", "group", "group and file", "lock"))
+def test_killed_before_the_first_settings(blobs, tmp_path, left):
+    "What zarr leaves when it is killed in its very first write is no reason to refuse the folder."
+    store = tmp_path/"f.zarr"
+    store.mkdir()
+    if "group" in left: zarr.open_group(store, mode="w")
+    if "file" in left: (store/HALF).write_text('{"zarr_for')
+    if "lock" in left: (store/".lock").write_text("12345")
+    run = lambda path: extract_to_zarr(volume(blobs[:16, :16, :16]), path, PatchMean(4), pixel_size=4.0)
+    run(store)
+    run(tmp_path/"calm.zarr")
+    assert snapshot(store) == snapshot(tmp_path/"calm.zarr")
+
+
+def test_stores_elsewhere(blobs, tmp_path):
+    "Through fsspec: the same features, and the same care for what is there."
+    v, url = volume(blobs[:16, :16, :20]), "memory://elsewhere/f.zarr"
+    run = lambda path, **kw: extract_to_zarr(v, path, PatchMean(4), **{**dict(pixel_size=4.0, block=16, halo=1), **kw})
+    want = run(tmp_path/"f.zarr").read()
+    for path in (url, f"file://{tmp_path}/g.zarr"):
+        torch.testing.assert_close(run(path).read(), want, rtol=0, atol=0)
+        torch.testing.assert_close(open_features(path).read(), want, rtol=0, atol=0)
+        assert len(open_multiscale(f"{path}/rgb", channel=0).levels) == 4
+        run(path)
+        with pytest.raises(InputError, match="made with other settings"): run(path, halo=2)
+        with pytest.raises(InputError, match="resume=True to go on"): run(path, resume=False)
+    assert snapshot(tmp_path/"f.zarr") == snapshot(tmp_path/"g.zarr")
+    zarr.open_group("memory://elsewhere/mine.zarr", mode="w").attrs["mine"] = 1
+    with pytest.raises(InputError, match="is no feature store"): run("memory://elsewhere/mine.zarr")
+
+
+def test_other_raw_data_is_another_setting(blobs, tmp_path):
+    "Another channel of the same file, or another array of the same shape, must not continue a store."
+    g = zarr.open_group(tmp_path/"c.zarr", mode="w")
+    g.create_array("0", shape=(2, 16, 16, 16), chunks=(1, 16, 16, 16), dtype="u1")[:] = np.random.default_rng(0).integers(1, 255, (2, 16, 16, 16))
+    axes = [dict(name="c", type="channel")] + [dict(name=x, type="space", unit="nanometer") for x in "zyx"]
+    g.attrs["ome"] = dict(version="0.5", multiscales=[dict(axes=axes, datasets=[dict(path="0", coordinateTransformations=[dict(type="scale", scale=[1, 8, 8, 8])])])])
+    run = lambda source, store: extract_to_zarr(source, tmp_path/store, PatchMean(4), pixel_size=4.0, intensity=(0, 255), rgb=False)
+    channels = [open_multiscale(tmp_path/"c.zarr", channel=c) for c in (0, 1)]
+    run(channels[0], "a.zarr")
+    run(channels[0], "a.zarr")
+    for other in (channels[1], channels[1].levels[0].crop(np.s_[:, :, :])):
+        with pytest.raises(InputError, match="source.c .0 there, 1 now"): run(other, "a.zarr")
+    arrays = [volume(blobs[k:k + 16, :16, :16]) for k in (0, 16)]
+    run(arrays[0], "b.zarr")
+    run(arrays[0], "b.zarr")
+    with pytest.raises(InputError, match="source.values"): run(arrays[1], "b.zarr")
+
+
+def test_the_model_stays_where_it_is(blobs):
+    "What travels to workers is a copy on the CPU."
+    net = PatchMean(4)
+    net.register_buffer("place", torch.zeros(1, device="meta"))
+    net.cpu = net.to = lambda *a: pytest.fail("the caller's model was moved")
+    state = _Extraction(volume(blobs), None, None, net, None)
+    copied = []
+    import copy
+    original, copy.deepcopy = copy.deepcopy, lambda m: copied.append(m) or LocalNet()
+    try: assert isinstance(state.__getstate__()["backbone"], LocalNet) and copied == [net]
+    finally: copy.deepcopy = original
+
+
 def test_two_runs_on_one_store(blobs, tmp_path):
     pid = os.fork()
     if pid == 0:
@@ -318,6 +459,27 @@ def test_bad_stores(blobs, tmp_path):
     holes = np.asarray(blobs[:16, :16, :16]).copy()
     holes[3, 4, 5] = np.nan
     with pytest.raises(InputError, match="NaN or infinite"): extract_to_zarr(Volume(holes, v.grid), tmp_path/"nan.zarr", net, pixel_size=4.0, intensity=(0, 1))
+
+
+@pytest.mark.parametrize("options,message", [
+    (dict(n_components=9), "n_components 9: expected 1 to 3"), (dict(n_components=0), "n_components 0"), (dict(n_components=2), "at least 3 for the picture; pass rgb=False"),
+    (dict(block=20), "block 20, chunk 16"), (dict(chunk=0), "chunk 0"), (dict(pixel_size=-4.0), "pixel size -4.0 nm"), (dict(voxel_size=(8, 8)), "has 2 values"), (dict(voxel_size=0), "positive"),
+    (dict(intensity=(1, 0)), "low < high"), (dict(planes="zz"), "unknown plane"), (dict(halo=-1), "halo -1"), (dict(precision="fp8"), "fp8")])
+def test_refused_before_anything_is_written(blobs, tmp_path, options, message):
+    with pytest.raises(InputError, match=message): extract_to_zarr(volume(blobs[:16, :16, :16]), tmp_path/"f.zarr", PatchMean(4), **{**dict(pixel_size=4.0), **options})
+    assert not (tmp_path/"f.zarr").exists()
+
+
+def test_read_only_store(blobs, tmp_path):
+    run = lambda: extract_to_zarr(volume(blobs[:16, :16, :16]), tmp_path/"ro/f.zarr", PatchMean(4), pixel_size=4.0)
+    (tmp_path/"ro").mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(tmp_path/"ro")], capture_output=True).returncode: pytest.skip("needs the right to mount")
+    try:
+        run()
+        subprocess.run(["mount", "-o", "remount,ro", str(tmp_path/"ro")], check=True)
+        with pytest.raises(InputError, match="cannot be written .Read-only"): run()
+        assert open_features(tmp_path/"ro/f.zarr").read().std() > 0
+    finally: subprocess.run(["umount", str(tmp_path/"ro")])
 
 
 def test_full_disk(blobs, tmp_path):

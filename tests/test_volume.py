@@ -2,6 +2,7 @@
 import itertools
 import json
 import os
+import pickle
 import shutil
 import threading
 import warnings
@@ -17,8 +18,9 @@ import yaozarrs
 import zarr
 from hypothesis import given, settings, strategies as st
 
+import dinolab.volume
 from dinolab.core import InputError, MissingError
-from dinolab.volume import (Grid, Multiscale, Volume, majority, open_multiscale, open_volume, resample_matrix, update_datapaths_with_target_scales, write_multiscale)
+from dinolab.volume import (Grid, Multiscale, Volume, apply_matrices, axis_matrices, majority, open_multiscale, open_volume, resample_matrix, update_datapaths_with_target_scales, write_multiscale)
 
 UM = 1000.0  # nm
 
@@ -91,6 +93,31 @@ def test_labels_keep_the_majority_of_the_finest_level(tmp_path):
         want = np.apply_along_axis(lambda x: np.bincount(x).argmax(), -1, boxes)
         np.testing.assert_array_equal(v.read(), want)
         np.testing.assert_array_equal(m.levels[0].sample(v.grid, "majority"), want)
+
+
+@pytest.mark.parametrize("kind", ("image", "labels"))
+@pytest.mark.parametrize("shape,shard", [((17, 5, 23), None), ((1, 19, 6), None), ((33, 40, 9), 32)])
+def test_levels_of_odd_shapes_count_what_there_is(tmp_path, kind, shape, shard):
+    "Each coarse voxel against the voxels in its box, cut boxes included: the mean of the level before, or the majority of the finest."
+    x = np.random.default_rng(0).integers(0, 4 if kind == "labels" else 200, shape).astype(np.uint8)
+    levels = [v.read() for v in write_multiscale(tmp_path/"o.zarr", x, voxel_size=8, kind=kind, levels=4, chunk=8, shard=shard).levels]
+    for k, level in enumerate(levels[1:], 1):
+        source, f = (x, 2**k) if kind == "labels" else (levels[k - 1], 2)
+        for i in np.ndindex(level.shape):
+            box = source[tuple(slice(a * f, a * f + f) if n > 1 else slice(0, 1) for a, n in zip(i, source.shape))]
+            want = np.bincount(box.ravel()).argmax() if kind == "labels" else np.rint(box.mean())
+            assert level[i] == want, (k, i)
+
+
+def test_coarse_labels_are_counted_in_pieces(tmp_path, monkeypatch):
+    "A chunk of a coarse level stands for many voxels of the finest; they are never all in memory."
+    sizes = []
+    monkeypatch.setattr(dinolab.volume, "majority", lambda x: (sizes.append(x.size), majority(x))[1])
+    labels = np.random.default_rng(0).integers(0, 3, (1, 512, 512)).astype(np.uint8)
+    m = write_multiscale(tmp_path/"l.zarr", labels, voxel_size=8, kind="labels", levels=4)
+    assert max(sizes) <= 128**2
+    want = np.sort(labels[0].reshape(64, 8, 64, 8).transpose(0, 2, 1, 3).reshape(64, 64, 64), -1)
+    np.testing.assert_array_equal(m.levels[3].read()[0], majority(want))
 
 
 def test_multiscale_level_transforms_and_order(tmp_path):
@@ -184,6 +211,7 @@ FAULTS = {
     "no axes": (bad(lambda o: o["multiscales"][0].__setitem__("axes", [])), "multiscales"),
     "two dimensions": (bad(lambda o: o["multiscales"][0]["axes"].pop()), "axes"),
     "rotation": (bad(lambda o: o["multiscales"][0]["datasets"][0]["coordinateTransformations"].append(dict(type="rotation"))), "transformation of type 'rotation'"),
+    "no scale": (bad(lambda o: o["multiscales"][0]["datasets"][1].pop("coordinateTransformations")), "no scale, so no voxel size"),
     "level gone": (spoil("s1"), "listed in the metadata but absent"),
     "no metadata": (lambda p: (p/"zarr.json").unlink(), "no zarr group"),
     "zarr version": (lambda p: (p/"zarr.json").write_text((p/"zarr.json").read_text().replace('"zarr_format": 3', '"zarr_format": 7')), "expected"),
@@ -216,6 +244,18 @@ def test_truncated_and_missing_chunks(tmp_path, shard):
     np.testing.assert_array_equal(open_multiscale(path, missing="fill").levels[0].read(), data)
 
 
+@pytest.mark.parametrize("zarr_format,fill", [(2, None), (2, 0), (3, 7), (3, float("nan"))])
+def test_missing_chunks_are_found_whatever_the_fill_value(tmp_path, zarr_format, fill):
+    g = zarr.open_group(tmp_path/"f.zarr", mode="w", zarr_format=zarr_format)
+    g.create_array("0", shape=(8, 8, 8), chunks=(4, 4, 4), dtype="f4", fill_value=fill)[:] = 1
+    image = dict(axes=[dict(name=x, type="space", unit="nanometer") for x in "zyx"], datasets=[dict(path="0", coordinateTransformations=[dict(type="scale", scale=[8, 8, 8])])])
+    g.attrs.update(dict(multiscales=[dict(version="0.4", **image)]) if zarr_format == 2 else dict(ome=dict(version="0.5", multiscales=[image])))
+    chunk = tmp_path/"f.zarr/0"/("0.0.1" if zarr_format == 2 else "c/0/0/1")
+    chunk.unlink()
+    with pytest.raises(InputError, match=r"chunk \(0, 0, 1\) is missing"): open_multiscale(tmp_path/"f.zarr").levels[0].read()
+    assert open_multiscale(tmp_path/"f.zarr", missing="fill").levels[0].read()[0, 0, 0] == 1
+
+
 def test_channels_are_selected_never_guessed(tmp_path):
     g = zarr.open_group(tmp_path/"c.zarr", mode="w")
     a = g.create_array("0", shape=(2, 3, 4, 4, 4), chunks=(1, 1, 4, 4, 4), dtype="u1")
@@ -234,6 +274,37 @@ def test_resampling_keeps_constants_and_stays_in_range(n_in, n_out, step, ratio,
     m = resample_matrix(n_in, step, 0, n_out, step * ratio, shift * step)
     assert m.min() >= 0
     np.testing.assert_allclose(m.sum(1), 1, atol=1e-4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(1, 12), ratio=st.floats(1, 6), shift=st.floats(-0.5, 0.5))
+def test_coarser_samples_are_means_over_their_boxes(n, ratio, shift):
+    "Against counting in steps of a thousandth of a voxel, mirrored at the ends."
+    m = resample_matrix(n, 4.0, 100, max(1, int(n / ratio)), 4.0 * ratio, 100 + 4.0 * shift)
+    for k, row in enumerate(m):
+        at = shift + (k + (np.arange(2000) + 0.5) / 2000) * ratio
+        at = np.mod(at, 2 * n)
+        at = np.where(at > n, 2 * n - at, at)
+        if ratio > 1.001: np.testing.assert_allclose(row, np.histogram(at, bins=n, range=(0, n))[0] / 2000, atol=3e-3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), mode=st.sampled_from(("linear", "nearest", "majority")))
+def test_a_part_of_a_sample_is_the_sample_of_the_part(data, mode):
+    "Whatever is read around a region is enough: nothing depends on where the reading stopped."
+    shape = data.draw(st.tuples(*[st.integers(3, 12)] * 3))
+    v = Volume(np.random.default_rng(0).integers(0, 4, shape).astype(np.uint8), Grid(shape, (5, 4, 3.24), (7, 0, -9)))
+    grid = v.grid.with_voxel_size(tuple(s * data.draw(st.sampled_from((0.4, 0.5, 1.0, 1.31, 2.0, 3.3))) for s in v.voxel_size))
+    roi = tuple(slice(a := data.draw(st.integers(0, n - 1)), data.draw(st.integers(a + 1, n))) for n in grid.shape)
+    np.testing.assert_allclose(v.sample(grid.crop(roi), mode), v.sample(grid, mode)[roi], atol=1e-4)
+    if mode == "linear": np.testing.assert_allclose(v.sample(grid), apply_matrices(v.read(), axis_matrices(v.grid, grid)), atol=1e-4)
+
+
+def test_nearest_takes_the_voxel_around_the_centre():
+    x = np.arange(64, dtype=np.uint16).reshape(4, 4, 4)
+    v = Volume(x, Grid((4, 4, 4), (40, 8, 8), (20, 4, 4)))
+    got = v.sample(v.grid.with_voxel_size((20, 8, 24 / 5)), "nearest")
+    np.testing.assert_array_equal(got, x[np.ix_([0, 0, 1, 1, 2, 2, 3, 3], range(4), [0, 0, 1, 2, 2, 3, 3])])
 
 
 @settings(max_examples=100, deadline=None)
@@ -256,6 +327,40 @@ def test_crops_of_two_resolutions_show_the_same_place(shape, at, voxel, axis):
     want = target.origin[axis] + target.voxel_size[axis] * np.arange(fit[axis])
     inside = (want > grid.origin[axis] + size[axis]) & (want < grid.origin[axis] + grid.extent[axis] - grid.voxel_size[axis] - size[axis])
     np.testing.assert_allclose(got[inside], want[inside], atol=grid.voxel_size[axis] / 4)
+
+
+def test_regions_outside_are_refused_not_shortened(pyramid_path):
+    for v in (open_multiscale(pyramid_path).levels[0], Volume(np.ones((32, 32, 32), np.uint8), Grid((32,) * 3, 8))):
+        for roi in (np.s_[-2:4, 0:4, 0:4], np.s_[30:34, 0:4, 0:4], np.s_[4:4, 0:4, 0:4], np.s_[0:4, 0:4], np.s_[0:8:2, 0:4, 0:4]):
+            for read in (v.read, v.crop):
+                with pytest.raises(InputError, match="expected three non-empty ranges within it"): read(roi)
+        np.testing.assert_array_equal(v.crop(np.s_[4:, :20, 2:9]).crop(np.s_[1:3, 2:5, 3:]).read(), v.read()[5:7, 2:5, 5:9])
+        assert v.crop(np.s_[4:, :20, 2:9]).origin == (32, 0, 16)
+
+
+def test_options_without_effect_are_refused(tmp_path):
+    array, volume = np.ones((4, 4, 4), np.uint8), Volume(np.ones((4, 4, 4), np.uint8), Grid((4,) * 3, 8))
+    for source, options in ((array, dict(channel=1)), (volume, dict(voxel_size=4)), (Multiscale([volume]), dict(origin="corner"))):
+        with pytest.raises(InputError, match="has no effect on a source of kind"): open_volume(source, **options)
+    with pytest.raises(InputError, match="no effect"): write_multiscale(tmp_path/"v.zarr", volume, voxel_size=4)
+    for image in (array, np.ones((3, 4, 4, 4), np.uint8)):
+        with pytest.raises(InputError, match="voxel size None"): write_multiscale(tmp_path/"v.zarr", image)
+    with pytest.raises(InputError, match="no level -2"): open_volume(array, level=-2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_volumes_travel_as_paths(tmp_path, pyramid_path):
+    "To workers; a mapped array would take all its values along."
+    np.save(tmp_path/"v.npy", np.arange(32**3, dtype=np.float32).reshape(32, 32, 32))
+    shutil.make_archive(tmp_path/"p", "zip", pyramid_path)
+    for v in (open_volume(tmp_path/"v.npy", voxel_size=8), open_volume(pyramid_path), open_volume(tmp_path/"p.zip"), open_volume(pyramid_path).crop(np.s_[2:9, :, :])):
+        sent = pickle.dumps(v)
+        assert len(sent) < 10_000
+        np.testing.assert_array_equal(pickle.loads(sent).read(), v.read())
+
+
+def test_file_urls_are_paths(pyramid_path):
+    np.testing.assert_array_equal(open_volume(f"file://{pyramid_path}/s1").read(), open_multiscale(f"file://{pyramid_path}").levels[1].read())
 
 
 def test_writing_is_whole_or_absent(tmp_path):

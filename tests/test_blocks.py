@@ -1,0 +1,175 @@
+"Blocks: workers that are killed, runs that are killed, work that is interrupted."
+import os
+import pickle
+import signal
+import threading
+import time
+from collections import Counter
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given, settings, strategies as st
+
+from dinolab.blocks import Done, _processes, check_aligned, lock_folder, make_blocks, run_blocks
+from dinolab.core import InputError
+
+
+class Fill:
+    "Writes one more than the number of its block, slowly, and notes who did it."
+    def __init__(self, array, log, seconds=0.0): self.array, self.log, self.seconds = array, str(log), seconds
+    def __call__(self, block):
+        with open(self.log, "a") as f: f.write(f"{os.getpid()} {block.index}\n")
+        time.sleep(self.seconds)
+        self.array[block.write] = 1 + np.ravel_multi_index(block.index, (4, 4))
+
+
+class Die(Fill):
+    def __call__(self, block): os._exit(1)
+
+
+def job(tmp_path, kind=Fill, seconds=0.02):
+    "A task of 16 blocks, the blocks, and their record."
+    blocks = make_blocks((16, 16), (4, 4), (0, 0))
+    array = zarr.create_array(tmp_path/"out.zarr", shape=(16, 16), chunks=(4, 4), dtype="u1")
+    return kind(array, tmp_path/"log", seconds), blocks, Done.create(zarr.open_group(tmp_path/"done.zarr", mode="w"), blocks)
+
+
+def calls(tmp_path):
+    "Lines of the log: (process, block)."
+    if not (tmp_path/"log").exists(): return []
+    return [(int(line.split()[0]), line.split(" ", 1)[1]) for line in (tmp_path/"log").read_text().splitlines()]
+
+
+def wait(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.01)
+
+
+def whole(task, done):
+    np.testing.assert_array_equal(task.array[:], np.kron(1 + np.arange(16).reshape(4, 4), np.ones((4, 4))))
+    assert done.all().all()
+
+
+def kill_a_worker(tmp_path, after=4):
+    "SIGKILL for the process that did the last block, once some are done."
+    def run():
+        wait(lambda: len(calls(tmp_path)) >= after)
+        os.kill(calls(tmp_path)[-1][0], signal.SIGKILL)
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread
+
+
+@settings(max_examples=50, deadline=None)
+@given(shape=st.tuples(*[st.integers(1, 9)] * 3), size=st.tuples(*[st.integers(1, 5)] * 3), halo=st.tuples(*[st.integers(0, 3)] * 3))
+def test_blocks_write_each_voxel_once_and_read_a_halo(shape, size, halo):
+    count = np.zeros(shape, int)
+    for b in make_blocks(shape, size, halo):
+        count[b.write] += 1
+        assert all(r.start == w.start - h and r.stop - r.start == s + 2 * h and r.stop >= w.stop + h for r, w, s, h in zip(b.read, b.write, size, halo))
+    assert (count == 1).all()
+
+
+@pytest.mark.parametrize("shards,bad,good", [(None, (6, 4, 4), (8, 4, 4)), ((8, 8, 8), (4, 8, 8), (8, 16, 8)), ((8, 8, 8), (8, 8, 4), (24, 8, 8))])
+def test_blocks_of_parts_of_chunks_are_refused(shards, bad, good):
+    array = zarr.create_array({}, shape=(20, 20, 20), chunks=(4, 4, 4), shards=shards, dtype="u1")
+    check_aligned(array, good)
+    with pytest.raises(InputError, match="expected whole chunks"): check_aligned(array, bad)
+
+
+def test_a_killed_worker_costs_at_most_the_blocks_at_hand(tmp_path):
+    task, blocks, done = job(tmp_path, seconds=0.1)
+    thread = kill_a_worker(tmp_path)
+    assert run_blocks(task, blocks, done, workers=2) == dict(done=16, skipped=0)
+    thread.join()
+    whole(task, done)
+    times = Counter(block for _, block in calls(tmp_path))
+    assert len(times) == 16 and sum(times.values()) <= 16 + 2 and len({p for p, _ in calls(tmp_path)}) >= 3
+
+
+def test_a_task_that_kills_its_workers_is_an_error(tmp_path):
+    task, blocks, done = job(tmp_path, Die)
+    results = list(_processes(task, blocks, done, 2, restarts=0))
+    assert len(results) == 16 and all("killed again and again" in str(e) for _, e in results) and not done.all().any()
+
+
+def test_interrupted_work_drops_what_is_not_begun(tmp_path):
+    task, blocks, done = job(tmp_path, seconds=0.3)
+    results = _processes(task, blocks, done, 2)
+    next(results)
+    results.close()
+    assert 1 <= done.all().sum() == len(calls(tmp_path)) < 10
+
+
+def _run(task, blocks, done): run_blocks(task, blocks, done, workers=2)
+
+
+def test_workers_end_with_the_run(tmp_path):
+    "SIGKILL for the process that gives out the work; another run finishes it."
+    task, blocks, done = job(tmp_path, seconds=0.2)
+    run = get_context("spawn").Process(target=_run, args=(task, blocks, done))
+    run.start()
+    wait(lambda: done.all().sum() > 2 and len({p for p, _ in calls(tmp_path)}) == 2)
+    run.kill()
+    run.join()
+    workers = {p for p, _ in calls(tmp_path)}
+    wait(lambda: not any(alive(p) for p in workers), 5)
+    assert not done.all().all()
+    before = len(calls(tmp_path))
+    task.seconds = 0
+    run_blocks(task, blocks, done)
+    whole(task, done)
+    assert len(calls(tmp_path)) - before < 16
+
+
+def alive(pid):
+    try: return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError: return False
+
+
+def test_dask_with_a_killed_worker(tmp_path):
+    distributed = pytest.importorskip("distributed")
+    task, blocks, done = job(tmp_path, seconds=0.1)
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster, distributed.Client(cluster) as client:
+        thread = kill_a_worker(tmp_path)
+        assert run_blocks(task, blocks, done, client=client) == dict(done=16, skipped=0)
+        thread.join()
+        whole(task, done)
+        times = Counter(block for _, block in calls(tmp_path))
+        assert len(times) == 16 and sum(times.values()) <= 16 + 2
+        assert run_blocks(task, blocks, done, client=client) == dict(done=0, skipped=16)
+
+
+def test_dask_reports_failed_blocks(tmp_path):
+    distributed = pytest.importorskip("distributed")
+    task, blocks, done = job(tmp_path)
+    task.array = None  # TypeError in every block
+    with distributed.Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None) as client:
+        with pytest.raises(RuntimeError, match="16 of 16 blocks failed, the first at"): run_blocks(task, blocks, done, client=client)
+    assert not done.all().any()
+
+
+def test_the_lock_is_gone_with_its_process(tmp_path):
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        with lock_folder(tmp_path):
+            os.write(write, b"locked")
+            time.sleep(60)
+    os.read(read, 6)
+    with pytest.raises(InputError, match=f"in use by process {pid}"):
+        with lock_folder(tmp_path): pass
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    with lock_folder(tmp_path): pass
+    assert not any(tmp_path.iterdir())
+
+
+def test_tasks_are_small_enough_to_travel(tmp_path):
+    task, _, done = job(tmp_path)
+    assert len(pickle.dumps((task, done))) < 10_000
