@@ -853,8 +853,10 @@ def new_folder(
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         yield temporary
-        if path.exists(): shutil.rmtree(path)
+        old = temporary.with_name(temporary.name + ".old")
+        if path.exists(): os.replace(path, old)
         os.replace(temporary, path)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

