@@ -18,18 +18,17 @@ import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .backbones import FeatureSpec, state_hash
-from .blocks import Block, Done, check_aligned, lock_folder, make_blocks, run_blocks
-from .core import InputError, MissingError, Stages, format_table, memory_mb, pick, plain, progress, settings_hash
+from .blocks import Done, check_aligned, lock_folder, make_blocks, run_blocks
+from .core import InputError, Stages, format_table, memory_mb, pick, plain, progress, settings_hash
 from .show import Pca, fit_pca
 from .volume import (Grid, Volume, check_roi, check_same_box, create_array, create_multiscale, fill_pyramid, is_identity, mirror, open_group, open_levels,
-                            open_multiscale, open_or_create_group, open_volume, plain_path, resample_matrix, size_text, triple, with_mirror, writable)
+                            open_or_create_group, open_volume, plain_path, resample_matrix, size_text, triple, with_mirror, writable)
 
 # %% ../nbs/api/42_features.ipynb #981c345e
 PLANES = dict(xy=0, xz=1, yz=2)  # plane -> axis of its normal, z y x

@@ -16,7 +16,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
 import uuid
 import warnings
 from contextlib import contextmanager
@@ -29,8 +28,8 @@ import numpy as np
 import zarr
 from zarr.core.sync import sync
 
-from .core import InputError, MissingError, nearest, progress
-from .formats import Source, read_nifti, read_tiff, to_nm
+from .core import InputError, MissingError, progress
+from .formats import read_nifti, read_tiff, to_nm
 
 # %% ../nbs/api/11_volume.ipynb #48c7ac75
 def triple(
