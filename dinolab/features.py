@@ -7,7 +7,7 @@ __all__ = ['PLANES', 'PARTIAL', 'plane_axes', 'check_planes', 'spread', 'intensi
            'default_pixel', 'tile_span', 'slice_weights', 'PlanePass', 'add_plane', 'auto_batch', 'auto_precision',
            'Compute', 'raw_region', 'extract_block', 'run_backbone', 'PatchMean', 'make_plan', 'extract_features_3d',
            'count_images', 'report', 'timing_table', 'native_grid', 'extract_native', 'model_identity',
-           'extract_to_zarr', 'Features', 'open_features']
+           'extract_to_zarr', 'source_identity', 'Features', 'open_features']
 
 # %% ../nbs/api/42_features.ipynb #2a78480e
 import copy
@@ -27,7 +27,7 @@ from .backbones import FeatureSpec, state_hash
 from .blocks import Done, check_aligned, lock_folder, make_blocks, run_blocks
 from .core import InputError, Stages, format_table, memory_mb, pick, plain, progress, settings_hash
 from .show import Pca, fit_pca
-from .volume import (Grid, Volume, check_roi, check_same_box, create_array, create_multiscale, fill_pyramid, is_identity, mirror, open_group, open_levels,
+from .volume import (Grid, Volume, check_inside, check_roi, check_same_box, create_array, create_multiscale, fill_pyramid, is_identity, mirror, open_group, open_levels,
                             open_or_create_group, open_volume, plain_path, resample_matrix, size_text, triple, with_mirror, writable)
 
 # %% ../nbs/api/42_features.ipynb #981c345e
@@ -630,6 +630,7 @@ def extract_to_zarr(
     backbone:nn.Module,         # from create_backbone
     *,
     voxel_size=None,            # nm of the features, one number or z y x; None: as the raw
+    grid:Grid=None,             # the voxels of the features, inside the raw volume, instead of voxel_size
     raw_resolution=None,        # nm of the level to read from a pyramid; None: a quarter of voxel_size
     planes=("xy", "xz", "yz"),  # which slices
     pixel_size:float=None,      # nm, side of a network pixel; None: see default_pixel
@@ -649,14 +650,15 @@ def extract_to_zarr(
     client=None,                # a dask client instead
 )->"Features":
     "Features of a volume of any size, in constant memory; a run that was killed goes on where it was."
-    before, store, volume = memory_mb()[0], plain_path(store), _raw_level(source, voxel_size, raw_resolution)
-    dst = volume.grid if voxel_size is None else volume.grid.with_voxel_size(voxel_size)
+    before, store, volume = memory_mb()[0], plain_path(store), _raw_level(source, voxel_size if grid is None else grid.voxel_size, raw_resolution)
+    dst = grid or (volume.grid if voxel_size is None else volume.grid.with_voxel_size(voxel_size))
+    check_inside(dst, volume.grid, volume.name)
     if max(dst.shape) == 1 < max(volume.shape): raise InputError(f"feature voxels of {size_text(dst.voxel_size)} in a volume of {size_text(volume.grid.extent)}: expected smaller ones; is the unit right? (nm)")
     known = intensity if intensity is not None else _stored_intensity(store)
     plan = make_plan(volume.grid, backbone.spec, intensity_range(volume) if known is None else known, dst=dst, planes=planes, pixel=pixel_size, fusion=fusion, neighbours=neighbours,
                      slice_stride=slice_stride, halo=halo, block=_block_size(block, chunk, dst.shape))
     compute, channels = Compute(batch_size, precision), _stored_channels(plan.channels(backbone.spec), n_components, rgb)
-    settings = dict(plan=asdict(plan), n_components=n_components, rgb=rgb, chunk=chunk, precision=_stored_precision(precision, backbone), source=_source_of(volume), **model_identity(backbone))
+    settings = dict(plan=asdict(plan), n_components=n_components, rgb=rgb, chunk=chunk, precision=_stored_precision(precision, backbone), source=source_identity(volume), **model_identity(backbone))
     with _open_store(store, resume) as group:
         array, pca = _prepare(group, store, settings, plan, channels, chunk, str(getattr(backbone, "recipe", {}).get("weights")))
         blocks = make_blocks(dst.shape, plan.block)
@@ -677,7 +679,7 @@ def _raw_level(source, voxel_size, raw_resolution):
     if raw_resolution is None and voxel_size is None: return pyramid.levels[0]
     return pyramid.level_for(raw_resolution if raw_resolution is not None else tuple(v / 4 for v in triple(voxel_size, "voxel size (nm)")))
 
-def _source_of(volume):
+def source_identity(volume):
     "What tells this raw volume from others: its place, channel and time; an array in memory by its values."
     place = volume.path if "://" in volume.path or not volume.path else os.path.abspath(volume.path)
     values = state_hash({"raw": torch.from_numpy(np.frombuffer(np.ascontiguousarray(volume.array), np.uint8))}) if isinstance(volume.array, np.ndarray) else None
