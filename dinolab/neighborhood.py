@@ -17,10 +17,10 @@ from .augment import keyed_rng
 from .core import InputError, progress
 from .upsample import POOL, UPSAMPLERS, Guided, resize, sum_axes
 
-# %% ../nbs/api/23_neighborhood.ipynb #1c79c5fb
+# %% ../nbs/api/23_neighborhood.ipynb #d51642e7
 class GuideEncoder(nn.Module):
-    "Image b g *s -> b dim *(s - 2 · halo), from a neighbourhood of halo voxels per axis."
-    halo = 4
+    "Image b g *s -> b dim *s."
+    halo = 4  # voxels on each side that a result depends on
     def __init__(self,
         guide_channels:int,  # of the image
         dims:int,            # 2 or 3
@@ -28,15 +28,15 @@ class GuideEncoder(nn.Module):
     ):
         super().__init__()
         conv = {2: nn.Conv2d, 3: nn.Conv3d}[dims]
-        self.conv1, self.conv2, self.conv3 = conv(guide_channels, dim, 3), conv(dim, dim, 3, dilation=2), conv(dim, dim, 3)
+        same = lambda c, step: conv(c, dim, 3, padding=step, dilation=step, padding_mode="replicate")
+        self.conv1, self.conv2, self.conv3 = same(guide_channels, 1), same(dim, 2), same(dim, 1)
 
     def forward(self, x:Tensor)->Tensor:
         x = self.conv1(x - 0.5)
-        inner = lambda t, n: t[(slice(None), slice(None)) + (slice(n, -n),) * (t.ndim - 2)]
-        y = inner(x, 2) + self.conv2(F.gelu(x))
-        return inner(y, 1) + self.conv3(F.gelu(y))
+        x = x + self.conv2(F.gelu(x))
+        return x + self.conv3(F.gelu(x))
 
-# %% ../nbs/api/23_neighborhood.ipynb #1094f2e4
+# %% ../nbs/api/23_neighborhood.ipynb #cd34bb9a
 class NeighborhoodFilter(Guided):
     "Guided upsampling with learned weights (after NAF, Chambon et al. 2026), for 2D and 3D."
     def __init__(self,
@@ -45,7 +45,7 @@ class NeighborhoodFilter(Guided):
         *,
         dim:int=16,              # of the encoding
         heads:int=2,             # ways to compare
-        window:int=3,            # cells per axis that grows, odd
+        window:int=5,            # cells per axis that grows, odd
         budget:int=2**26,        # bytes of scratch per tile
     ):
         super().__init__(0, window, budget)
@@ -60,7 +60,7 @@ class NeighborhoodFilter(Guided):
     def scratch(self)->int: return 6 * self.config["dim"]
 
     def encode(self, guide:Tensor)->Tensor:
-        "b g *fine with a halo -> b dim *fine."
+        "b g *s -> b dim *s."
         if guide.shape[1] != self.config["guide_channels"]: raise InputError(f"guide of {guide.shape[1]} channels: expected {self.config['guide_channels']}")
         return self.encoder(guide.to(self.query.weight.dtype))
 
@@ -110,7 +110,7 @@ def make_pair(
     if image.ndim == 5: fine, coarse = (t.unflatten(0, (len(image), -1)).transpose(1, 2) for t in (fine, coarse))  # b c z y x
     return coarse, fine, image
 
-# %% ../nbs/api/23_neighborhood.ipynb #ae14bdc4
+# %% ../nbs/api/23_neighborhood.ipynb #e0f754f0
 def random_crop(
     images:list,   # tensors 1 *s, in 0..1
     size:tuple,    # of the crop
@@ -131,7 +131,7 @@ def train_neighborhood(
     steps:int=300,              # batches
     batch_size:int=4,           # crops per batch
     factors:tuple=(2,),         # how much the copies are smaller
-    lr:float=5e-3,              # at its peak
+    lr:float=1e-2,              # at its peak
     seed:int=0,                 # of crops
 )->list:                        # relative error of each step
     "Train a guided filter without labels; features of any scale count alike, each channel by its own variance."

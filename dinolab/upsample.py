@@ -150,7 +150,7 @@ def tiles(
     for axis in cuts: boxes = [(*b, c) for b in boxes for c in axis]
     return [Tile(tables, b, reach) for b in boxes]
 
-# %% ../nbs/api/22_upsample.ipynb #5d05003c
+# %% ../nbs/api/22_upsample.ipynb #332536c4
 class Guided(nn.Module):
     "Weighted means of the coarse cells around each fine voxel; subclasses say how much each weighs."
     needs_guide = True
@@ -165,7 +165,7 @@ class Guided(nn.Module):
         if window < 3 or window % 2 == 0: raise InputError(f"window {window}: expected an odd number of cells, 3 or more")
         self.in_channels, self.out_channels, self.window, self.budget = in_channels, in_channels, window, budget
 
-    def encode(self, guide:Tensor)->Tensor: raise NotImplementedError  # b g *fine with a halo -> b e *fine
+    def encode(self, guide:Tensor)->Tensor: raise NotImplementedError  # b g *s -> b e *s, from at most `halo` voxels around
     def weigh(self, fine:Tensor, coarse:Tensor, distance:list)->Tensor: raise NotImplementedError  # b cells P e, b cells W e -> b cells P W
 
     def forward(self,
@@ -184,11 +184,9 @@ class Guided(nn.Module):
         positions = math.prod(t[0].shape[1] for t in tables)
         per_cell = 4 * len(x) * (positions * (x.shape[1] + self.scratch() + 4 * math.prod(window)) + math.prod(window) * x.shape[1])
         boxes = tiles(tables, tuple(w // 2 for w in window), per_cell, self.budget)
-        padded = F.pad(guide, (self.halo,) * (2 * len(size)), mode="replicate") if self.halo else guide
-        if len(boxes) == 1: return self._tile(x, padded, tables, window, boxes[0])
-        parts = [(t.out, self._tile(x, padded, tables, window, t)) for t in boxes] if torch.is_grad_enabled() else ((t.out, self._tile(x, padded, tables, window, t)) for t in boxes)
+        if len(boxes) == 1: return self._tile(x, guide, tables, window, boxes[0])
         out = x.new_empty(*x.shape[:2], *size)
-        for place, part in parts: out[(slice(None), slice(None), *place)] = part
+        for t in boxes: out[(slice(None), slice(None), *t.out)] = self._tile(x, guide, tables, window, t)
         return out
 
     def scratch(self)->int: return 1  # numbers per fine voxel that `encode` and `weigh` hold at once
@@ -196,8 +194,10 @@ class Guided(nn.Module):
     def _tile(self, x, guide, tables, window, tile):
         "The fine voxels of one box of cells."
         d = len(window)
-        view = guide[(slice(None), slice(None), *(slice(f.start, f.stop + 2 * self.halo) for f in tile.fine))]
-        fine = to_cells(self.encode(view), tile.members)                       # b cells positions e
+        view = [slice(max(0, f.start - self.halo), min(n, f.stop + self.halo)) for f, n in zip(tile.fine, guide.shape[2:])]
+        own = [slice(f.start - v.start, f.stop - v.start) for f, v in zip(tile.fine, view)]
+        codes = self.encode(guide[(slice(None), slice(None), *view)])[(slice(None), slice(None), *own)]
+        fine = to_cells(codes, tile.members)                                   # b cells positions e
         real = sum_axes([r[..., None].float() for r in tile.real])[..., 0] > d - 0.5  # cells P
         fine = fine.flatten(1 + d, 2 * d)                                      # b cells P e
         coarse = (fine * real[..., None]).sum(-2) / real.sum(-1)[..., None]    # b cells e, mean over the cell
@@ -241,7 +241,7 @@ def stages(
     while any(2 * n < s for n, s in zip(small, plan[0])): plan.insert(0, tuple(s if n >= s else max(n, -(-s // 2)) for n, s in zip(small, plan[0])))
     return plan
 
-# %% ../nbs/api/22_upsample.ipynb #6e755fe0
+# %% ../nbs/api/22_upsample.ipynb #6e58b85a
 class Transpose(nn.Module):
     "Learned upsampling in steps of at most two per axis: linear growth plus a convolution that starts at zero."
     needs_guide = False
@@ -255,7 +255,7 @@ class Transpose(nn.Module):
         def stage():
             last = conv(in_channels, in_channels, 3, padding=1)
             nn.init.zeros_(last.weight); nn.init.zeros_(last.bias)
-            return nn.Sequential(nn.GroupNorm(math.gcd(8, in_channels), in_channels), nn.GELU(), last)
+            return nn.Sequential(nn.GroupNorm(math.gcd(8, in_channels), in_channels), nn.LeakyReLU(0.01, inplace=True), last)
         self.out_channels = in_channels
         self.steps = nn.ModuleList(stage() for _ in stages(small, size))
 
