@@ -119,9 +119,10 @@ def progress(
     desc:str="",          # what is done
     unit:str="it",        # what one item is
     initial:int=0,        # items done before, when work is resumed
+    quiet:bool=False,     # never show it, as in all processes but the first
 )->tqdm:                  # iterable with a bar
     "A progress bar on standard error, shown only in a terminal."
-    return tqdm(items, total=total, desc=desc, unit=unit, initial=initial, disable=None, dynamic_ncols=True, mininterval=0.2)
+    return tqdm(items, total=total, desc=desc, unit=unit, initial=initial, disable=quiet or None, dynamic_ncols=True, mininterval=0.2)
 
 # %% ../nbs/api/00_core.ipynb #b3305ca9
 class Stages:
