@@ -6,7 +6,7 @@
 __all__ = ['SCHEDULES', 'FREE', 'TrainArgs', 'lr_factor', 'batches_per_epoch', 'keyed_batches', 'Keyed', 'keyed_loader',
            'replace_folder', 'recover', 'save_checkpoint', 'load_weights', 'load_checkpoint', 'read_state',
            'parameter_groups', 'Average', 'validate', 'check_finite_loss', 'Position', 'rewind_log', 'Keeper',
-           'make_accelerator', 'accumulate', 'Fit', 'fit', 'training_curves']
+           'seed_devices', 'make_accelerator', 'accumulate', 'Fit', 'fit', 'training_curves']
 
 # %% ../nbs/api/40_engine.ipynb #174ea769
 import copy
@@ -394,7 +394,15 @@ def _tensorboard(folder):
     except ImportError: raise ImportError("tracker=tensorboard needs tensorboard; install the extra: pip install 'dinolab[tensorboard]'") from None
     return SummaryWriter(str(folder))
 
-# %% ../nbs/api/40_engine.ipynb #3a45fffe
+# %% ../nbs/api/40_engine.ipynb #4cd1b8a1
+def seed_devices(
+    seed:int,  # 0 to 2^63 - 1
+):
+    "Seed the generators of CPU and GPUs; `torch.manual_seed` also notes the call stack each time, a millisecond."
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available(): torch.cuda.manual_seed_all(seed)
+
+# %% ../nbs/api/40_engine.ipynb #3930885a
 def make_accelerator(
     args:TrainArgs,  # device and precision
 )->Accelerator:
@@ -421,7 +429,7 @@ def accumulate(
     for i in range(count):
         batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
         if isinstance(batch, dict): batch["progress"] = at.step / total
-        torch.manual_seed(key_seed(seed, "step", at.step, i, accelerator.process_index))
+        seed_devices(key_seed(seed, "step", at.step, i, accelerator.process_index))
         with nullcontext() if i == count - 1 else accelerator.no_sync(net):
             with accelerator.autocast(): loss, logs = step(net, batch)
             check_finite_loss(loss.detach(), batch, at.step, save)
@@ -520,7 +528,7 @@ def _watched(batches, at):
             raise InputError(f"a loading worker died after step {at.step} ({str(e).splitlines()[0][:120]}): out of memory? lower workers or batch_size, then run again to go on") from e
         yield batch
 
-# %% ../nbs/api/40_engine.ipynb #c87448be
+# %% ../nbs/api/40_engine.ipynb #5312e279
 def training_curves(
     history:list,  # lines of the log
 ):                 # figure
@@ -537,5 +545,3 @@ def training_curves(
         ax.set_xlabel("optimiser step", fontsize=8); ax.tick_params(labelsize=7)
     fig.set_layout_engine("tight")
     return fig
-
-training_curves(done.history)
