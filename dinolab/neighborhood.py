@@ -36,7 +36,7 @@ class GuideEncoder(nn.Module):
         x = x + self.conv2(F.gelu(x))
         return x + self.conv3(F.gelu(x))
 
-# %% ../nbs/api/23_neighborhood.ipynb #e7c2c355
+# %% ../nbs/api/23_neighborhood.ipynb #298e1aa2
 class NeighborhoodFilter(Guided):
     "Guided upsampling with learned weights (after NAF, Chambon et al. 2026), for 2D and 3D."
     def __init__(self,
@@ -78,6 +78,15 @@ class NeighborhoodFilter(Guided):
         floor = self.floor.exp()
         one = lambda t, f: torch.log((1 - t.abs()).clamp_min(0) + f)
         return torch.stack([sum_axes([one(t.nan_to_num(posinf=9.), f) for t in distance]) for f in floor])
+
+    def inflate(self)->"NeighborhoodFilter":
+        "A 2D filter as one for volumes that looks at planes yx; for features of planes xy the result is the same, slice by slice."
+        if self.config["dims"] != 2: raise InputError("inflate a filter of 3 dimensions: expected 2")
+        out, own = NeighborhoodFilter(**self.config | dict(dims=3)), self.state_dict()
+        state = out.state_dict()
+        for k, v in state.items(): state[k] = F.pad(own[k][:, :, None], (0, 0, 0, 0, 1, 1)) if v.ndim == 5 else own[k]
+        out.load_state_dict(state)
+        return out
 
     @classmethod
     def from_config(cls, config:dict)->"NeighborhoodFilter":

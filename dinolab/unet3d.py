@@ -117,7 +117,7 @@ def target_size(
     if len(found) > 1: raise InputError(f"features of {({p: tuple(x.shape[2:]) for p, x in features.items()})} stand for targets of {sorted(found)}: expected planes of one crop, in the ratios of {sizes}")
     return found.pop()
 
-# %% ../nbs/api/24_unet3d.ipynb #9549e60b
+# %% ../nbs/api/24_unet3d.ipynb #0890b4b1
 class DINOv3UNet3D(nn.Module):
     "3D U-Net on features: of one tensor, or of several planes each on its own grid."
     def __init__(self,
@@ -205,6 +205,16 @@ class DINOv3UNet3D(nn.Module):
             for p, conv in self.project.items():
                 conv.weight /= std[p].view(1, -1, 1, 1, 1).clamp_min(1e-6)
                 conv.bias -= conv.weight[..., 0, 0, 0] @ mean[p]
+
+    def load_filter(self,
+        trained,  # NeighborhoodFilter of three dimensions, or the file of its weights
+    ):
+        "Start the upsampler from a filter that was trained without labels."
+        own = next((u for u in self.upsample.values() if isinstance(u, NeighborhoodFilter)), None)
+        if own is None: raise InputError(f"a trained filter for upsampler {self.config['upsampler']}: expected upsampler neighborhood")
+        state = trained.state_dict() if isinstance(trained, nn.Module) else torch.load(trained, map_location="cpu", weights_only=True)
+        try: own.load_state_dict(state)
+        except RuntimeError as e: raise InputError(f"the trained filter does not fit ({' '.join(str(e).split())[:150]}): expected one with config {own.config}") from None
 
     @classmethod
     def from_config(cls, config:dict)->"DINOv3UNet3D":
