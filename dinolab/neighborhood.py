@@ -36,14 +36,14 @@ class GuideEncoder(nn.Module):
         x = x + self.conv2(F.gelu(x))
         return x + self.conv3(F.gelu(x))
 
-# %% ../nbs/api/23_neighborhood.ipynb #298e1aa2
+# %% ../nbs/api/23_neighborhood.ipynb #ad1d20cf
 class NeighborhoodFilter(Guided):
     "Guided upsampling with learned weights (after NAF, Chambon et al. 2026), for 2D and 3D."
     def __init__(self,
         guide_channels:int=1,    # of the image
         dims:int=3,              # 2 or 3
         *,
-        dim:int=32,              # of the encoding
+        dim:int=16,              # of the encoding
         heads:int=2,             # ways to compare
         window:int=5,            # cells per axis that grows, odd
         budget:int=2**26,        # bytes of scratch per tile

@@ -117,7 +117,7 @@ def target_size(
     if len(found) > 1: raise InputError(f"features of {({p: tuple(x.shape[2:]) for p, x in features.items()})} stand for targets of {sorted(found)}: expected planes of one crop, in the ratios of {sizes}")
     return found.pop()
 
-# %% ../nbs/api/24_unet3d.ipynb #0890b4b1
+# %% ../nbs/api/24_unet3d.ipynb #e51924f0
 class DINOv3UNet3D(nn.Module):
     "3D U-Net on features: of one tensor, or of several planes each on its own grid."
     def __init__(self,
@@ -173,17 +173,24 @@ class DINOv3UNet3D(nn.Module):
         self._check(guide, context)
         size = target_size(features, self.sizes, self.input_size) if size is None else _three(size, "size")
         if guide is not None and guide.shape[2:] != size: raise InputError(f"guide of {tuple(guide.shape[2:])} voxels for a target of {size}: expected the raw volume on the target grid")
-        x = sum(self._lift(p, f, size, guide) for p, f in features.items()) / len(features)
+        codes = self._codes(guide) if len(features) > 1 else None
+        x = sum(self._lift(p, f, size, guide, codes) for p, f in features.items()) / len(features)
         if self.raw is not None: x = x + self.raw(guide[:, :self.raw.in_channels])
         maps = self.unet(x, None if self.context is None else self._surroundings(context))
         out = [head(m) for head, m in zip(self.heads, maps)]
         return out if self.training and self.config["deep_supervision"] else out[0]
 
-    def _lift(self, plane, features, size, guide):
+    def _codes(self, guide):
+        "What a filter that the planes share sees in the guide: looked at once."
+        shared = next(iter(self.upsample.values()))
+        return shared.encode(guide) if isinstance(shared, NeighborhoodFilter) else None
+
+    def _lift(self, plane, features, size, guide, codes):
         "Features of one plane at the voxels of the target."
         x = self.project[plane](features.to(self.project[plane].weight.dtype))
-        if not (self.unet.gradient_checkpointing and self.training): return self.upsample[plane](x, size, guide)
-        return checkpoint(self.upsample[plane], x, size, guide, use_reentrant=False)
+        given = (x, size, guide) if codes is None else (x, size, guide, codes)
+        if not (self.unet.gradient_checkpointing and self.training): return self.upsample[plane](*given)
+        return checkpoint(self.upsample[plane], *given, use_reentrant=False)
 
     def _check(self, guide, context):
         "What is missing, or there without use, is said."

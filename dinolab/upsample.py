@@ -150,7 +150,7 @@ def tiles(
     for axis in cuts: boxes = [(*b, c) for b in boxes for c in axis]
     return [Tile(tables, b, reach) for b in boxes]
 
-# %% ../nbs/api/22_upsample.ipynb #332536c4
+# %% ../nbs/api/22_upsample.ipynb #d7e38b11
 class Guided(nn.Module):
     "Weighted means of the coarse cells around each fine voxel; subclasses say how much each weighs."
     needs_guide = True
@@ -172,6 +172,7 @@ class Guided(nn.Module):
         x:Tensor,      # b c *small
         size:tuple,    # of the result
         guide:Tensor=None,  # b g *size, in 0..1
+        codes:Tensor=None,  # `encode(guide)`, where several features share a guide
     )->Tensor:         # b c *size, dtype of x
         "The features at the voxels of the guide."
         size = tuple(size)
@@ -184,20 +185,23 @@ class Guided(nn.Module):
         positions = math.prod(t[0].shape[1] for t in tables)
         per_cell = 4 * len(x) * (positions * (x.shape[1] + self.scratch() + 4 * math.prod(window)) + math.prod(window) * x.shape[1])
         boxes = tiles(tables, tuple(w // 2 for w in window), per_cell, self.budget)
-        if len(boxes) == 1: return self._tile(x, guide, tables, window, boxes[0])
+        if len(boxes) == 1: return self._tile(x, guide, codes, tables, window, boxes[0])
         out = x.new_empty(*x.shape[:2], *size)
-        for t in boxes: out[(slice(None), slice(None), *t.out)] = self._tile(x, guide, tables, window, t)
+        for t in boxes: out[(slice(None), slice(None), *t.out)] = self._tile(x, guide, codes, tables, window, t)
         return out
 
     def scratch(self)->int: return 1  # numbers per fine voxel that `encode` and `weigh` hold at once
 
-    def _tile(self, x, guide, tables, window, tile):
-        "The fine voxels of one box of cells."
-        d = len(window)
+    def _codes(self, guide, tile):
+        "The encoding of the fine voxels of a tile, from those and a halo."
         view = [slice(max(0, f.start - self.halo), min(n, f.stop + self.halo)) for f, n in zip(tile.fine, guide.shape[2:])]
         own = [slice(f.start - v.start, f.stop - v.start) for f, v in zip(tile.fine, view)]
-        codes = self.encode(guide[(slice(None), slice(None), *view)])[(slice(None), slice(None), *own)]
-        fine = to_cells(codes, tile.members)                                   # b cells positions e
+        return self.encode(guide[(..., *view)])[(..., *own)]
+
+    def _tile(self, x, guide, codes, tables, window, tile):
+        "The fine voxels of one box of cells."
+        d = len(window)
+        fine = to_cells(self._codes(guide, tile) if codes is None else codes[(..., *tile.fine)], tile.members)  # b cells positions e
         real = sum_axes([r[..., None].float() for r in tile.real])[..., 0] > d - 0.5  # cells P
         fine = fine.flatten(1 + d, 2 * d)                                      # b cells P e
         coarse = (fine * real[..., None]).sum(-2) / real.sum(-1)[..., None]    # b cells e, mean over the cell
