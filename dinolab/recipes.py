@@ -64,7 +64,7 @@ def with_overrides(
         if "=" not in pair: raise InputError(f"{pair!r}: expected key=value, such as args.epochs=5")
     return OmegaConf.merge(config, OmegaConf.from_dotlist(list(pairs)))
 
-# %% ../nbs/api/45_recipes.ipynb #9ab1f0a4
+# %% ../nbs/api/45_recipes.ipynb #f86ceaeb
 def arguments(
     function:Callable,  # a recipe
     config,             # mapping of its arguments
@@ -83,7 +83,7 @@ def arguments(
 def _check_number(key, value, default):
     "A number where the default is one."
     if isinstance(default, bool) and not isinstance(value, bool): raise InputError(f"{key}={value!r}: expected true or false")
-    if isinstance(default, (int, float)) and not isinstance(default, bool) and (isinstance(value, bool) or not isinstance(value, (int, float))): raise InputError(f"{key}={value!r}: expected a number")
+    if isinstance(default, (int, float)) and not isinstance(default, bool) and isinstance(value, (bool, str)): raise InputError(f"{key}={value!r}: expected a number")
 
 def _unknown(key, known, where):
     near = nearest(key, known, n=1)

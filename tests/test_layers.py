@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 GATEWAYS = dict(pydantic="manifest", matplotlib="show", nibabel="formats", tifffile="formats", zarr="volume", dask="blocks", distributed="blocks", timm="backbones",
-                huggingface_hub="backbones", safetensors="backbones", peft="adapt", transformers="heads", accelerate="engine", omegaconf="recipes",
+                huggingface_hub="backbones", skimage="instances", mwatershed="instances", peft="adapt", transformers="heads", accelerate="engine", omegaconf="recipes",
                 papermill="experiment", nbformat="experiment", jupyter_client="experiment", nnunetv2="nnunet", typer="cli", click="cli")
 NOTEBOOKS = sorted((ROOT/"nbs/api").glob("*.ipynb"))
 
@@ -52,7 +52,7 @@ def test_light_import():
 
 def test_runtime_requirements_only():
     "Every module imports with none of the development tools and extras at hand."
-    banned = ["nbdev", "fastcore", "execnb", "pytest", "hypothesis", "dask", "distributed", "tensorstore", "ome_zarr", "ngff_zarr", "yaozarrs", "transformers", "nnunetv2", "dipy"]
+    banned = ["nbdev", "fastcore", "execnb", "pytest", "hypothesis", "dask", "distributed", "tensorstore", "ome_zarr", "ngff_zarr", "yaozarrs", "transformers", "nnunetv2", "dipy", "torchmetrics", "monai", "tensorboard", "mwatershed"]
     code = f"import sys, importlib\nfor m in {banned}: sys.modules[m] = None\nfor m in {sorted(MODULES)}: importlib.import_module('dinolab.' + m)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-500:]
