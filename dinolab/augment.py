@@ -16,11 +16,12 @@ from scipy.ndimage import gaussian_filter
 
 from .core import InputError, pick
 
-# %% ../nbs/api/17_augment.ipynb #10cd90d9
+# %% ../nbs/api/17_augment.ipynb #8a2d12bd
 def key_seed(
     *parts,  # numbers and texts
 )->int:      # 0 to 2^63 - 1
     "A seed from a key: the same on every machine, unrelated for different keys."
+    parts = tuple(p.item() if isinstance(p, np.generic) else p for p in parts)  # NumPy's repr has changed with its versions
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
 
 def keyed_rng(
@@ -56,7 +57,7 @@ class Orientation:
         back = tuple(self.permutation.index(a) for a in range(3))
         return Orientation(back, tuple(self.flips[a] for a in back))
 
-# %% ../nbs/api/17_augment.ipynb #e793403c
+# %% ../nbs/api/17_augment.ipynb #7b3d0f1d
 @dataclass(frozen=True)
 class Augment:
     "How crops are varied. Probabilities are per crop, strengths relative to intensities in 0..1."
@@ -96,6 +97,7 @@ class Augment:
     )->np.ndarray:                # float32, in 0..1
         "The image of a crop, varied."
         x = np.array(x, np.float32)
+        if x.size and not -0.01 <= x.min() <= x.max() <= 1.01: raise InputError(f"image from {x.min():g} to {x.max():g}: expected intensities in 0..1")
         if rng.random() < self.intensity:
             scale, shift, power = 1 + self.contrast * rng.uniform(-1, 1), self.brightness * rng.uniform(-1, 1), math.exp(self.gamma * rng.uniform(-1, 1))
             x = np.clip((x - 0.5) * scale + 0.5 + shift, 0, 1) ** power

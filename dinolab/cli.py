@@ -179,7 +179,7 @@ def features(
     print(f"{out}: {store}")
     if store.info["seconds"]: print(timing_table(store.info))
 
-# %% ../nbs/api/52_cli.ipynb #afa7b10d
+# %% ../nbs/api/52_cli.ipynb #d4423b68
 Config = Annotated[Optional[str], typer.Option("--config", "-c", metavar="FILE", help="YAML file of the recipe.", show_default="none")]
 Pairs = Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="Set or override keys, such as crop=48 args.epochs=5.", show_default=False)]
 Keys = Annotated[bool, typer.Option("--keys", help="List the keys with their defaults, and stop.")]
@@ -193,7 +193,7 @@ def start_recipe(
     "Run a recipe, or list its keys."
     from dinolab.recipes import recipe_of, describe, run_recipe
     if keys: print(format_table(describe(recipe_of(command, config, pairs or [])[0])))
-    elif not config and not pairs: raise InputError(f"dinolab {command} without settings: expected --config FILE or key=value; --keys lists them")
+    elif not config and not pairs: raise InputError(f"{command} without settings: expected --config FILE or key=value; --keys lists them")
     else: return run_recipe(command, config, pairs or [])
 
 # %% ../nbs/api/52_cli.ipynb #59e97654

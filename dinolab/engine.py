@@ -320,7 +320,14 @@ def rewind_log(
     new.write_bytes(b"".join(kept))
     new.replace(path)
 
-# %% ../nbs/api/40_engine.ipynb #fe333146
+# %% ../nbs/api/40_engine.ipynb #006d98ea
+def _tensorboard(folder):
+    "A writer of TensorBoard events."
+    try: from torch.utils.tensorboard import SummaryWriter
+    except ImportError: raise ImportError("tracker=tensorboard needs tensorboard; install the extra: pip install 'dinolab[tensorboard]'") from None
+    return SummaryWriter(str(folder))
+
+# %% ../nbs/api/40_engine.ipynb #8e4ab33d
 class Keeper:
     "Checkpoints and log of one training."
     def __init__(self,
@@ -388,12 +395,6 @@ class Keeper:
         "All lines of the log."
         return self.lines if self.run is None else self.run.history()
 
-def _tensorboard(folder):
-    "A writer of TensorBoard events."
-    try: from torch.utils.tensorboard import SummaryWriter
-    except ImportError: raise ImportError("tracker=tensorboard needs tensorboard; install the extra: pip install 'dinolab[tensorboard]'") from None
-    return SummaryWriter(str(folder))
-
 # %% ../nbs/api/40_engine.ipynb #4cd1b8a1
 def seed_devices(
     seed:int,  # 0 to 2^63 - 1
@@ -437,7 +438,40 @@ def accumulate(
         for k, v in dict(loss=loss, **logs).items(): sums[k] = sums.get(k, 0.) + (v.detach().float() if isinstance(v, Tensor) else v) / count
     return sums
 
-# %% ../nbs/api/40_engine.ipynb #e4337d8d
+# %% ../nbs/api/40_engine.ipynb #daa590ad
+def _report(keeper, at, window, optimiser):
+    "Log the means since the last line; returns what the bar shows."
+    means = {k: float(torch.stack([torch.as_tensor(v, dtype=torch.float32) for v in values]).mean()) for k, values in window.items()}
+    window.clear()
+    keeper.log(at, **means, lr=optimiser.param_groups[0]["lr"])
+    return f"loss {means['loss']:.4g}"
+
+def _look(keeper, at, args, found):
+    "Log a validation, keep the best weights, count the validations without improvement."
+    if args.monitor not in found: raise InputError(f"monitor {args.monitor!r}: validation gives {', '.join(found) or 'nothing'}; choose one of these")
+    value = found[args.monitor]
+    keeper.log(at, **{f"valid/{k}": v for k, v in found.items()})
+    if math.isfinite(value) and (at.best is None or (value < at.best if args.mode == "min" else value > at.best)):
+        at.best, at.waited = value, 0
+        keeper.save(at, "best")
+    else: at.waited += 1
+    if args.patience and at.waited >= args.patience and not at.stopped: at.stopped = "patience"
+
+def _any(accelerator, yes):
+    "Whether any process says yes."
+    return yes if accelerator.num_processes == 1 else bool(accelerator.reduce(torch.tensor(float(yes), device=accelerator.device), "sum"))
+
+def _watched(batches, at):
+    "Batches of a loader; a worker that dies is reported in one line."
+    while True:
+        try: batch = next(batches)
+        except StopIteration: return
+        except RuntimeError as e:
+            if "worker" not in str(e): raise
+            raise InputError(f"a loading worker died after step {at.step} ({str(e).splitlines()[0][:120]}): out of memory? lower workers or batch_size, then run again to go on") from e
+        yield batch
+
+# %% ../nbs/api/40_engine.ipynb #8bd73e04
 @dataclass
 class Fit:
     "What a training has come to."
@@ -448,6 +482,7 @@ class Fit:
     seconds:float      # of training, over all its starts
     stopped:str        # done, patience or max_seconds
 
+# %% ../nbs/api/40_engine.ipynb #60acf965
 def fit(
     model:nn.Module,      # changed in place
     step:Callable,        # (model, batch) -> (loss, dict of numbers); a dict batch also holds progress, 0..1
@@ -495,38 +530,6 @@ def fit(
             accelerator.wait_for_everyone() if save and world > 1 else None
     if keeper.board: keeper.board.close()
     return Fit(model, keeper.history(), at.step, at.best, at.seconds, at.stopped)
-
-def _report(keeper, at, window, optimiser):
-    "Log the means since the last line; returns what the bar shows."
-    means = {k: float(torch.stack([torch.as_tensor(v, dtype=torch.float32) for v in values]).mean()) for k, values in window.items()}
-    window.clear()
-    keeper.log(at, **means, lr=optimiser.param_groups[0]["lr"])
-    return f"loss {means['loss']:.4g}"
-
-def _look(keeper, at, args, found):
-    "Log a validation, keep the best weights, count the validations without improvement."
-    if args.monitor not in found: raise InputError(f"monitor {args.monitor!r}: validation gives {', '.join(found) or 'nothing'}; choose one of these")
-    value = found[args.monitor]
-    keeper.log(at, **{f"valid/{k}": v for k, v in found.items()})
-    if math.isfinite(value) and (at.best is None or (value < at.best if args.mode == "min" else value > at.best)):
-        at.best, at.waited = value, 0
-        keeper.save(at, "best")
-    else: at.waited += 1
-    if args.patience and at.waited >= args.patience and not at.stopped: at.stopped = "patience"
-
-def _any(accelerator, yes):
-    "Whether any process says yes."
-    return yes if accelerator.num_processes == 1 else bool(accelerator.reduce(torch.tensor(float(yes), device=accelerator.device), "sum"))
-
-def _watched(batches, at):
-    "Batches of a loader; a worker that dies is reported in one line."
-    while True:
-        try: batch = next(batches)
-        except StopIteration: return
-        except RuntimeError as e:
-            if "worker" not in str(e): raise
-            raise InputError(f"a loading worker died after step {at.step} ({str(e).splitlines()[0][:120]}): out of memory? lower workers or batch_size, then run again to go on") from e
-        yield batch
 
 # %% ../nbs/api/40_engine.ipynb #5312e279
 def training_curves(

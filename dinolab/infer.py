@@ -22,7 +22,7 @@ from .blocks import Done, check_aligned, lock_folder, make_blocks, run_blocks
 from .core import InputError, plain, progress, settings_hash
 from .volume import Grid, Multiscale, create_array, create_multiscale, fill_pyramid, open_group, open_multiscale, open_or_create_group, plain_path, writable
 
-# %% ../nbs/api/41_infer.ipynb #dec33a14
+# %% ../nbs/api/41_infer.ipynb #ee97eda7
 def tile_starts(
     length:int,     # voxels of the axis
     tile:int,       # voxels of a tile
@@ -33,9 +33,10 @@ def tile_starts(
     if not 0 <= overlap < 1: raise InputError(f"overlap {overlap}: expected a share from 0 to less than 1")
     if tile < 1 or length < 1: raise InputError(f"tile {tile} of an axis of {length}: expected positive sizes")
     if tile >= length: return [0]
-    last, stride = length - tile, max(1, step, int(tile * (1 - overlap)))
-    count = math.ceil(last / stride)
-    return [round(i * last / count) // step * step for i in range(count)] + [last]
+    if step > tile: raise InputError(f"tiles of {tile} at multiples of {step}: expected tiles of at least {step}, or there would be gaps")
+    stride, last = max(1, int(tile * (1 - overlap)) // step), -(-(length - tile) // step)  # in steps
+    count = -(-last // stride)
+    return [i * last // count * step for i in range(count)] + [length - tile]
 
 # %% ../nbs/api/41_infer.ipynb #0066bc88
 def gaussian_weight(
@@ -109,15 +110,15 @@ def sliding_window(
         weight[t] += w
     return total / weight
 
-# %% ../nbs/api/41_infer.ipynb #f9bf3855
+# %% ../nbs/api/41_infer.ipynb #f69fa68d
 class _Prediction:
     "Task of `run_blocks`: the tiles of one block, averaged, and written."
     def __init__(self, predict, tiles, channels, labels, probabilities, skip):
         self.predict, self.tiles, self.channels, self.labels, self.probabilities, self.skip = predict, tiles, channels, labels, probabilities, skip
 
     def __call__(self, block):
-        if self.skip is not None and self.skip(block.write): return  # the array is 0 there
-        p = blend(self.predict, block.write, self.tiles, self.channels)
+        empty = self.skip is not None and self.skip(block.write)
+        p = np.zeros((self.channels, *(s.stop - s.start for s in block.write)), np.float32) if empty else blend(self.predict, block.write, self.tiles, self.channels)
         self.labels[block.write] = (p.argmax(0) if len(p) > 1 else p[0] > 0.5).astype(self.labels.dtype)
         if self.probabilities is not None: self.probabilities[(slice(None), *block.write)] = np.round(p * 255).clip(0, 255).astype(np.uint8)
 

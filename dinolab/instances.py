@@ -6,9 +6,9 @@
 __all__ = ['METHODS', 'check_offsets', 'shifted', 'affinities', 'local_shape_descriptors', 'mutex_watershed', 'seeded_watershed',
            'segment_affinities']
 
-# %% ../nbs/api/18_instances.ipynb #bfcb2ff8
-import math
-from collections.abc import Sequence
+# %% ../nbs/api/18_instances.ipynb #32a59ab8
+from importlib.util import find_spec
+from inspect import signature
 
 import numpy as np
 from scipy.ndimage import distance_transform_edt, find_objects, gaussian_filter, label, maximum_filter
@@ -83,7 +83,7 @@ def _descriptors(on, sigma, scale):
     correlation = [np.clip(cov[a, b] / np.sqrt(np.maximum(cov[a, a] * cov[b, b], 1e-12)) / 2 + 0.5, 0, 1) for a, b in pairs[n:]]
     return np.stack([*offset, *variance, *correlation, np.clip(count, 0, 1)])
 
-# %% ../nbs/api/18_instances.ipynb #84d9901b
+# %% ../nbs/api/18_instances.ipynb #df769b36
 def mutex_watershed(
     affs:np.ndarray,  # k z y x, in 0..1
     offsets,          # k steps, voxels
@@ -94,8 +94,9 @@ def mutex_watershed(
     except ImportError: raise ImportError("mutex watershed needs mwatershed; install the extra: pip install 'dinolab[instances]'") from None
     offsets = check_offsets(offsets, affs.ndim - 1)
     if bias is None: bias = [-0.2 if sum(map(abs, o)) == 1 else -0.8 for o in offsets]
-    shift = np.reshape(bias, (-1,) + (1,) * (affs.ndim - 1))
-    return mwatershed.agglom(np.ascontiguousarray(affs + shift, np.float64), offsets).astype(np.int64)
+    inside = [k for k, o in enumerate(offsets) if all(abs(v) < n for v, n in zip(o, affs.shape[1:]))]  # longer steps end outside everywhere
+    shifted_affs = [affs[k].astype(np.float64) + bias[k] for k in inside]
+    return mwatershed.agglom(np.stack(shifted_affs), [offsets[k] for k in inside]).astype(np.int64)
 
 # %% ../nbs/api/18_instances.ipynb #a902589a
 def seeded_watershed(
@@ -123,7 +124,7 @@ def _both_sides(a, offset, combine=np.minimum):
     own[here] = a[here]
     return combine(own, other)
 
-# %% ../nbs/api/18_instances.ipynb #bfae9159
+# %% ../nbs/api/18_instances.ipynb #fe80d331
 METHODS = dict(mutex=mutex_watershed, watershed=seeded_watershed)
 
 def segment_affinities(
@@ -137,10 +138,11 @@ def segment_affinities(
 )->np.ndarray:             # z y x, int64: 1 to n
     "Objects from affinities."
     if affs.ndim not in (3, 4) or len(affs) != len(offsets): raise InputError(f"affinities {affs.shape} for {len(offsets)} offsets: expected one channel per offset, then z y x")
-    if method == "auto":
-        try: found = mutex_watershed(affs, offsets, **options)
-        except ImportError: found = seeded_watershed(affs, offsets, **options)
-    else: found = pick(METHODS, method, "method")(affs, offsets, **options)
+    if not np.isfinite(affs).all() or affs.min() < 0 or affs.max() > 1: raise InputError("affinities that are not all in 0..1: expected probabilities; apply a sigmoid to logits")
+    if method == "auto": method = "mutex" if find_spec("mwatershed") else "watershed"
+    segment = pick(METHODS, method, "method")
+    for key in options: pick({k: 0 for k in list(signature(segment).parameters)[2:]}, key, f"option of method {method}")
+    found = segment(affs, offsets, **options)
     if mask is not None: found = np.where(mask, found, 0)
     counts = np.bincount(found.ravel())
     small = counts < max(1, min_size)

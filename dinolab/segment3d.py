@@ -9,7 +9,7 @@ __all__ = ['TARGETS', 'run_model', 'ClassStep', 'InstanceStep', 'Validation', 'p
            'predict_unet3d', 'predict_case', 'model_identity_of', 'write_instances', 'evaluate_unet3d', 'score_classes',
            'worst_figure', 'score_instances']
 
-# %% ../nbs/api/44_segment3d.ipynb #e58aa9b9
+# %% ../nbs/api/44_segment3d.ipynb #c93ea26f
 import copy
 import json
 import math
@@ -37,7 +37,7 @@ from .manifest import load_manifest
 from .metrics import BoundaryF, ConfusionMatrix, adapted_rand, variation_of_information
 from .run import Run
 from .show import overlay_labels, show_images
-from .unet3d import DINOv3UNet3D, feature_bytes
+from .unet3d import DINOv3UNet3D, feature_bytes, load_filter, standardise
 from .upsample import resize
 from .volume import Grid, Volume, triple, write_multiscale
 
@@ -270,7 +270,7 @@ def memory_rows(
     stored = sum(c.features.nbytes for c in cases)
     return [dict(features="of one crop, MB", as_trained=native / mb, at_every_voxel=full / mb, ratio=native / full), dict(features=f"of {len(cases)} volumes, MB", as_trained=stored / mb, at_every_voxel=voxels / mb, ratio=stored / voxels)]
 
-# %% ../nbs/api/44_segment3d.ipynb #b618ec70
+# %% ../nbs/api/44_segment3d.ipynb #02859c3c
 def _open_cases(s)->tuple:
     "Training and validation cases, without features."
     options = dict(voxel_size=s.voxel_size, raw_resolution=s.raw_resolution, intensity=s.intensity)
@@ -292,7 +292,7 @@ def _network(s, layout, channels, logits)->DINOv3UNet3D:
     torch.manual_seed(s.args.seed)
     model = DINOv3UNet3D(channels, logits, s.crop, learn_upsampling=s.learn_upsampling, dinov3_feature_size=layout.sizes() if s.learn_upsampling else None, upsampler=s.upsampler, base_channels=s.base_channels, levels=s.levels,
                          dropout=s.dropout, deep_supervision=s.deep_supervision, gradient_checkpointing=s.gradient_checkpointing, raw_channels=int(s.raw_input), context_channels=int(bool(s.context_scale)), context_scale=s.context_scale or 4)
-    if s.filter is not None: model.load_filter(s.filter)
+    if s.filter is not None: load_filter(model, s.filter)
     return model
 
 def _make_step(s, names, crops, target):
@@ -363,7 +363,7 @@ def train_unet3d(
     "Train a 3D U-Net on features of a backbone; features are extracted once."
     return _train(SimpleNamespace(**locals()))
 
-# %% ../nbs/api/44_segment3d.ipynb #9f760897
+# %% ../nbs/api/44_segment3d.ipynb #7e3c32ae
 def _train(s)->Trained:
     "The order of things."
     pick(dict.fromkeys(TARGETS), s.targets, "targets"); pick(dict.fromkeys(("cached", "live")), s.features, "features")
@@ -376,7 +376,7 @@ def _train(s)->Trained:
     extraction = replace(extraction, pixel_size=extraction.pixel(train[0].raw.grid, train[0].grid))
     crops, grid = _datasets(s, train, valid, extraction, target)
     model = _network(s, crops.cases[0].features.layout, extraction.channels, target.channels)
-    model.standardise(*feature_statistics(crops))
+    standardise(model, *feature_statistics(crops))
     step, run = _make_step(s, names, crops, target), _open_run(s)
     save_description(run, _describe(s, names, colours, target, extraction, about, model, train[0]), backbone)
     rows = memory_rows(crops.cases[0].features.layout, extraction.channels, crops.cases + (grid.cases if grid else []))

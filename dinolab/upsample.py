@@ -150,7 +150,7 @@ def tiles(
     for axis in cuts: boxes = [(*b, c) for b in boxes for c in axis]
     return [Tile(tables, b, reach) for b in boxes]
 
-# %% ../nbs/api/22_upsample.ipynb #d7e38b11
+# %% ../nbs/api/22_upsample.ipynb #f8e48e48
 class Guided(nn.Module):
     "Weighted means of the coarse cells around each fine voxel; subclasses say how much each weighs."
     needs_guide = True
@@ -163,7 +163,7 @@ class Guided(nn.Module):
     ):
         super().__init__()
         if window < 3 or window % 2 == 0: raise InputError(f"window {window}: expected an odd number of cells, 3 or more")
-        self.in_channels, self.out_channels, self.window, self.budget = in_channels, in_channels, window, budget
+        self.out_channels, self.window, self.budget = in_channels, window, budget
 
     def encode(self, guide:Tensor)->Tensor: raise NotImplementedError  # b g *s -> b e *s, from at most `halo` voxels around
     def weigh(self, fine:Tensor, coarse:Tensor, distance:list)->Tensor: raise NotImplementedError  # b cells P e, b cells W e -> b cells P W
@@ -178,7 +178,7 @@ class Guided(nn.Module):
         size = tuple(size)
         if guide is None: raise InputError(f"{type(self).__name__} needs the raw image as guide: expected b g {size}; pass guide=, or choose transpose or interpolate")
         if guide.shape[2:] != size or len(guide) != len(x): raise InputError(f"guide {tuple(guide.shape)} for a target of {size}, batch {len(x)}: expected the image on the target grid")
-        x = POOL[len(size)](x, tuple(map(min, x.shape[2:], size))) if any(a > b for a, b in zip(x.shape[2:], size)) else x
+        x = resize(x, tuple(map(min, x.shape[2:], size)))
         if x.shape[2:] == size: return x
         window = tuple(1 if n == s else self.window for n, s in zip(x.shape[2:], size))
         tables = [tuple(t.to(x.device) for t in cell_tables(n, s)) for n, s in zip(x.shape[2:], size)]
@@ -187,7 +187,7 @@ class Guided(nn.Module):
         boxes = tiles(tables, tuple(w // 2 for w in window), per_cell, self.budget)
         if len(boxes) == 1: return self._tile(x, guide, codes, tables, window, boxes[0])
         out = x.new_empty(*x.shape[:2], *size)
-        for t in boxes: out[(slice(None), slice(None), *t.out)] = self._tile(x, guide, codes, tables, window, t)
+        for t in boxes: out[(..., *t.out)] = self._tile(x, guide, codes, tables, window, t)
         return out
 
     def scratch(self)->int: return 1  # numbers per fine voxel that `encode` and `weigh` hold at once
@@ -206,11 +206,9 @@ class Guided(nn.Module):
         fine = fine.flatten(1 + d, 2 * d)                                      # b cells P e
         coarse = (fine * real[..., None]).sum(-2) / real.sum(-1)[..., None]    # b cells e, mean over the cell
         inner = (slice(None), *tile.inner)
-        near = windows(coarse.movedim(-1, 1), window)[inner]
         distance = [window_distance(t[2], w)[slice(*b)] for t, w, b in zip(tables, window, tile.box)]
-        weights = self.weigh(fine[inner], near, distance)
-        values = windows(x[(slice(None), slice(None), *tile.cells)], window)[inner]
-        out = weights.to(x.dtype) @ values                                     # b cells P c
+        weights = self.weigh(fine[inner], windows(coarse.movedim(-1, 1), window)[inner], distance)
+        out = weights.to(x.dtype) @ windows(x[(..., *tile.cells)], window)[inner]  # b cells P c
         m = [t[0].shape[1] for t in tables]
         return from_cells(out.unflatten(1 + d, m), tile.places)
 
@@ -245,7 +243,7 @@ def stages(
     while any(2 * n < s for n, s in zip(small, plan[0])): plan.insert(0, tuple(s if n >= s else max(n, -(-s // 2)) for n, s in zip(small, plan[0])))
     return plan
 
-# %% ../nbs/api/22_upsample.ipynb #6e58b85a
+# %% ../nbs/api/22_upsample.ipynb #4c29c659
 class Transpose(nn.Module):
     "Learned upsampling in steps of at most two per axis: linear growth plus a convolution that starts at zero."
     needs_guide = False
@@ -259,7 +257,7 @@ class Transpose(nn.Module):
         def stage():
             last = conv(in_channels, in_channels, 3, padding=1)
             nn.init.zeros_(last.weight); nn.init.zeros_(last.bias)
-            return nn.Sequential(nn.GroupNorm(math.gcd(8, in_channels), in_channels), nn.LeakyReLU(0.01, inplace=True), last)
+            return nn.Sequential(nn.GroupNorm(math.gcd(in_channels, max(1, in_channels // 4)), in_channels), nn.LeakyReLU(0.01, inplace=True), last)
         self.out_channels = in_channels
         self.steps = nn.ModuleList(stage() for _ in stages(small, size))
 

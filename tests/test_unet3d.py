@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 
 from dinolab.core import InputError
 from dinolab.losses import make_loss
-from dinolab.unet3d import DINOv3UNet3D, UNet3D, VoxelLinear, feature_bytes, halving, target_size
+from dinolab.unet3d import DINOv3UNet3D, UNet3D, VoxelLinear, feature_bytes, halvings, standardise, target_size
 from dinolab.upsample import record_voxels, resize
 
 PLANES = dict(xy=(8, 2, 2), xz=(2, 8, 2), yz=(2, 2, 8))
@@ -33,13 +33,13 @@ def inputs(model, seed=0, batch=1):
 @settings(deadline=None, max_examples=20)
 @given(st.tuples(*[st.integers(2, 13)] * 3), st.integers(2, 4), st.sampled_from(["instance", "group", "batch"]), st.booleans())
 def test_unet_of_any_size(size, levels, norm, training):
-    model = UNet3D(2, levels, norm=norm).train(training)
+    model = UNet3D(2, levels, norm=norm, size=size).train(training)
     with record_voxels(model) as found: maps = model(rand(0, 2, 2, *size))
     assert len(maps) == levels - 1 and maps[0].shape == (2, 2, *size) and found["voxels"] == math.prod(size)
     n = size
-    for i, m in enumerate(maps):
+    for i, (m, step) in enumerate(zip(maps, halvings(size, levels))):
         assert m.shape[1] == model.widths[i] and tuple(m.shape[2:]) == n and torch.isfinite(m).all()
-        n = tuple(-(-a // k) for a, k in zip(n, halving(n)))
+        n = tuple(-(-a // k) for a, k in zip(n, step))
     sum(m.sum() for m in maps).backward()
     assert all(p.grad is not None for p in model.parameters())
 
@@ -47,7 +47,7 @@ def test_unet_of_any_size(size, levels, norm, training):
 @settings(deadline=None, max_examples=100)
 @given(st.tuples(*[st.integers(1, 300)] * 3))
 def test_halving_makes_sizes_alike_and_never_grows_anisotropy(size):
-    k = halving(size)
+    k = halvings(size, 2)[0]
     after = tuple(-(-n // a) for n, a in zip(size, k))
     assert all(a in (1, 2) for a in k) and all(a == 1 for n, a in zip(size, k) if n < 4)
     if max(size) >= 4: assert k[size.index(max(size))] == 2 and max(after) < max(size)
@@ -140,7 +140,7 @@ def test_standardising_into_the_projection_is_standardising_the_features():
         mean, std = ({p: f(x) for p, x in raw.items()} for f in (lambda x: x.mean((0, 2, 3, 4)), lambda x: x.std((0, 2, 3, 4))))
         per = lambda v: v.view(1, -1, 1, 1, 1)
         expected = model({p: (x - per(mean[p])) / per(std[p]) for p, x in raw.items()}, torch.ones(1, 1, 8, 8, 8))
-        model.standardise(mean, std)
+        standardise(model, mean, std)
         torch.testing.assert_close(model(raw, torch.ones(1, 1, 8, 8, 8)), expected, atol=1e-4, rtol=1e-4)
 
 
