@@ -243,7 +243,7 @@ def stages(
     while any(2 * n < s for n, s in zip(small, plan[0])): plan.insert(0, tuple(s if n >= s else max(n, -(-s // 2)) for n, s in zip(small, plan[0])))
     return plan
 
-# %% ../nbs/api/22_upsample.ipynb #4c29c659
+# %% ../nbs/api/22_upsample.ipynb #6e58b85a
 class Transpose(nn.Module):
     "Learned upsampling in steps of at most two per axis: linear growth plus a convolution that starts at zero."
     needs_guide = False
@@ -257,7 +257,7 @@ class Transpose(nn.Module):
         def stage():
             last = conv(in_channels, in_channels, 3, padding=1)
             nn.init.zeros_(last.weight); nn.init.zeros_(last.bias)
-            return nn.Sequential(nn.GroupNorm(math.gcd(in_channels, max(1, in_channels // 4)), in_channels), nn.LeakyReLU(0.01, inplace=True), last)
+            return nn.Sequential(nn.GroupNorm(math.gcd(8, in_channels), in_channels), nn.LeakyReLU(0.01, inplace=True), last)
         self.out_channels = in_channels
         self.steps = nn.ModuleList(stage() for _ in stages(small, size))
 
