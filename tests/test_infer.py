@@ -13,7 +13,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from dinolab.core import InputError
-from dinolab.infer import all_tiles, blend, gaussian_weight, open_prediction, predict_to_zarr, sliding_window, tile_starts
+from dinolab.infer import all_tiles, axis_weight, blend, open_prediction, predict_to_zarr, sliding_window, tile_starts, tile_weight
 from dinolab.volume import Grid, open_multiscale
 
 SHAPE, TILE = (20, 24, 28), (12, 12, 16)
@@ -89,17 +89,22 @@ def test_a_weighted_mean_of_equal_values_is_that_value(shape, tile, overlap, dat
 
 
 def test_weight_is_separable_symmetric_and_positive():
-    w = gaussian_weight((5, 8, 16))
+    w = tile_weight(np.s_[1:6, 1:9, 1:17], (9, 10, 20))
     assert w.shape == (5, 8, 16) and w.min() > 0 and w.max() <= 1
     np.testing.assert_allclose(w, w[::-1, ::-1, ::-1], rtol=1e-6)
     one = lambda n: np.maximum(np.exp(-0.5 * ((np.arange(n) - (n - 1) / 2) / (n / 8)) ** 2), 1e-3)
     np.testing.assert_allclose(w, np.einsum("i,j,k->ijk", one(5), one(8), one(16)), rtol=1e-5)
 
 
+def test_weight_is_one_towards_the_edges_of_the_volume():
+    assert (axis_weight(slice(0, 8), 20)[:4] == 1).all() and axis_weight(slice(0, 8), 20)[-1] < 1e-2
+    assert (axis_weight(slice(12, 20), 20) == axis_weight(slice(0, 8), 20)[::-1]).all()
+
+
 def brute_blend(f, tiles, channels):
     total, weight = np.zeros((channels, *SHAPE)), np.zeros(SHAPE)
     for t in tiles:
-        w = gaussian_weight(tuple(s.stop - s.start for s in t)).astype(float)
+        w = tile_weight(t, SHAPE).astype(float)
         total[(slice(None), *t)] += f(t) * w
         weight[t] += w
     return total / weight
