@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .core import InputError, pick
 
-# %% ../nbs/api/22_upsample.ipynb #9ce1371f
+# %% ../nbs/api/22_upsample.ipynb #a305e9f7
 LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}  # spatial axes -> mode of F.interpolate
 POOL = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 
@@ -29,7 +29,8 @@ def resize(
     "Linear where an axis grows, mean where it shrinks."
     size = tuple(size)
     if x.shape[2:] == size: return x
-    x = POOL[len(size)](x, tuple(map(min, x.shape[2:], size)))
+    smaller = tuple(map(min, x.shape[2:], size))
+    if x.shape[2:] != smaller: x = POOL[len(size)](x, smaller)
     return x if x.shape[2:] == size else F.interpolate(x, size=size, mode=LINEAR[len(size)], align_corners=False)
 
 # %% ../nbs/api/22_upsample.ipynb #51f2af12
