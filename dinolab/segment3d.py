@@ -9,8 +9,8 @@ __all__ = ['TARGETS', 'run_model', 'ClassStep', 'InstanceStep', 'Validation', 'p
            'predict_unet3d', 'predict_case', 'model_identity_of', 'write_instances', 'evaluate_unet3d', 'score_classes',
            'worst_figure', 'score_instances']
 
-# %% ../nbs/api/44_segment3d.ipynb #c93ea26f
-import copy
+# %% ../nbs/api/44_segment3d.ipynb #163d1b39
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -386,7 +386,7 @@ def _train(s)->Trained:
     run.metrics({"train/seconds": done.seconds, "train/steps": done.step, "valid/best": done.best, "memory/crop_mb": rows[0]["as_trained"], "memory/crop_at_every_voxel_mb": rows[0]["at_every_voxel"]})
     return load_trained(run, "best", s.backbone if isinstance(s.backbone, nn.Module) else None, next(extraction.backbone.parameters(), torch.empty(0)).device)
 
-# %% ../nbs/api/44_segment3d.ipynb #f3d13683
+# %% ../nbs/api/44_segment3d.ipynb #e021b635
 class TilePredictor:
     "Probabilities of a region of one volume."
     def __init__(self,
@@ -396,7 +396,16 @@ class TilePredictor:
         self.model, self.case, self.scale, self.device = trained.model, case, trained.about["context_scale"], next(trained.model.parameters()).device
         self.exclusive = trained.about["targets"] == "classes" and trained.model.num_classes > 1
 
-    def __getstate__(self): return {**self.__dict__, "model": copy.deepcopy(self.model).cpu()}
+    def __getstate__(self):
+        "Weights travel to workers as bytes: tensors that two modules share would be sent as one file twice, which processes refuse."
+        file = io.BytesIO()
+        torch.save({k: v.cpu() for k, v in self.model.state_dict().items()}, file)
+        return {**self.__dict__, "model": (self.model.config, file.getvalue())}
+
+    def __setstate__(self, state):
+        config, weights = state.pop("model")
+        self.__dict__.update(state, model=DINOv3UNet3D.from_config(config))
+        self.model.load_state_dict(torch.load(io.BytesIO(weights), weights_only=True))
 
     @torch.inference_mode()
     def __call__(self, region:tuple)->np.ndarray:
