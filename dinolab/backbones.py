@@ -9,7 +9,7 @@ __all__ = ['DINOV3_SIZES', 'DINOV2_SIZES', 'VISIONFM_STATS', 'FAMILIES', 'PAPER_
            'SkipRandom', 'constructor_arguments', 'build_model', 'is_pyramid', 'cut_above', 'with_features', 'Backbone',
            'probe', 'state_hash', 'read_file', 'weight_files', 'find_state', 'from_hugging_face', 'split_qkv_bias',
            'read_weights', 'image_side', 'match_architecture', 'rename_for_timm', 'adapt_channels', 'to_timm',
-           'load_checked', 'check_config', 'ask', 'pretrained_file', 'find_weights', 'create_backbone']
+           'load_checked', 'check_config', 'ask', 'pretrained_file', 'find_weights', 'create_backbone', 'layer_scales']
 
 # %% ../nbs/api/20_backbones.ipynb #bf9fd5cf
 import argparse
@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.utils import EntryNotFoundError
 from safetensors.torch import load_file
-from timm.models import adapt_input_conv
+from timm.models import adapt_input_conv, group_parameters
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -663,3 +663,15 @@ def create_backbone(
         in_channels=in_channels, norm=norm)
     model = with_features(model, full, layers, in_channels)
     return Backbone(model, layers, *channel_stats(name, size, in_channels), norm and not pyramid, recipe)
+
+# %% ../nbs/api/20_backbones.ipynb #31e60fb2
+def layer_scales(
+    backbone:nn.Module,  # a Backbone
+    decay:float=0.75,    # rate of a block, relative to the one above it
+)->dict:                 # parameter name, as in the backbone -> factor of the rate; a head has 1
+    "Factors of the learning rate that fall from the last layer to the first; registers and other learnt tokens are of the first."
+    if not 0 < decay <= 1: raise InputError(f"layer_decay {decay}: expected more than 0, 1 at most")
+    model = backbone.model
+    order = group_parameters(model, model.group_matcher(coarse=False), reverse=True) if hasattr(model, "group_matcher") else dict.fromkeys(dict(model.named_parameters()), 0)
+    top = max(order.values()) + 1  # where a head would be
+    return {f"model.{name}": decay ** (top - (0 if name.endswith("_token") else layer)) for name, layer in order.items()}

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'FREE', 'TrainArgs', 'lr_factor', 'batches_per_epoch', 'keyed_batches', 'Keyed', 'keyed_loader',
-           'replace_folder', 'recover', 'save_checkpoint', 'load_weights', 'load_checkpoint', 'read_state',
-           'parameter_groups', 'Average', 'validate', 'check_finite_loss', 'Position', 'rewind_log', 'Keeper',
-           'seed_devices', 'make_accelerator', 'accumulate', 'Fit', 'fit', 'training_curves']
+           'replace_folder', 'recover', 'save_checkpoint', 'load_checkpoint', 'read_state', 'parameter_groups',
+           'Average', 'validate', 'check_finite_loss', 'Position', 'rewind_log', 'Keeper', 'seed_devices',
+           'make_accelerator', 'accumulate', 'Fit', 'fit', 'training_curves']
 
-# %% ../nbs/api/40_engine.ipynb #174ea769
+# %% ../nbs/api/40_engine.ipynb #2a88e9e5
 import copy
 import json
 import math
@@ -25,7 +25,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import send_to_device
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -33,6 +32,7 @@ from .augment import key_seed
 from .core import InputError, MissingError, pick, progress, settings_hash
 from .run import Run, read_lines
 from .show import new_figure
+from .weights import load_weights, save_weights, trained_names
 
 # %% ../nbs/api/40_engine.ipynb #ffe9b9f0
 SCHEDULES = ("onecycle", "cosine", "constant")
@@ -144,7 +144,7 @@ def keyed_loader(
     order = list(keyed_batches(len(dataset), args.batch_size, args.seed, epochs, start, rank, world))
     return DataLoader(Keyed(dataset, args.seed), batch_sampler=order, num_workers=args.workers, pin_memory=pin, generator=torch.Generator().manual_seed(0), prefetch_factor=2 if args.workers else None)
 
-# %% ../nbs/api/40_engine.ipynb #2393b93a
+# %% ../nbs/api/40_engine.ipynb #966126cc
 def replace_folder(
     new:Path,   # complete
     path:Path,  # its place
@@ -178,8 +178,9 @@ def save_checkpoint(
         path.parent.mkdir(parents=True, exist_ok=True)
         recover(path)
         new.mkdir()
-        save_model(model, str(new/"model.safetensors"))
-        if ema is not None: save_model(ema, str(new/"ema.safetensors"))
+        names = trained_names(model)
+        save_weights(new/"model.safetensors", model, names)
+        if ema is not None: save_weights(new/"ema.safetensors", ema, names)
         if optimiser is not None: torch.save(optimiser, new/"optimizer.pt")
         (new/"state.json").write_text(json.dumps(state))
         replace_folder(new, path)
@@ -188,17 +189,7 @@ def save_checkpoint(
         before = f"the one before ({path}) is intact" if path.exists() else "there is none before"
         raise InputError(f"{path} could not be written ({getattr(e, 'strerror', None) or str(e).splitlines()[0]}): {before}; make room, then run again to go on") from e
 
-# %% ../nbs/api/40_engine.ipynb #36e76bf4
-def load_weights(
-    path,             # a .safetensors file
-    model:nn.Module,  # of the same architecture
-):
-    "Load weights into a model; `InputError` when the file is damaged or of another architecture."
-    if not Path(path).is_file(): raise MissingError(f"no weights at {str(path)!r}: expected a file model.safetensors of a checkpoint")
-    try: load_model(model, str(path))
-    except SafetensorError as e: raise InputError(f"{path} is damaged ({str(e).splitlines()[0]}): take another checkpoint of the run") from None
-    except RuntimeError as e: raise InputError(f"{path} is of another architecture ({' '.join(str(e).split())[:200]}): build the network with the settings of its run") from None
-
+# %% ../nbs/api/40_engine.ipynb #a6e4f1e5
 def load_checkpoint(
     run,                 # Run, or its folder
     model:nn.Module,     # of the same architecture
@@ -217,16 +208,19 @@ def read_state(path)->dict:
     try: return json.loads((Path(path)/"state.json").read_text())
     except (OSError, ValueError) as e: raise InputError(f"{path}: state.json cannot be read ({e}): take another checkpoint") from None
 
-# %% ../nbs/api/40_engine.ipynb #86d0c65a
+# %% ../nbs/api/40_engine.ipynb #5caf95ad
 def parameter_groups(
     model:nn.Module,      # to train
     weight_decay:float,   # of matrices and kernels
+    scales:dict=None,     # parameter name -> factor of the learning rate; 1 for those not named
 )->list:                  # for an optimiser
     "Trainable parameters; norms and biases (one axis or none) without decay."
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if not trained: raise InputError("no parameter is trained: expected at least one with requires_grad")
-    groups = [dict(params=[p for p in trained if p.ndim > 1], weight_decay=weight_decay), dict(params=[p for p in trained if p.ndim <= 1], weight_decay=0.)]
-    return [g for g in groups if g["params"]]
+    groups = {}
+    for name, p in model.named_parameters():
+        scale, decay = (scales or {}).get(name, 1.), weight_decay if p.ndim > 1 else 0.
+        if p.requires_grad: groups.setdefault((scale, decay), dict(params=[], weight_decay=decay, lr_scale=scale))["params"].append(p)
+    if not groups: raise InputError("no parameter is trained: expected at least one with requires_grad")
+    return [groups[key] for key in sorted(groups, reverse=True)]
 
 # %% ../nbs/api/40_engine.ipynb #4ee5a205
 class Average:
@@ -327,7 +321,7 @@ def _tensorboard(folder):
     except ImportError: raise ImportError("tracker=tensorboard needs tensorboard; install the extra: pip install 'dinolab[tensorboard]'") from None
     return SummaryWriter(str(folder))
 
-# %% ../nbs/api/40_engine.ipynb #8e4ab33d
+# %% ../nbs/api/40_engine.ipynb #8fcf7357
 class Keeper:
     "Checkpoints and log of one training."
     def __init__(self,
@@ -382,7 +376,7 @@ class Keeper:
         if wrong := [f"{k} ({state['facts'].get(k)} there, {v} now)" for k, v in self.facts.items() if state["facts"].get(k) != v]:
             raise InputError(f"{self.run.path} was begun with other settings: {'; '.join(wrong[:3])}; give a new run, or the same settings")
         load_weights(path/"model.safetensors", self.model)
-        if self.ema: load_weights(path/"ema.safetensors", self.ema.model)
+        if self.ema: load_weights(path/"ema.safetensors", self.ema.model, trained_names(self.model))
         saved = torch.load(path/"optimizer.pt", map_location="cpu", weights_only=True)
         self.optimiser.load_state_dict(saved["optimizer"])
         self.saved_scaler = saved["scaler"]
@@ -482,7 +476,7 @@ class Fit:
     seconds:float      # of training, over all its starts
     stopped:str        # done, patience or max_seconds
 
-# %% ../nbs/api/40_engine.ipynb #60acf965
+# %% ../nbs/api/40_engine.ipynb #60525a18
 def fit(
     model:nn.Module,      # changed in place
     step:Callable,        # (model, batch) -> (loss, dict of numbers); a dict batch also holds progress, 0..1
@@ -490,6 +484,7 @@ def fit(
     valid=None,           # data set, or callable: model -> dict of numbers
     args:TrainArgs=TrainArgs(),  # settings
     run:Run=None,         # where checkpoints and log go; a run that has checkpoints goes on
+    scales:dict=None,     # parameter name -> factor of the learning rate
 )->Fit:
     "Train a model; a run that was killed goes on from its last checkpoint and ends with the same bytes."
     accelerator = make_accelerator(args)
@@ -497,7 +492,7 @@ def fit(
     per_epoch = batches_per_epoch(len(train), args.batch_size, world)
     total = args.max_steps or args.epochs * -(-per_epoch // args.accumulate)
     model.to(accelerator.device)
-    optimiser = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.lr)
+    optimiser = torch.optim.AdamW(parameter_groups(model, args.weight_decay, scales), lr=args.lr)
     ema = Average(model, args.ema) if args.ema else None
     keeper = Keeper(run, model, optimiser, args, dict(world=world, items=len(train)), ema, rank == 0)
     at = keeper.restore()
@@ -511,7 +506,7 @@ def fit(
     with progress(total=total, initial=at.step, desc="train", unit="step", quiet=rank > 0) as bar:
         while not at.stopped:
             count = min(args.accumulate, per_epoch - at.batch)
-            for g in optimiser.param_groups: g["lr"] = args.lr * lr_factor(at.step, total, args.warmup, args.schedule)
+            for g in optimiser.param_groups: g["lr"] = args.lr * g["lr_scale"] * lr_factor(at.step, total, args.warmup, args.schedule)
             sums = accumulate(net, step, batches, count, accelerator, at, total, args.seed, lambda: keeper.save(at, "nan"))
             if args.clip: sums["grad_norm"] = accelerator.clip_grad_norm_(net.parameters(), args.clip)
             prepared.step(); prepared.zero_grad()

@@ -104,7 +104,7 @@ def step(model, batch): return nn.functional.mse_loss(model(batch["x"]), batch["
 def test_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     net = nn.Linear(1, 1)
     save_checkpoint(tmp_path/"checkpoints/last", net, dict(step=1))
-    monkeypatch.setattr("dinolab.engine.save_model", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr("dinolab.engine.save_weights", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(InputError, match="No space left on device.*is intact"): save_checkpoint(tmp_path/"checkpoints/last", net, dict(step=2))
     assert load_checkpoint(tmp_path, net)["step"] == 1
     assert [p.name for p in (tmp_path/"checkpoints").iterdir()] == ["last"]
