@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STORAGE', 'GENERATORS', 'package_path', 'read_blocks', 'difference', 'fetch', 'file_state', 'generate', 'read_note',
-           'made_state', 'make_em', 'Part', 'parts', 'Data', 'choose', 'get_data', 'check_data', 'open_volumes',
-           'list_data']
+           'made_state', 'make_em', 'make_retina', 'Part', 'parts', 'Data', 'choose', 'get_data', 'check_data',
+           'open_volumes', 'list_data']
 
 # %% ../nbs/api/14_data.ipynb #94c35c0f
 import hashlib
@@ -146,7 +146,20 @@ def make_em(
         write_multiscale(Path(folder)/role, getattr(em, role), voxel_size=em.voxel_size, levels=4, kind=kind, name=role)
     return {role: role for role in ("raw", "labels", "instances")}
 
-GENERATORS = dict(em=make_em)
+
+def make_retina(
+    folder,        # to fill
+    **parameters,  # of retina_image: shape, seed
+)->dict:           # role -> path
+    "A synthetic photograph of a retina, and its labels, as PNG."
+    from PIL import Image
+    from dinolab.synth2d import retina_image
+    for key in parameters: pick(signature(retina_image).parameters, key, "parameter of synth:retina")
+    eye = retina_image(**parameters)
+    for role, pixels in dict(image=eye.image, mask=eye.labels).items(): Image.fromarray(pixels).save(Path(folder)/f"{role}.png")
+    return dict(image="image.png", mask="mask.png")
+
+GENERATORS = dict(em=make_em, retina=make_retina)
 
 # %% ../nbs/api/14_data.ipynb #7a1d3a8e
 @dataclass(frozen=True)

@@ -270,7 +270,7 @@ def memory_rows(
     stored = sum(c.features.nbytes for c in cases)
     return [dict(features="of one crop, MB", as_trained=native / mb, at_every_voxel=full / mb, ratio=native / full), dict(features=f"of {len(cases)} volumes, MB", as_trained=stored / mb, at_every_voxel=voxels / mb, ratio=stored / voxels)]
 
-# %% ../nbs/api/44_segment3d.ipynb #02859c3c
+# %% ../nbs/api/44_segment3d.ipynb #00fb508a
 def _open_cases(s)->tuple:
     "Training and validation cases, without features."
     options = dict(voxel_size=s.voxel_size, raw_resolution=s.raw_resolution, intensity=s.intensity)
@@ -289,7 +289,7 @@ def _datasets(s, train, valid, extraction, target)->tuple:
 
 def _network(s, layout, channels, logits)->DINOv3UNet3D:
     "The network, from the seed."
-    torch.manual_seed(s.args.seed)
+    torch.manual_seed(s.train.seed)
     model = DINOv3UNet3D(channels, logits, s.crop, learn_upsampling=s.learn_upsampling, dinov3_feature_size=layout.sizes() if s.learn_upsampling else None, upsampler=s.upsampler, base_channels=s.base_channels, levels=s.levels,
                          dropout=s.dropout, deep_supervision=s.deep_supervision, gradient_checkpointing=s.gradient_checkpointing, raw_channels=int(s.raw_input), context_channels=int(bool(s.context_scale)), context_scale=s.context_scale or 4)
     if s.filter is not None: load_filter(model, s.filter)
@@ -312,9 +312,9 @@ def _open_run(s)->Run:
     "The run to go on with, or a new one whose parameters are the settings."
     if s.run is not None: return s.run if isinstance(s.run, Run) else Run.open(s.run)
     plain_ones = {k: v for k, v in vars(s).items() if isinstance(v, (str, int, float, bool, list, tuple, dict, type(None))) and k not in ("run", "out")}
-    return Run.create("unet3d", plain_ones | dict(args=asdict(s.args)), s.out, None if s.manifest is None else load_manifest(s.manifest))
+    return Run.create("unet3d", plain_ones | dict(train=asdict(s.train)), s.out, None if s.manifest is None else load_manifest(s.manifest))
 
-# %% ../nbs/api/44_segment3d.ipynb #bb8b1b47
+# %% ../nbs/api/44_segment3d.ipynb #55efb7be
 def train_unet3d(
     raw_data=None,             # volumes: array z y x, path, or Volume; one or several
     gt_data=None,              # labels of each
@@ -356,14 +356,14 @@ def train_unet3d(
     loss="ce+dice",            # of classes: ce, dice, focal, tversky, boundary, joined by +
     weighting="inverse_sqrt",  # of classes: none, inverse, inverse_sqrt, effective
     lsd_sigma=80.,             # nm, window of the shape descriptors; 0: affinities only
-    args:TrainArgs=TrainArgs(),# of the loop
+    train:TrainArgs=TrainArgs(), # of the loop
     run=None,                  # a Run or its folder, to go on with; None: a new one
     out="runs",                # folder of all runs
 )->Trained:                    # with the best weights
     "Train a 3D U-Net on features of a backbone; features are extracted once."
     return _train(SimpleNamespace(**locals()))
 
-# %% ../nbs/api/44_segment3d.ipynb #7e3c32ae
+# %% ../nbs/api/44_segment3d.ipynb #68fc5ca2
 def _train(s)->Trained:
     "The order of things."
     pick(dict.fromkeys(TARGETS), s.targets, "targets"); pick(dict.fromkeys(("cached", "live")), s.features, "features")
@@ -371,8 +371,8 @@ def _train(s)->Trained:
     train, valid = _open_cases(s)
     names, colours = class_names(s.classes, s.manifest, train) if s.targets == "classes" else (None, None)
     target = ClassTarget(len(names)) if names else InstanceTarget(sigma=s.lsd_sigma)
-    backbone, about = find_backbone(s.backbone, s.backbone_size, s.weights, s.layers, s.args.seed)
-    extraction = Extraction(backbone.to("cuda" if s.args.device != "cpu" and torch.cuda.is_available() else "cpu"), s.planes, s.pixel_size, bool(s.learn_upsampling))
+    backbone, about = find_backbone(s.backbone, s.backbone_size, s.weights, s.layers, s.train.seed)
+    extraction = Extraction(backbone.to("cuda" if s.train.device != "cpu" and torch.cuda.is_available() else "cpu"), s.planes, s.pixel_size, bool(s.learn_upsampling))
     extraction = replace(extraction, pixel_size=extraction.pixel(train[0].raw.grid, train[0].grid))
     crops, grid = _datasets(s, train, valid, extraction, target)
     model = _network(s, crops.cases[0].features.layout, extraction.channels, target.channels)
@@ -381,7 +381,7 @@ def _train(s)->Trained:
     save_description(run, _describe(s, names, colours, target, extraction, about, model, train[0]), backbone)
     rows = memory_rows(crops.cases[0].features.layout, extraction.channels, crops.cases + (grid.cases if grid else []))
     print(format_table(rows, digits=3))
-    done = fit(model, step, crops, Validation(grid, step, names, s.args.batch_size) if grid else None, s.args, run)
+    done = fit(model, step, crops, Validation(grid, step, names, s.train.batch_size) if grid else None, s.train, run)
     run.figure(training_curves(done.history), "curves")
     run.metrics({"train/seconds": done.seconds, "train/steps": done.step, "valid/best": done.best, "memory/crop_mb": rows[0]["as_trained"], "memory/crop_at_every_voxel_mb": rows[0]["at_every_voxel"]})
     return load_trained(run, "best", s.backbone if isinstance(s.backbone, nn.Module) else None, next(extraction.backbone.parameters(), torch.empty(0)).device)

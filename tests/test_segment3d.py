@@ -48,7 +48,7 @@ crop: [16, 32, 32]
 crops_per_epoch: 4
 base_channels: 4
 levels: 2
-args: {{epochs: 2, device: cpu, log_every: 1}}
+train: {{epochs: 2, device: cpu, log_every: 1}}
 """)
     done = dinolab("train", "--config", "train.yaml", "upsampler=transpose", folder=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -64,7 +64,7 @@ args: {{epochs: 2, device: cpu, log_every: 1}}
     assert labels.shape == (24, 64, 64) and labels.voxel_size == (16, 8, 8)
     again = dinolab("predict", f"run={run}", f"source={data}/raw1.zarr", "store=seg.zarr", folder=tmp_path)
     assert again.returncode == 2 and "other settings" in again.stderr.strip().splitlines()[-1]
-    typo = dinolab("train", "--config", "train.yaml", "args.epoch=3", folder=tmp_path)
+    typo = dinolab("train", "--config", "train.yaml", "train.epoch=3", folder=tmp_path)
     assert typo.returncode == 2 and "epoch" in typo.stderr
 
 
@@ -75,7 +75,7 @@ def volumes(seeds=range(3), shape=(20, 28, 32)):
 
 def small(tmp_path, **more):
     raw, labels = volumes()
-    return dict(raw_data=raw, gt_data=labels, classes=9, backbone=PatchMean(4), pixel_size=8, crop=(12, 16, 16), crops_per_epoch=4, base_channels=4, levels=2, cache=tmp_path/"features", out=tmp_path/"runs", args=TrainArgs(epochs=1, device="cpu")) | more
+    return dict(raw_data=raw, gt_data=labels, classes=9, backbone=PatchMean(4), pixel_size=8, crop=(12, 16, 16), crops_per_epoch=4, base_channels=4, levels=2, cache=tmp_path/"features", out=tmp_path/"runs", train=TrainArgs(epochs=1, device="cpu")) | more
 
 
 @pytest.mark.parametrize("more", [dict(learn_upsampling=False), dict(planes="xz"), dict(features="live"), dict(context_scale=2, raw_input=True), dict(deep_supervision=True, gradient_checkpointing=True),
