@@ -69,7 +69,7 @@ def read_image(
     if len(x) == 1: return np.repeat(x, channels, 0)
     raise InputError(f"{path} has {len(x)} channels: expected {channels}; set in_channels={len(x)}")
 
-# %% ../nbs/api/45_images.ipynb #1c3cf3a7
+# %% ../nbs/api/45_images.ipynb #6cc1ca95
 @dataclass(frozen=True)
 class Classes:
     "What the numbers or colours in masks mean."
@@ -81,6 +81,7 @@ class Classes:
 
     def __post_init__(self):
         pick(dict.fromkeys(("auto", "labels", "binary", "colours")), self.kind, "kind of masks")
+        object.__setattr__(self, "names", tuple(self.names))
         object.__setattr__(self, "values", tuple(range(len(self.names))) if self.values is None else tuple(self.values))
         if self.kind == "binary" and len(self.names) > 2: raise InputError(f"binary masks with {len(self.names)} classes: expected one or two names")
         if self.kind == "colours" and not self.colours: raise InputError("masks of colours without colours of classes: expected them in the manifest")

@@ -86,7 +86,7 @@ def test_wrong_masks(tmp_path):
     Image.fromarray(np.array([[0, 255], [255, 0]], np.uint8)).save(tmp_path/"b.png")
     assert read_mask(tmp_path/"b.png", Classes(("a", "b"), kind="binary"))[0].tolist() == [[0, 1], [1, 0]]
     Image.fromarray(np.zeros((5, 4), np.uint8)).save(tmp_path/"i.png")
-    with pytest.raises(InputError, match="is 5 x 4, its mask .* 4 x 4"): read_pair(Picture("x", str(tmp_path/"i.png"), str(tmp_path/"b.png")), Classes(("a", "b"), kind="binary"))
+    with pytest.raises(InputError, match="is 5 x 4, its mask .* 2 x 2"): read_pair(Picture("x", str(tmp_path/"i.png"), str(tmp_path/"b.png")), Classes(("a", "b"), kind="binary"))
     with pytest.raises(InputError, match="x has no mask"): read_pair(Picture("x", str(tmp_path/"i.png")), TWO)
     Image.fromarray(np.full((5, 4), 255, np.uint8)).save(tmp_path/"void.png")
     with pytest.raises(InputError, match="all pixels of all masks are ignored"): count_labels([Picture("x", str(tmp_path/"i.png"), str(tmp_path/"void.png"))], TWO)

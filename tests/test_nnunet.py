@@ -28,7 +28,7 @@ def plans(tmp_path, monkeypatch):
                resampling_fn_seg_kwargs=dict(is_seg=True, order=1, order_z=0, force_separate_z=None), resampling_fn_probabilities_kwargs=dict(is_seg=False, order=1, order_z=0, force_separate_z=None), batch_dice=True,
                architecture=dict(network_class_name="none", arch_kwargs={}, _kw_requires_import=[]))
     content = dict(dataset_name="Dataset901_Small", plans_name="nnUNetPlans", original_median_spacing_after_transp=[999., 1., 1.], original_median_shape_after_transp=[1, 70, 90], image_reader_writer="NaturalImage2DIO", transpose_forward=[0, 1, 2], transpose_backward=[0, 1, 2],
-                   configurations={"2d": two}, experiment_planner_used="ExperimentPlanner", label_manager="LabelManager", foreground_intensity_properties_per_channel={})
+                   configurations={"2d": two}, experiment_planner_used="ExperimentPlanner", label_manager="LabelManager", foreground_intensity_properties_per_channel={"0": dict(mean=0.5, std=0.3, median=0.5, min=0., max=1., percentile_00_5=0., percentile_99_5=1.)})
     (folder/"nnUNetPlans.json").write_text(json.dumps(content))
     return folder/"nnUNetPlans.json"
 
