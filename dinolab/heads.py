@@ -7,7 +7,7 @@ __all__ = ['NORMS', 'HEADS', 'NECKS', 'BatchNorm', 'group_norm', 'replace_norms'
            'DPTHead', 'create_head', 'ChannelNorm', 'Pyramid', 'stem', 'WithImage', 'Fine', 'covered', 'Segmenter',
            'fit_logits', 'make_neck', 'create_segmentation_model']
 
-# %% ../nbs/api/25_heads.ipynb #361870ad
+# %% ../nbs/api/25_heads.ipynb #8aedba7d
 import inspect
 import math
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from transformers.models.dpt.modeling_dpt import DPTNeck, DPTSemanticSegmentatio
 from transformers.models.segformer.modeling_segformer import SegformerDecodeHead
 from transformers.models.upernet.modeling_upernet import UperNetHead as UperNetDecoder
 
-from .adapt import LoraSpec, add_lora, lora_layers, merge, parameter_rows
+from .adapt import LoraSpec, add_lora, parameter_rows
 from .backbones import FAMILIES, FeatureSpec, create_backbone
 from .core import InputError, format_table, nearest, pick
 from .upsample import create_upsampler, resize

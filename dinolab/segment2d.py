@@ -240,7 +240,7 @@ def _open_run(s)->Run:
     plain_ones = {k: v for k, v in vars(s).items() if isinstance(v, (str, int, float, bool, list, tuple, dict, type(None))) and k not in ("run", "out")}
     return Run.create("segmenter", plain_ones | dict(train=asdict(s.train), lora=s.lora and asdict(s.lora)), s.out, None if s.manifest is None else load_manifest(s.manifest))
 
-# %% ../nbs/api/46_segment2d.ipynb #978228f5
+# %% ../nbs/api/46_segment2d.ipynb #184a7f54
 class BandPredictor:
     "Probabilities of regions of one picture, as a volume of one slice."
     def __init__(self,
@@ -267,7 +267,7 @@ def predict_picture(
     "Segment one picture of any size."
     predict, shape = BandPredictor(model, image), (1, *image.shape[1:])
     tiles = all_tiles(shape, (1, *tile), overlap)
-    n = len(predict((slice(0, 1), slice(0, min(tile[0], shape[1])), slice(0, min(tile[1], shape[2])))))
+    n = len(predict((slice(0, 1), slice(0, min(16, shape[1])), slice(0, min(16, shape[2])))))  # classes, from a corner
     labels, kept = np.empty(shape[1:], np.uint8), []
     for y in range(0, shape[1], 8 * tile[0]):
         band = (slice(0, 1), slice(y, min(y + 8 * tile[0], shape[1])), slice(0, shape[2]))

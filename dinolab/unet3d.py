@@ -158,7 +158,7 @@ class Surroundings(nn.Module):
         keep = [max(1, round(n / self.scale)) for n in x.shape[2:]]
         return x[(..., *(slice((n - k) // 2, (n - k) // 2 + k) for n, k in zip(x.shape[2:], keep)))]
 
-# %% ../nbs/api/24_unet3d.ipynb #2050a039
+# %% ../nbs/api/24_unet3d.ipynb #28c40d9e
 class DINOv3UNet3D(nn.Module):
     "3D U-Net on features: of one tensor, or of several planes each on its own grid."
     def __init__(self,
@@ -191,7 +191,7 @@ class DINOv3UNet3D(nn.Module):
         self.raw = nn.Conv3d(raw_channels, base_channels, 3, padding=1) if raw_channels else None
         self.context = Surroundings(context_channels, base_channels, context_scale, self.input_size, norm) if context_channels else None
         self.unet = UNet3D(base_channels, levels, size=self.input_size, norm=norm, dropout=dropout, bottom_channels=base_channels if context_channels else 0, gradient_checkpointing=gradient_checkpointing)
-        self.heads = nn.ModuleList(nn.Conv3d(w, num_classes, 1) for w in self.unet.widths[:-1 if deep_supervision else 1])
+        self.heads = nn.ModuleList(nn.Conv3d(w + base_channels * (i == 0), num_classes, 1) for i, w in enumerate(self.unet.widths[:-1 if deep_supervision else 1]))
 
     @property
     def needs_guide(self)->bool: "Whether a forward pass needs the raw volume."; return self.raw is not None or any(getattr(u, "needs_guide", False) for u in self.upsample.values())
@@ -211,6 +211,7 @@ class DINOv3UNet3D(nn.Module):
         x = sum(self._lift(p, f, size, guide, codes) for p, f in features.items()) / len(features)
         if self.raw is not None: x = x + self.raw(guide[:, :self.raw.in_channels])
         maps = self.unet(x, None if self.context is None else self.context(context))
+        maps[0] = torch.cat([maps[0], x], 1)
         out = [head(m) for head, m in zip(self.heads, maps)]
         return out if self.training and self.config["deep_supervision"] else out[0]
 

@@ -1,5 +1,8 @@
 "The experiments run from any folder, in their quick mode."
+import importlib.util
 import json
+
+import pytest
 
 from dinolab.experiment import run_experiment
 from dinolab.features import open_features
@@ -18,3 +21,26 @@ def test_multires_features(tmp_path, monkeypatch):
     metrics = json.loads((run.path/"metrics.json").read_text())
     assert 0 < metrics["raw_32nm/cosine_to_finest/total"] < metrics["raw_16nm/cosine_to_finest/total"] < 1
     assert "backbone" in (run.path/"timing.txt").read_text()
+
+
+def test_learned_upsampling(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = run_experiment("learned_upsampling", dict(smoke="true"))
+    metrics = run.metrics()
+    assert run.status == "done" and 0 < metrics["test/mean_iou/traditional"] < 1 and 0 < metrics["test/mean_iou/neighborhood"] < 1
+    assert metrics["memory/ratio/source"] < 0.2 and {p.name for p in (run.path/"figures").iterdir()} == {"features.png", "curves.png", "worst.png"}
+
+
+def test_heads_compare(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = run_experiment("heads_compare", dict(smoke="true"))
+    metrics = run.metrics()
+    assert run.status == "done" and metrics["checkpoint/ratio"] < 1.2 and "gain/dice_vessel/stem/frozen" in metrics
+    assert {p.name for p in (run.path/"figures").iterdir()} == {"dice.png", "predictions.png", "worst.png", "photographs.png", "coins.png"}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("nnunetv2") is None, reason="needs the extra nnunet")
+def test_nnunet_vit(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = run_experiment("nnunet_vit", dict(smoke="true"))
+    assert run.status == "done" and "test/dice/vessel" in run.metrics() and len(list((run.path/"predictions").glob("*.png"))) == 6
