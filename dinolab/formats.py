@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['UNIT_NM', 'to_nm', 'Source', 'full_index', 'LazyArray', 'reading', 'listening', 'NiftiData', 'affine_grid',
            'read_nifti', 'stack_pages', 'tiff_voxel_size', 'TiffData', 'tiff_axes', 'natural', 'TiffFolder',
-           'read_tiff']
+           'read_tiff', 'tiff_pixels']
 
 # %% ../nbs/api/10_formats.ipynb #f1419d71
 import logging
@@ -345,3 +345,10 @@ def read_tiff(
     order = sorted(range(len(names)), key=lambda i: "tczyx".index(names[i]))
     voxel_size = tuple(data.size.values()) if all(data.size.values()) else None
     return Source(LazyArray(data, order), "".join(names[i] for i in order), voxel_size, None, _notes(data, axes))
+
+# %% ../nbs/api/10_formats.ipynb #066b38b5
+def tiff_pixels(
+    path:str|Path,  # a TIFF file
+)->np.ndarray:      # as in the file
+    "All pixels of the first series of a TIFF file."
+    with reading(path, "TIFF"): return tifffile.imread(path)

@@ -7,7 +7,7 @@ __all__ = ['SUFFIXES', 'read_pixels', 'read_image', 'Classes', 'read_mask', 'Pic
            'table_pictures', 'manifest_pictures', 'manifest_classes', 'read_pair', 'count_labels', 'largest_label',
            'ImageDataset', 'cut', 'scaled', 'vary', 'augment_planes']
 
-# %% ../nbs/api/45_images.ipynb #62cb7dcd
+# %% ../nbs/api/45_images.ipynb #d7f28001
 import csv
 import functools
 import math
@@ -18,7 +18,6 @@ from pathlib import Path
 
 import imagecodecs
 import numpy as np
-import tifffile
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
@@ -26,9 +25,10 @@ from PIL import Image, ImageOps
 from .augment import Augment, find_augment
 from .core import InputError, MissingError, nearest, pick, progress
 from .data import get_data
+from .formats import tiff_pixels
 from .manifest import load_manifest
 
-# %% ../nbs/api/45_images.ipynb #26b20108
+# %% ../nbs/api/45_images.ipynb #f234ff81
 SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp", ".webp", ".gif")
 
 def read_pixels(
@@ -38,9 +38,10 @@ def read_pixels(
     path = Path(path)
     if not path.is_file(): raise MissingError(f"no image {str(path)!r}: check the folder and the name")
     try:
-        if path.suffix.lower() in (".tif", ".tiff"): pixels = tifffile.imread(path)
+        if path.suffix.lower() in (".tif", ".tiff"): pixels = tiff_pixels(path)
         elif _is_16_bit_colour(path): pixels = imagecodecs.png_decode(path.read_bytes())
         else: pixels = np.asarray(ImageOps.exif_transpose(Image.open(path)))
+    except InputError: raise
     except Exception as e: raise InputError(f"{path} cannot be read as an image ({type(e).__name__}: {' '.join(str(e).split())[:100]}): copy it again") from None
     if pixels.ndim == 3 and pixels.shape[2] > 8 >= pixels.shape[0]: pixels = pixels.transpose(1, 2, 0)  # planes before rows, as in many TIFFs
     if pixels.ndim not in (2, 3) or not pixels.size or pixels.ndim == 3 and pixels.shape[2] > 8: raise InputError(f"{path} has shape {pixels.shape}: expected one image, height x width or height x width x channels")
