@@ -75,7 +75,7 @@ def test_half_precision_is_close_and_learns(options):
     with torch.no_grad():
         expected = model.eval()(**given)
         with torch.autocast("cpu", torch.bfloat16): got = model(**given)
-    assert (got.float() - expected).abs().max() < 0.1 * expected.std() + 0.03 and got.shape == expected.shape
+    assert (got.float() - expected).abs().max() < 0.15 * expected.std() + 0.05 and got.shape == expected.shape
     y = torch.randint(0, 3, (1, 8, 8, 8))
     with torch.autocast("cpu", torch.bfloat16): loss = make_loss()(model.train()(**given), y)
     loss.backward()
