@@ -10,9 +10,8 @@ __all__ = ['lattice_factor', 'feature_roi', 'Layout', 'make_layout', 'inside', '
 
 # %% ../nbs/api/43_crops.ipynb #cf107798
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +20,10 @@ from torch import Tensor, nn
 
 from .augment import Augment
 from .core import InputError, settings_hash
-from .features import Compute, Features, Plan, check_planes, extract_block, extract_to_zarr, intensity_range, make_plan, model_identity, plane_axes, raw_region, source_identity
+from .features import Compute, Features, check_planes, extract_block, extract_to_zarr, intensity_range, make_plan, model_identity, plane_axes, raw_region, source_identity
 from .instances import affinities, local_shape_descriptors
-from .volume import Grid, Multiscale, Volume, apply_matrices, check_inside, mirror, open_levels, resample_matrix, triple
+from .volume import Grid, Multiscale, Volume, apply_matrices, check_inside, open_levels, resample_matrix
+
 
 # %% ../nbs/api/43_crops.ipynb #6ea4548d
 def lattice_factor(

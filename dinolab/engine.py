@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'FREE', 'TrainArgs', 'lr_factor', 'batches_per_epoch', 'keyed_batches', 'Keyed', 'keyed_loader',
            'replace_folder', 'recover', 'save_checkpoint', 'load_checkpoint', 'read_state', 'parameter_groups',
-           'Average', 'validate', 'check_finite_loss', 'Position', 'rewind_log', 'Keeper', 'seed_devices',
-           'make_accelerator', 'accumulate', 'Fit', 'fit', 'training_curves']
+           'Average', 'validate', 'check_finite_loss', 'check_finite_gradient', 'Position', 'rewind_log', 'Keeper',
+           'seed_devices', 'make_accelerator', 'accumulate', 'Fit', 'fit', 'training_curves']
 
 # %% ../nbs/api/40_engine.ipynb #2a88e9e5
 import copy
@@ -290,6 +290,16 @@ def check_finite_loss(
     where = save()
     raise InputError(f"loss {loss.item()} at step {step + 1}, batch {', '.join(names) if isinstance(names, (list, tuple)) else names or 'without names'}: the weights before it are in {where}; look at these items, or lower lr or set precision=no")
 
+def check_finite_gradient(
+    norm:Tensor,   # of all gradients, before clipping
+    step:int,      # optimiser steps done
+    scaler,        # of fp16, which expects such gradients and leaves the step out; or None
+    save:Callable, # keeps the state
+)->Tensor:         # the same norm
+    "Stop before a gradient that is not finite reaches the weights."
+    if scaler is not None or torch.isfinite(norm): return norm
+    raise InputError(f"gradient {norm.item()} at step {step + 1} while the loss is finite: the weights before it are in {save()}; lower lr, or set precision=no")
+
 # %% ../nbs/api/40_engine.ipynb #dc084df8
 @dataclass
 class Position:
@@ -508,7 +518,7 @@ def fit(
             count = min(args.accumulate, per_epoch - at.batch)
             for g in optimiser.param_groups: g["lr"] = args.lr * g["lr_scale"] * lr_factor(at.step, total, args.warmup, args.schedule)
             sums = accumulate(net, step, batches, count, accelerator, at, total, args.seed, lambda: keeper.save(at, "nan"))
-            if args.clip: sums["grad_norm"] = accelerator.clip_grad_norm_(net.parameters(), args.clip)
+            if args.clip: sums["grad_norm"] = check_finite_gradient(accelerator.clip_grad_norm_(net.parameters(), args.clip), at.step, accelerator.scaler, lambda: keeper.save(at, "nan"))
             prepared.step(); prepared.zero_grad()
             at.step, at.batch, at.seconds = at.step + 1, at.batch + count, time.perf_counter() - clock
             if ema: ema.update(model, at.step)

@@ -11,7 +11,6 @@ __all__ = ['NORMS', 'HEADS', 'NECKS', 'BatchNorm', 'group_norm', 'replace_norms'
 import inspect
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F

@@ -9,7 +9,6 @@ __all__ = ['SUFFIXES', 'read_pixels', 'read_image', 'Classes', 'read_mask', 'Pic
 
 # %% ../nbs/api/45_images.ipynb #d7f28001
 import csv
-import functools
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor

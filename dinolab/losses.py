@@ -8,7 +8,7 @@ __all__ = ['LOSSES', 'WEIGHTINGS', 'check_target', 'cross_entropy', 'tversky_los
 
 # %% ../nbs/api/15_losses.ipynb #6e91d24e
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np

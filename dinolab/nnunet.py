@@ -190,7 +190,6 @@ def preprocessed_folder(
 # %% ../nbs/api/51_nnunet.ipynb #a5b78704
 def make_recipe(
     arguments:dict,  # of train_segmenter
-    config:dict,     # keys that were set
 )->dict:             # plain values, for the plans
     "What the trainer needs, checked by building the network once; a file of weights decides about twins of a backbone."
     from dinolab.heads import create_segmentation_model
@@ -220,7 +219,7 @@ def setup(
     content = json.loads(file.read_text())
     size = pick(content["configurations"], parent, "configuration").get("patch_size")
     if size is None or len(size) != 2: raise InputError(f"configuration {parent} has patches of {size}: expected a 2D one, such as 2d")
-    new = dict(inherits_from=parent, dinolab=make_recipe(given, config))
+    new = dict(inherits_from=parent, dinolab=make_recipe(given))
     if "crop" in config: new["patch_size"] = [given["crop"]] * 2 if isinstance(given["crop"], int) else list(given["crop"])
     if "batch_size" in (config.get("train") or {}): new["batch_size"] = given["train"].batch_size
     if name == parent or content["configurations"].get(name, new).get("dinolab") is None: raise InputError(f"configuration {name} is nnU-Net's own: give another name")

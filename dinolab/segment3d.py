@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['TARGETS', 'run_model', 'ClassStep', 'InstanceStep', 'Validation', 'predicted_classes', 'as_list', 'given_cases',
            'manifest_cases', 'hold_out', 'with_features', 'feature_statistics', 'find_backbone', 'save_description',
-           'remake_backbone', 'Trained', 'load_trained', 'class_names', 'memory_rows', 'train_unet3d', 'TilePredictor',
-           'predict_unet3d', 'predict_case', 'model_identity_of', 'write_instances', 'evaluate_unet3d', 'score_classes',
-           'worst_figure', 'score_instances']
+           'remake_backbone', 'Trained', 'load_trained', 'class_names', 'memory_rows', 'run_of_settings',
+           'train_unet3d', 'TilePredictor', 'predict_unet3d', 'predict_case', 'model_identity_of', 'write_instances',
+           'evaluate_unet3d', 'score_classes', 'worst_figure', 'score_instances']
 
 # %% ../nbs/api/44_segment3d.ipynb #163d1b39
 import io
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -308,11 +308,15 @@ def _describe(s, names, colours, target, extraction, about, model, case)->dict:
     return dict(kind="unet3d", network=model.config, extraction=kept, backbone=about | model_identity(extraction.backbone), classes=names, colours=colours, targets=s.targets, offsets=getattr(target, "offsets", None),
                 voxel_size=case.grid.voxel_size, raw_resolution=case.raw.voxel_size, crop=s.crop, context_scale=s.context_scale)
 
-def _open_run(s)->Run:
+def run_of_settings(
+    experiment:str,  # name of a new run
+    s,               # arguments of the recipe; run and out say where
+)->Run:
     "The run to go on with, or a new one whose parameters are the settings."
     if s.run is not None: return s.run if isinstance(s.run, Run) else Run.open(s.run)
-    plain_ones = {k: v for k, v in vars(s).items() if isinstance(v, (str, int, float, bool, list, tuple, dict, type(None))) and k not in ("run", "out")}
-    return Run.create("unet3d", plain_ones | dict(train=asdict(s.train)), s.out, None if s.manifest is None else load_manifest(s.manifest))
+    values = {k: asdict(v) if is_dataclass(v) else v for k, v in vars(s).items() if k not in ("run", "out")}
+    kept = {k: v for k, v in values.items() if isinstance(v, (str, int, float, bool, list, tuple, dict, type(None)))}
+    return Run.create(experiment, kept, s.out, None if s.manifest is None else load_manifest(s.manifest))
 
 # %% ../nbs/api/44_segment3d.ipynb #55efb7be
 def train_unet3d(
@@ -377,7 +381,7 @@ def _train(s)->Trained:
     crops, grid = _datasets(s, train, valid, extraction, target)
     model = _network(s, crops.cases[0].features.layout, extraction.channels, target.channels)
     standardise(model, *feature_statistics(crops))
-    step, run = _make_step(s, names, crops, target), _open_run(s)
+    step, run = _make_step(s, names, crops, target), run_of_settings("unet3d", s)
     save_description(run, _describe(s, names, colours, target, extraction, about, model, train[0]), backbone)
     rows = memory_rows(crops.cases[0].features.layout, extraction.channels, crops.cases + (grid.cases if grid else []))
     print(format_table(rows, digits=3))

@@ -9,7 +9,6 @@ __all__ = ['LINEAR', 'POOL', 'UPSAMPLERS', 'resize', 'Interpolate', 'cell_tables
 
 # %% ../nbs/api/22_upsample.ipynb #07646f55
 import math
-from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch

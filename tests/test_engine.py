@@ -162,3 +162,17 @@ def test_frozen_parts_stay():
     fit(net, step, Items(), None, TrainArgs(epochs=1))
     assert torch.equal(net[0].weight, before)
     with pytest.raises(InputError, match="no parameter"): fit(net.requires_grad_(False), step, Items())
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path):
+    "A finite loss with a gradient of NaN: the run stops, and the weights kept are those before."
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x): return x.clone()
+        @staticmethod
+        def backward(ctx, g): return g * float("nan")
+    run, net = Run.create("broken", {}, tmp_path), torch.nn.Linear(2, 1)
+    before = net.weight.detach().clone()
+    with pytest.raises(InputError, match="gradient nan at step 1 while the loss is finite"):
+        fit(net, lambda model, batch: (Broken.apply(model(batch)).mean(), {}), list(torch.ones(4, 2)), None, TrainArgs(epochs=1, device="cpu"), run)
+    assert torch.equal(net.weight, before) and (run.path/"checkpoints/nan/model.safetensors").exists()

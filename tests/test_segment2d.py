@@ -136,6 +136,7 @@ def test_tables_and_splits(data, tmp_path):
     (tmp_path/"t.csv").write_text("\n".join(rows))
     done = train_segmenter(table=tmp_path/"t.csv", backbone=VIT, head="linear", crop=64, freeze_backbone=True, train=QUICK, out=tmp_path)
     assert evaluate_segmenter(done.run.path, table=tmp_path/"t.csv")["test/mean_iou"] > 0
+    with pytest.raises(InputError, match="no data to score on"): evaluate_segmenter(done.run.path)
     with pytest.raises(InputError, match="no row of split 'other'"): evaluate_segmenter(done.run.path, table=tmp_path/"t.csv", split="other")
     with pytest.raises(InputError, match="expected one of manifest, images"): train_segmenter(data[0]/"images", table=tmp_path/"t.csv")
 
