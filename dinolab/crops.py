@@ -6,11 +6,11 @@
 __all__ = ['lattice_factor', 'feature_roi', 'Layout', 'make_layout', 'inside', 'pad_end', 'CachedFeatures', 'Extraction',
            'around', 'cache_features', 'LiveFeatures', 'CellFeatures', 'Case', 'on_grid', 'open_case', 'LabelScan',
            'scan_labels', 'ClassTarget', 'InstanceTarget', 'read_context', 'turned_plane', 'read_crop', 'axis_kinds',
-           'CropDataset', 'last_start', 'lattice_crop', 'check_crop', 'GridDataset']
+           'KeptImage', 'kept_image', 'CropDataset', 'last_start', 'lattice_crop', 'check_crop', 'GridDataset']
 
 # %% ../nbs/api/43_crops.ipynb #cf107798
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
 
@@ -20,10 +20,9 @@ from torch import Tensor, nn
 
 from .augment import Augment
 from .core import InputError, settings_hash
-from .features import Compute, Features, check_planes, extract_block, extract_to_zarr, intensity_range, make_plan, model_identity, plane_axes, raw_region, source_identity
+from .features import Compute, check_planes, extract_block, extract_to_zarr, intensity_range, make_plan, model_identity, plane_axes, raw_region, source_identity
 from .instances import affinities, local_shape_descriptors
 from .volume import Grid, Multiscale, Volume, apply_matrices, check_inside, open_levels, resample_matrix
-
 
 # %% ../nbs/api/43_crops.ipynb #6ea4548d
 def lattice_factor(
@@ -107,8 +106,11 @@ class CachedFeatures:
     def __init__(self,
         stores:dict,    # plane -> Features
         layout:Layout,  # how they lie on the target
+        memory:float=1e9,  # bytes: not more than these are decoded once and kept, in each process
     ):
-        self.stores, self.layout = stores, layout
+        self.stores, self.layout, self.memory, self._kept = stores, layout, memory, {}
+
+    def __getstate__(self): return {**self.__dict__, "_kept": {}}
 
     @property
     def channels(self)->dict: "Channels of each plane."; return {p: f.channels for p, f in self.stores.items()}
@@ -121,7 +123,9 @@ class CachedFeatures:
         "Features of a region; behind the end of the volume the last ones are repeated."
         def one(plane, store):
             part, missing = inside(feature_roi(roi, self.layout.factors[plane]), store.shape)
-            return pad_end(store.read(part), missing)
+            if self.nbytes > self.memory: return pad_end(store.read(part), missing)
+            if plane not in self._kept: self._kept[plane] = store.read(tuple(slice(0, n) for n in store.shape))
+            return pad_end(self._kept[plane][(slice(None), *part)], missing)
         return {p: one(p, store) for p, store in self.stores.items()}
 
 # %% ../nbs/api/43_crops.ipynb #afd01e16
@@ -444,6 +448,27 @@ def axis_kinds(
     kinds = [(round(v, 6), n, a in normals, tuple(sorted(str(f[a]) for f in layout.factors.values()))) for a, (v, n) in enumerate(zip(grid.voxel_size, layout.crop))]
     return tuple(float(kinds.index(k) + 1) for k in kinds)
 
+# %% ../nbs/api/43_crops.ipynb #95aecbdb
+@dataclass(frozen=True)
+class KeptImage(Case):
+    "A case whose image on the target grid stays in memory, from its first use on."
+    kept:dict=field(default_factory=dict)  # whole -> z y x
+
+    def image(self, roi:tuple)->np.ndarray:
+        "Raw intensities of a region of the target, in 0..1, float32."
+        if "whole" not in self.kept: self.kept["whole"] = super().image(tuple(slice(0, n) for n in self.grid.shape))
+        return self.kept["whole"][roi]
+
+    def __getstate__(self): return {**self.__dict__, "kept": {}}
+
+def kept_image(
+    case:Case,     # with its raw volume
+    memory:float,  # bytes for the image and for what resampling takes
+)->Case:
+    "The case with its image in memory, where there is room for it."
+    need = 4 * (math.prod(case.grid.shape) + math.prod(case.raw.shape))
+    return KeptImage(**{f.name: getattr(case, f.name) for f in fields(Case)}) if need <= memory else case
+
 # %% ../nbs/api/43_crops.ipynb #1a3b1e43
 class CropDataset:
     "Random crops with augmentation, reproducible by key."
@@ -457,8 +482,10 @@ class CropDataset:
         balance:float=1/3,        # share of crops centred on a class drawn evenly
         min_labelled:float=0.05,  # share of labelled voxels in the other crops
         context_scale:int=None,   # also the surroundings, so many times as coarse
+        memory:float=1e9,         # bytes of raw intensities that are kept on the target grid, in each process
     ):
-        self.cases, self.target, self.crop, self.length = list(cases), target, tuple(crop), length
+        share = memory / max(1, len(cases))
+        self.cases, self.target, self.crop, self.length = [kept_image(c, share) for c in cases], target, tuple(crop), length
         self.augment, self.balance, self.min_labelled, self.context_scale = augment, balance, min_labelled, context_scale
         if not self.cases: raise InputError("no training volumes: expected at least one")
         for c in self.cases: check_crop(c, self.crop)
