@@ -272,7 +272,8 @@ def with_features(
 )->nn.Module:         # a model that can give intermediate maps
     "`model` itself, or timm's feature extractor with the same weights where it has no `forward_intermediates`."
     if hasattr(model, "forward_intermediates"): return model
-    net = timm.create_model(name, features_only=True, out_indices=layers, in_chans=in_channels)
+    raw = dict(feature_location="") if type(model).__name__ == "HighResolutionNet" else {}  # its branches, not what its classifier makes of them
+    net = timm.create_model(name, features_only=True, out_indices=layers, in_chans=in_channels, **raw)
     weights = {k.replace(".", "_"): v for k, v in model.state_dict().items()}
     net.load_state_dict({k: weights[k.replace(".", "_")] for k in net.state_dict()})
     return net
