@@ -9,7 +9,8 @@ from hypothesis import given, settings, strategies as st
 from torch.autograd import gradcheck
 
 from dinolab.core import InputError
-from dinolab.losses import (LOSSES, affinity_loss, boundary_cross_entropy, boundary_weight, class_weights, cross_entropy, descriptor_loss, dice_loss, focal_loss, make_loss, tversky_loss)
+from dinolab.losses import (LOSSES, affinity_loss, boundary_cross_entropy, boundary_weight, class_weights, cross_entropy, descriptor_loss, dice_loss, focal_loss, make_loss,
+                            ms_ssim_loss, output_weights, tversky_loss, SCALES)
 
 shapes = st.integers(2, 3).flatmap(lambda d: st.tuples(*[st.integers(1, 5)] * d))
 PLAIN = {k: LOSSES[k] for k in ("ce", "dice", "focal", "tversky")}
@@ -191,3 +192,25 @@ def test_errors():
     with pytest.raises(InputError, match="empty"): dice_loss(x, y, torch.zeros_like(y))
     with pytest.raises(InputError, match="expected the same shape"): dice_loss(x, y, torch.ones(2, 3, 2))
     with pytest.raises(InputError, match="no option"): make_loss("ce", gamma=1)
+
+
+@pytest.mark.parametrize("size", [(180, 256), (177, 191)])
+def test_ms_ssim_equals_monai(size):
+    from monai.metrics.regression import MultiScaleSSIMMetric
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, *size).cumsum(2).cumsum(3) * 0.01
+    target = (logits + torch.randn(2, 3, *size) * 0.3).argmax(1)
+    p, t = logits.softmax(1), F.one_hot(target, 3).movedim(-1, 1).float()
+    weights = [w / sum(SCALES) for w in SCALES]
+    theirs = sum(MultiScaleSSIMMetric(2, data_range=1., weights=weights)(p[:, c:c + 1], t[:, c:c + 1]).mean() for c in range(3)) / 3
+    assert abs(1 - theirs - ms_ssim_loss(logits, target)) < 1e-5
+
+
+def test_side_outputs_of_the_source():
+    "The finest, and 0.4 of the mean over the others."
+    torch.manual_seed(0)
+    outputs, target = [torch.randn(1, 2, 6, 6) for _ in range(3)], torch.randint(2, (1, 6, 6))
+    one = make_loss("ce")
+    wanted = one(outputs[0], target) + 0.4 * (one(outputs[1], target) + one(outputs[2], target)) / 2
+    assert torch.allclose(make_loss("ce", side_weight=0.4)(outputs, target), wanted)
+    assert abs(sum(output_weights(4)) - 1) < 1e-12 and output_weights(1, 0.4) == [1.]
