@@ -215,7 +215,7 @@ def output_weights(
     side_weight:float=None,  # as in make_loss
 )->list:                     # one number each, the finest first
     "Weights of the outputs."
-    if side_weight is not None: return [1.] + [side_weight / (outputs - 1)] * (outputs - 1)
+    if side_weight is not None: return [1.] + [side_weight / max(1, outputs - 1)] * (outputs - 1)
     return [2. ** (outputs - 1 - i) / (2 ** outputs - 1) for i in range(outputs)]
 
 def make_loss(
