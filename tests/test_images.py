@@ -3,6 +3,7 @@ import imagecodecs
 import numpy as np
 import pytest
 import tifffile
+import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
@@ -140,8 +141,9 @@ def test_crops_follow_from_their_seed(tmp_path):
 def test_image_and_mask_stay_together(tmp_path_factory, seed, scale):
     folder = test_image_and_mask_stay_together.__dict__.setdefault("folder", tmp_path_factory.mktemp("pairs"))
     item = ImageDataset(pairs(folder), TWO, (32, 32), channels=1, augment=find_augment("turns"), scale=scale).item(seed % 3, seed)
-    agree = ((item["image"][0] > 0.5) == item["target"].bool())[item["mask"]]
-    assert agree.float().mean() > 0.9
+    around = F.unfold(F.pad(item["target"][None, None].float(), (1,) * 4, mode="replicate"), 3)[0]
+    inner = (around.amin(0) == around.amax(0)).view(32, 32) & item["mask"]  # away from borders, where antialiasing and the nearest pixel differ
+    assert inner.any() and ((item["image"][0] > 0.5) == item["target"].bool())[inner].all()
 
 
 def test_balance_finds_a_rare_class(tmp_path):
