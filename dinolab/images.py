@@ -76,15 +76,15 @@ class Classes:
     names:tuple          # of the classes
     values:tuple=None    # in the masks; None: 0, 1, 2 ...
     colours:tuple=None   # "#rrggbb" of each
-    kind:str="auto"      # labels, binary (all but 0 is class 1), colours, or auto: colours where the mask has three channels
+    kind:str="auto"      # labels, binary (all but 0 is class 1), colours, nearest (the class of the nearest colour, for masks saved as JPEG), or auto: colours where the mask has three channels
     ignore:int=255       # value of pixels that do not count, unless it is a class
 
     def __post_init__(self):
-        pick(dict.fromkeys(("auto", "labels", "binary", "colours")), self.kind, "kind of masks")
+        pick(dict.fromkeys(("auto", "labels", "binary", "colours", "nearest")), self.kind, "kind of masks")
         object.__setattr__(self, "names", tuple(self.names))
         object.__setattr__(self, "values", tuple(range(len(self.names))) if self.values is None else tuple(self.values))
         if self.kind == "binary" and len(self.names) > 2: raise InputError(f"binary masks with {len(self.names)} classes: expected one or two names")
-        if self.kind == "colours" and not self.colours: raise InputError("masks of colours without colours of classes: expected them in the manifest")
+        if self.kind in ("colours", "nearest") and not self.colours: raise InputError("masks of colours without colours of classes: expected them in the manifest")
 
     def __len__(self): return len(self.names)
 
@@ -95,7 +95,7 @@ class Classes:
         "Class of each pixel."
         if pixels.ndim == 3 and pixels.shape[2] in (2, 4): pixels = pixels[..., :-1]
         if pixels.ndim == 3 and pixels.shape[2] == 1: pixels = pixels[..., 0]
-        if pixels.ndim == 3: return self._colours(pixels, where)
+        if pixels.ndim == 3: return (self._nearest if self.kind == "nearest" else self._colours)(pixels, where)
         if pixels.dtype.kind == "f" and (pixels == np.round(pixels)).all(): pixels = pixels.astype(np.int64)
         if pixels.dtype.kind not in "uib": raise InputError(f"{where} holds {pixels.dtype} numbers that are no integers: expected values of classes")
         if self.kind == "binary": return (pixels > 0).astype(np.uint8), np.ones(pixels.shape, bool)
@@ -105,6 +105,12 @@ class Classes:
         if not self.colours: raise InputError(f"{where} is a colour image: expected values of classes; give a manifest with the colours of the classes, or save the masks with one channel")
         code = (pixels.astype(np.int64) * (65536, 256, 1)).sum(-1)
         return self._lookup(code, {int(c[1:], 16): i for i, c in enumerate(self.colours)}, where, lambda v: f"#{v:06x}")
+
+    def _nearest(self, pixels, where):
+        if pixels.shape[2] != 3 or pixels.dtype != np.uint8: raise InputError(f"{where} has {pixels.shape[2]} channels of {pixels.dtype}: expected three of 8 bits")
+        colours = np.array([[int(c[i:i + 2], 16) for i in (1, 3, 5)] for c in self.colours], np.int32)
+        distance = [((pixels - c) ** 2).sum(-1) for c in colours]
+        return np.argmin(distance, 0).astype(np.uint8), np.ones(pixels.shape[:2], bool)
 
     def _lookup(self, pixels, table, where, say):
         found, inverse, counts = np.unique(pixels, return_inverse=True, return_counts=True)
@@ -131,6 +137,7 @@ class Picture:
     name:str          # of the case
     image:str         # path
     mask:str=None     # path; None: not known
+    group:str=""      # such as a patient or a satellite, for scores of each
 
 def list_images(
     source,  # a file, a folder, or several of these
@@ -178,11 +185,13 @@ def manifest_pictures(
     manifest,     # name, path or Manifest of kind image
     split:str,    # its name
     root="data",  # folder of all data sets
+    group:str=None,  # parameter of the cases that says to which group each belongs
 )->list:          # of Picture
     "Pairs of one split of a data set."
     m = load_manifest(manifest)
     if m.kind != "image": raise InputError(f"data set {m.name!r} is of kind {m.kind}: expected image")
-    return [Picture(case, files["image"], files.get("mask")) for case, files in get_data(m, root, split).files.items()]
+    of = lambda case: str(m.parameters_of(case).get(group, "")) if group else ""
+    return [Picture(case, files["image"], files.get("mask"), of(case)) for case, files in get_data(m, root, split).files.items()]
 
 def manifest_classes(
     manifest,          # name, path or Manifest
@@ -246,6 +255,7 @@ class ImageDataset:
         scale:tuple=(0.5, 2.),  # of the pictures, least and largest
         augment=Augment(),      # flips, quarter turns, intensities; None: none
         balance:float=1/3,      # share of crops centred on a class drawn evenly
+        whole:bool=False,       # the whole picture at the size of a crop, instead of a crop
         memory:float=2.,        # GB of decoded pictures that are kept, per process
     ):
         if not pictures: raise InputError("no pictures: expected one at least")
@@ -253,7 +263,7 @@ class ImageDataset:
         self.channels, self.white, self.scale, self.augment, self.balance = channels, white, tuple(scale), augment, balance
         if not 0 < self.scale[0] <= self.scale[1]: raise InputError(f"scale {self.scale}: expected two positive numbers, the smaller first")
         if min(self.crop) < 1 or len(self.crop) != 2: raise InputError(f"crop {self.crop}: expected height and width in pixels")
-        self.memory, self._kept = memory * 1e9, {}
+        self.whole, self.memory, self._kept = whole, memory * 1e9, {}
 
     def __len__(self): return self.length
     def __getstate__(self): return self.__dict__ | dict(_kept={})
@@ -261,6 +271,7 @@ class ImageDataset:
     def _read(self, i):
         if i not in self._kept:
             pair = read_pair(self.pictures[i], self.classes, self.channels, self.white)
+            if self.whole: pair = scaled(*pair, self.crop)
             if sum(sum(a.nbytes for a in p) for p in (*self._kept.values(), pair)) > self.memory: return pair
             self._kept[i] = pair
         return self._kept[i]
@@ -268,13 +279,16 @@ class ImageDataset:
     def item(self, index:int, seed:int)->dict:
         rng = np.random.default_rng(seed)
         i = index % len(self.pictures)
-        image, label, valid = self._read(i)
+        image, label, valid = self._read(i) if self.whole else self._crop(*self._read(i), rng)
+        if self.augment is not None: image, label, valid = vary(image, label, valid, self.augment, rng)
+        return dict(image=torch.from_numpy(image), target=torch.from_numpy(label.astype(np.int64)), mask=torch.from_numpy(np.ascontiguousarray(valid)), name=self.pictures[i].name)
+
+    def _crop(self, image, label, valid, rng):
+        "A part of a picture at a random place and scale."
         scale = math.exp(rng.uniform(math.log(self.scale[0]), math.log(self.scale[1])))
         window = [max(1, round(n / scale)) for n in self.crop]
         image, label, valid = cut(image, label, valid, window, self._corner(label, valid, window, rng))
-        image, label, valid = scaled(image, label, valid, self.crop)
-        if self.augment is not None: image, label, valid = vary(image, label, valid, self.augment, rng)
-        return dict(image=torch.from_numpy(image), target=torch.from_numpy(label.astype(np.int64)), mask=torch.from_numpy(np.ascontiguousarray(valid)), name=self.pictures[i].name)
+        return scaled(image, label, valid, self.crop)
 
     def _corner(self, label, valid, window, rng):
         "Upper left corner of a crop."
