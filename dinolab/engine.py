@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'FREE', 'TrainArgs', 'lr_factor', 'batches_per_epoch', 'keyed_batches', 'Keyed', 'keyed_loader',
-           'replace_folder', 'recover', 'save_checkpoint', 'load_checkpoint', 'read_state', 'parameter_groups',
-           'Average', 'validate', 'check_finite_loss', 'check_finite_gradient', 'Position', 'rewind_log', 'Keeper',
-           'seed_devices', 'make_accelerator', 'accumulate', 'Fit', 'fit', 'training_curves']
+           'replace_folder', 'recover', 'new_checkpoint', 'save_checkpoint', 'load_checkpoint', 'read_state',
+           'parameter_groups', 'Average', 'validate', 'check_finite_loss', 'check_finite_gradient', 'Position',
+           'rewind_log', 'Keeper', 'seed_devices', 'make_accelerator', 'accumulate', 'Fit', 'fit', 'training_curves']
 
 # %% ../nbs/api/40_engine.ipynb #2a88e9e5
 import copy
@@ -16,15 +16,16 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.state import AcceleratorState
 from accelerate.utils import send_to_device
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -32,6 +33,7 @@ from .augment import key_seed
 from .core import InputError, MissingError, pick, progress, settings_hash
 from .run import Run, read_lines
 from .show import new_figure
+from .spread import load_shards, need_deepspeed, place, save_shards, sum_over_all, wait_for_all, zero_config
 from .weights import load_weights, save_weights, trained_names
 
 # %% ../nbs/api/40_engine.ipynb #ffe9b9f0
@@ -48,6 +50,7 @@ class TrainArgs:
     schedule:str="onecycle"  # onecycle, cosine or constant
     precision:str="auto"     # no, bf16, fp16, or auto: bf16 where a GPU has it
     accumulate:int=1         # batches per optimiser step
+    zero:int=0               # stage of DeepSpeed's ZeRO, 1 to 3; 0: none
     clip:float=1.            # largest norm of the gradient; 0: no limit
     ema:float=0.             # decay of averaged weights, such as 0.999; 0: none
     compile:bool=False       # torch.compile
@@ -72,6 +75,7 @@ class TrainArgs:
                 raise InputError(f"{f.name}={v!r}: expected {'a whole number' if f.type is int else 'a number'} of {'1' if f.name in positive else '0'} or more")
         for name, choices in dict(schedule=SCHEDULES, precision=("auto", "no", "bf16", "fp16"), mode=("min", "max"), tracker=("", "tensorboard")).items(): pick(dict.fromkeys(choices), getattr(self, name), name)
         if not self.lr: raise InputError("lr=0: expected a positive rate")
+        if self.zero and (self.accumulate > 1 or self.ema or self.compile): raise InputError("zero with accumulate, ema or compile: expected zero alone; raise batch_size instead of accumulate")
         if self.warmup >= 1 or self.ema >= 1: raise InputError(f"warmup={self.warmup}, ema={self.ema}: expected less than 1")
 
 FREE = ("workers", "log_every", "device", "tracker", "max_seconds", "compile", "save_every")  # may change when a run goes on
@@ -164,6 +168,27 @@ def recover(
     if old.exists() and not path.exists(): old.rename(path)
     for left in (old, new): shutil.rmtree(left, ignore_errors=True)
 
+@contextmanager
+def new_checkpoint(
+    path:Path,         # folder
+    writes:bool=True,  # False in all processes but the first: they only learn the folder
+):
+    "A folder to fill; it takes the place of `path` when it is whole. A full disk leaves the one before."
+    new = path.with_name(f".{path.name}.new")
+    if not writes:
+        yield new
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        recover(path)
+        new.mkdir()
+        yield new
+        replace_folder(new, path)
+    except (OSError, SafetensorError, RuntimeError) as e:
+        shutil.rmtree(new, ignore_errors=True)
+        before = f"the one before ({path}) is intact" if path.exists() else "there is none before"
+        raise InputError(f"{path} could not be written ({getattr(e, 'strerror', None) or str(e).splitlines()[0]}): {before}; make room, then run again to go on") from e
+
 def save_checkpoint(
     path,                 # folder
     model:nn.Module,      # its weights
@@ -171,23 +196,13 @@ def save_checkpoint(
     optimiser=None,       # its state
     ema:nn.Module=None,   # averaged weights
 ):
-    "Write a checkpoint that appears whole; a full disk leaves the one before."
-    path = Path(path)
-    new = path.with_name(f".{path.name}.new")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        recover(path)
-        new.mkdir()
+    "Write a checkpoint."
+    with new_checkpoint(Path(path)) as new:
         names = trained_names(model)
         save_weights(new/"model.safetensors", model, names)
         if ema is not None: save_weights(new/"ema.safetensors", ema, names)
         if optimiser is not None: torch.save(optimiser, new/"optimizer.pt")
         (new/"state.json").write_text(json.dumps(state))
-        replace_folder(new, path)
-    except (OSError, SafetensorError, RuntimeError) as e:
-        shutil.rmtree(new, ignore_errors=True)
-        before = f"the one before ({path}) is intact" if path.exists() else "there is none before"
-        raise InputError(f"{path} could not be written ({getattr(e, 'strerror', None) or str(e).splitlines()[0]}): {before}; make room, then run again to go on") from e
 
 # %% ../nbs/api/40_engine.ipynb #a6e4f1e5
 def load_checkpoint(
@@ -252,7 +267,7 @@ def validate(
     "Values of one validation: what a callable says, or means of the loss and logs over a data set, shared out over the processes."
     was = model.training
     model.eval()
-    rank, world = accelerator.process_index, accelerator.num_processes
+    rank, world = place()
     with torch.no_grad(), accelerator.autocast():
         if callable(valid): found = {k: float(v) for k, v in valid(model).items() if v is not None}
         else:
@@ -262,8 +277,8 @@ def validate(
                 n = _length(batch)
                 for k, v in dict(loss=loss, **logs).items(): sums[k] = sums.get(k, 0.) + float(v) * n
                 count += n
-            if world > 1: sums, count = _sum_over(accelerator, sums, count)
-            found = {k: v / count for k, v in sums.items()}
+            *parts, count = sum_over_all(torch.tensor([*sums.values(), count], dtype=torch.float64)).tolist()
+            found = {k: v / count for k, v in zip(sums, parts)}
     model.train(was)
     return found
 
@@ -271,11 +286,6 @@ def _length(batch):
     "Items of a batch."
     first = next(v for v in (batch.values() if isinstance(batch, dict) else batch) if isinstance(v, Tensor))
     return len(first)
-
-def _sum_over(accelerator, sums, count):
-    values = torch.tensor([*sums.values(), count], dtype=torch.float64, device=accelerator.device)
-    *parts, count = accelerator.reduce(values, "sum").tolist()
-    return dict(zip(sums, parts)), count
 
 # %% ../nbs/api/40_engine.ipynb #a28166fb
 def check_finite_loss(
@@ -342,10 +352,11 @@ class Keeper:
         facts:dict,       # what must be the same when the run goes on: world, length of the data set
         ema:Average=None, # averaged weights
         writes:bool=True, # whether this process writes
+        saved:Callable=None,  # called after a checkpoint was written, in that process, with its name, the position, and all weights
     ):
-        self.run, self.model, self.optimiser, self.args, self.ema, self.writes = run, model, optimiser, args, ema, writes
+        self.run, self.model, self.optimiser, self.args, self.ema, self.writes, self.saved = run, model, optimiser, args, ema, writes, saved
         self.facts = dict(facts, **{k: v for k, v in asdict(args).items() if k not in FREE}, parameters=settings_hash({n: list(p.shape) for n, p in model.named_parameters()}, 12))
-        self.lines, self.scaler, self.board = [], None, None
+        self.lines, self.scaler, self.board, self.divided, self.names = [], None, None, None, trained_names(model)
         if run is not None and args.tracker and writes: self.board = _tensorboard(run.path/"tensorboard")
 
     @property
@@ -365,13 +376,26 @@ class Keeper:
     def save(self, at:Position, name:str="last")->Path:
         "Write a checkpoint; best keeps only the weights that were validated."
         if self.run is None: return None
-        if self.writes:
-            whole = name != "best"
+        whole, state = name != "best", dict(asdict(at), facts=self.facts)
+        if self.divided: self._save_divided(name, at, state, whole)
+        elif self.writes:
             model = self.model if whole or self.ema is None else self.ema.model
-            state = dict(asdict(at), facts=self.facts)
             optimiser = dict(optimizer=self.optimiser.state_dict(), scaler=self.scaler.state_dict() if self.scaler else {}) if whole else None
             save_checkpoint(self.folder/name, model, state, optimiser, self.ema.model if whole and self.ema else None)
+            if self.saved: self.saved(name, at, (self.ema.model if self.ema else self.model).state_dict())
         return self.folder/name
+
+    def _save_divided(self, name, at, state, whole):
+        "With ZeRO: every process comes here, since each has a part."
+        accelerator, engine = self.divided
+        weights = accelerator.get_state_dict(engine)
+        with new_checkpoint(self.folder/name, self.writes) as new:
+            if self.writes:
+                save_file({k: weights[k].detach().cpu().contiguous() for k in self.names}, new/"model.safetensors")
+                (new/"state.json").write_text(json.dumps(state))
+            if whole: save_shards(engine, new)
+        if self.saved and self.writes: self.saved(name, at, weights)
+        wait_for_all()
 
     def restore(self)->Position:
         "Where the run left off: weights, optimiser and averages are loaded, the log is cut back."
@@ -387,9 +411,10 @@ class Keeper:
             raise InputError(f"{self.run.path} was begun with other settings: {'; '.join(wrong[:3])}; give a new run, or the same settings")
         load_weights(path/"model.safetensors", self.model)
         if self.ema: load_weights(path/"ema.safetensors", self.ema.model, trained_names(self.model))
-        saved = torch.load(path/"optimizer.pt", map_location="cpu", weights_only=True)
-        self.optimiser.load_state_dict(saved["optimizer"])
-        self.saved_scaler = saved["scaler"]
+        if not self.args.zero:
+            saved = torch.load(path/"optimizer.pt", map_location="cpu", weights_only=True)
+            self.optimiser.load_state_dict(saved["optimizer"])
+            self.saved_scaler = saved["scaler"]
         at = Position(**{f.name: state[f.name] for f in fields(Position)})
         if self.writes: rewind_log(self.run.path/"log.jsonl", at.lines)
         if at.stopped == "max_seconds": at.stopped = ""
@@ -416,7 +441,10 @@ def make_accelerator(
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if device not in ("cpu", "cuda") or device == "cuda" and not torch.cuda.is_available(): raise InputError(f"device {args.device!r}: expected auto, cpu, or cuda where there is a GPU")
     half = args.precision if args.precision != "auto" else "bf16" if device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    return Accelerator(mixed_precision=half, cpu=device == "cpu")
+    if not args.zero: return Accelerator(mixed_precision=half, cpu=device == "cpu")
+    need_deepspeed()
+    config = zero_config(args.zero, args.batch_size, int(os.environ.get("WORLD_SIZE", 1)), args.clip, half)
+    return Accelerator(mixed_precision="no", cpu=device == "cpu", deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
 
 def accumulate(
     net:nn.Module,     # as prepared
@@ -434,7 +462,7 @@ def accumulate(
     for i in range(count):
         batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
         if isinstance(batch, dict): batch["progress"] = at.step / total
-        seed_devices(key_seed(seed, "step", at.step, i, accelerator.process_index))
+        seed_devices(key_seed(seed, "step", at.step, i, place()[0]))
         with nullcontext() if i == count - 1 else accelerator.no_sync(net):
             with accelerator.autocast(): loss, logs = step(net, batch)
             check_finite_loss(loss.detach(), batch, at.step, save)
@@ -461,9 +489,9 @@ def _look(keeper, at, args, found):
     else: at.waited += 1
     if args.patience and at.waited >= args.patience and not at.stopped: at.stopped = "patience"
 
-def _any(accelerator, yes):
+def _any(yes):
     "Whether any process says yes."
-    return yes if accelerator.num_processes == 1 else bool(accelerator.reduce(torch.tensor(float(yes), device=accelerator.device), "sum"))
+    return bool(sum_over_all(torch.tensor(float(yes))))
 
 def _watched(batches, at):
     "Batches of a loader; a worker that dies is reported in one line."
@@ -495,20 +523,22 @@ def fit(
     args:TrainArgs=TrainArgs(),  # settings
     run:Run=None,         # where checkpoints and log go; a run that has checkpoints goes on
     scales:dict=None,     # parameter name -> factor of the learning rate
+    saved:Callable=None,  # called in the first process after a checkpoint was written: (last or best, Position, all weights by name)
 )->Fit:
     "Train a model; a run that was killed goes on from its last checkpoint and ends with the same bytes."
     accelerator = make_accelerator(args)
-    rank, world = accelerator.process_index, accelerator.num_processes
+    rank, world = place()
     per_epoch = batches_per_epoch(len(train), args.batch_size, world)
     total = args.max_steps or args.epochs * -(-per_epoch // args.accumulate)
     model.to(accelerator.device)
     optimiser = torch.optim.AdamW(parameter_groups(model, args.weight_decay, scales), lr=args.lr)
     ema = Average(model, args.ema) if args.ema else None
-    keeper = Keeper(run, model, optimiser, args, dict(world=world, items=len(train)), ema, rank == 0)
+    keeper = Keeper(run, model, optimiser, args, dict(world=world, items=len(train)), ema, rank == 0, saved)
     at = keeper.restore()
     if at.stopped or at.step >= total: return Fit(model, keeper.history(), at.step, at.best, at.seconds, at.stopped or "done")
     net, prepared = accelerator.prepare(torch.compile(model) if args.compile else model, optimiser)
-    keeper.scaler = accelerator.scaler
+    keeper.scaler, keeper.divided = accelerator.scaler, (accelerator, net) if args.zero else None
+    if args.zero and at.step: load_shards(net, keeper.folder/"last")
     if keeper.scaler and getattr(keeper, "saved_scaler", None): keeper.scaler.load_state_dict(keeper.saved_scaler)
     loader = keyed_loader(train, args, args.epochs if not args.max_steps else total, (at.epoch, at.batch), rank, world, accelerator.device.type == "cuda")
     batches, window, clock = _watched(iter(loader), at), {}, time.perf_counter() - at.seconds
@@ -518,7 +548,7 @@ def fit(
             count = min(args.accumulate, per_epoch - at.batch)
             for g in optimiser.param_groups: g["lr"] = args.lr * g["lr_scale"] * lr_factor(at.step, total, args.warmup, args.schedule)
             sums = accumulate(net, step, batches, count, accelerator, at, total, args.seed, lambda: keeper.save(at, "nan"))
-            if args.clip: sums["grad_norm"] = check_finite_gradient(accelerator.clip_grad_norm_(net.parameters(), args.clip), at.step, accelerator.scaler, lambda: keeper.save(at, "nan"))
+            if args.clip: sums["grad_norm"] = check_finite_gradient(torch.as_tensor(accelerator.clip_grad_norm_(net.parameters(), args.clip)), at.step, accelerator.scaler, lambda: keeper.save(at, "nan"))
             prepared.step(); prepared.zero_grad()
             at.step, at.batch, at.seconds = at.step + 1, at.batch + count, time.perf_counter() - clock
             if ema: ema.update(model, at.step)
@@ -526,13 +556,13 @@ def fit(
             end = at.batch == per_epoch
             if end: at.epoch, at.batch = at.epoch + 1, 0
             if at.step >= total: at.stopped = "done"
-            elif args.max_seconds and _any(accelerator, at.seconds >= args.max_seconds): at.stopped = "max_seconds"
+            elif args.max_seconds and _any(at.seconds >= args.max_seconds): at.stopped = "max_seconds"
             save = end or at.stopped or args.save_every and at.step % args.save_every == 0
             if save or at.step % args.log_every == 0: bar.set_postfix_str(_report(keeper, at, window, optimiser))
             bar.update()
             if valid is not None and (at.stopped or end and at.epoch % args.valid_every == 0): _look(keeper, at, args, validate(ema.model if ema else net, step, valid, accelerator, args.batch_size))
             if save: keeper.save(at)
-            accelerator.wait_for_everyone() if save and world > 1 else None
+            if save: wait_for_all()
     if keeper.board: keeper.board.close()
     return Fit(model, keeper.history(), at.step, at.best, at.seconds, at.stopped)
 

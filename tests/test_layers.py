@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 GATEWAYS = dict(pydantic="manifest", matplotlib="show", nibabel="formats", tifffile="formats", zarr="volume", dask="blocks", distributed="blocks", timm="backbones",
                 huggingface_hub="backbones", skimage="instances", mwatershed="instances", peft="adapt", transformers="heads", accelerate="engine", omegaconf="recipes",
-                papermill="experiment", nbformat="experiment", jupyter_client="experiment", nnunetv2="nnunet", typer="cli", click="cli")
+                deepspeed="spread", papermill="experiment", nbformat="experiment", jupyter_client="experiment", nnunetv2="nnunet", typer="cli", click="cli")
 NOTEBOOKS = sorted((ROOT/"nbs/api").glob("*.ipynb"))
 
 
