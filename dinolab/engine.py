@@ -442,9 +442,9 @@ def make_accelerator(
     if device not in ("cpu", "cuda") or device == "cuda" and not torch.cuda.is_available(): raise InputError(f"device {args.device!r}: expected auto, cpu, or cuda where there is a GPU")
     half = args.precision if args.precision != "auto" else "bf16" if device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     if not args.zero: return Accelerator(mixed_precision=half, cpu=device == "cpu")
-    need_deepspeed()
+    need_deepspeed(device)
     config = zero_config(args.zero, args.batch_size, int(os.environ.get("WORLD_SIZE", 1)), args.clip, half)
-    return Accelerator(mixed_precision="no", cpu=device == "cpu", deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
+    return Accelerator(mixed_precision="no", deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
 
 def accumulate(
     net:nn.Module,     # as prepared

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['place', 'wait_for_all', 'sum_over_all', 'my_share', 'zero_config', 'need_deepspeed', 'save_shards', 'load_shards']
 
-# %% ../nbs/api/39_spread.ipynb #a98c371b
+# %% ../nbs/api/39_spread.ipynb #5e821c35
+import os
 from pathlib import Path
 
 import torch
@@ -41,7 +42,7 @@ def my_share(
     rank, world = place()
     return [(min(i, n - 1), i < n) for i in range(rank, -(-n // world) * world, world)]
 
-# %% ../nbs/api/39_spread.ipynb #7008042b
+# %% ../nbs/api/39_spread.ipynb #23b4a322
 def zero_config(
     stage:int,       # 1, 2 or 3
     batch_size:int,  # per process
@@ -55,8 +56,11 @@ def zero_config(
     return dict(train_micro_batch_size_per_gpu=batch_size, gradient_accumulation_steps=1, train_batch_size=batch_size * world, gradient_clipping=clip, steps_per_print=10**9,
                 zero_optimization=dict(stage=stage, stage3_gather_16bit_weights_on_model_save=True), zero_allow_untested_optimizer=True, torch_autocast=dict(enabled=half == "bf16", dtype="bfloat16"))
 
-def need_deepspeed():
-    "Say which extra is missing."
+def need_deepspeed(
+    device:str,  # cpu or cuda
+):
+    "Say which extra is missing; on CPU, tell DeepSpeed, and start what accelerate starts for a GPU only."
+    if device == "cpu": os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try: import deepspeed
     except ImportError: raise ImportError("zero needs deepspeed; install the extra: pip install 'dinolab[deepspeed]'") from None
 
