@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'read_pixels', 'read_image', 'Classes', 'read_mask', 'Picture', 'list_images', 'folder_pictures',
-           'table_pictures', 'manifest_pictures', 'manifest_classes', 'read_pair', 'count_labels', 'largest_label',
-           'ImageDataset', 'cut', 'scaled', 'vary', 'augment_planes']
+           'table_rows', 'table_pictures', 'manifest_pictures', 'manifest_classes', 'read_pair', 'count_labels',
+           'largest_label', 'ImageDataset', 'cut', 'scaled', 'vary', 'augment_planes']
 
 # %% ../nbs/api/45_images.ipynb #d7f28001
 import csv
@@ -167,15 +167,24 @@ def folder_pictures(
     return [Picture(n, str(p), str(known[n])) for n, p in files.items()]
 
 # %% ../nbs/api/45_images.ipynb #ee8c02b9
+def table_rows(
+    table,              # csv file
+    columns:Sequence,   # that it must have
+)->list:                # a dict per row, one at least
+    "The rows of a table."
+    path = Path(table)
+    if not path.is_file(): raise MissingError(f"no table {str(path)!r}: expected a csv file with the columns {', '.join(columns)}")
+    with path.open(newline="", encoding="utf-8-sig") as f: rows = list(csv.DictReader(f))
+    if not rows: raise InputError(f"{path} has no rows: expected the columns {', '.join(columns)} and a row per image")
+    if missing := [c for c in columns if c not in rows[0]]: raise InputError(f"{path} has the columns {', '.join(rows[0])}: expected {', '.join(columns)}; {missing[0]} is missing")
+    return rows
+
 def table_pictures(
     table,            # csv file with the columns image, mask, and perhaps split; paths are relative to it
     split:str=None,   # only rows of this split
 )->list:              # of Picture
     "Pairs from a table."
-    path = Path(table)
-    if not path.is_file(): raise MissingError(f"no table {str(path)!r}: expected a csv file with the columns image and mask")
-    with path.open(newline="", encoding="utf-8-sig") as f: rows = list(csv.DictReader(f))
-    if not rows or "image" not in rows[0]: raise InputError(f"{path} has the columns {', '.join(rows[0]) if rows else '(none)'}: expected image and mask, and perhaps split")
+    path, rows = Path(table), table_rows(table, ("image",))
     if split is not None and "split" in rows[0]: rows = [r for r in rows if r["split"] == split]
     if not rows: raise InputError(f"{path} has no row of split {split!r}: expected one at least")
     full = lambda p: str(path.parent/p) if p else None
@@ -263,17 +272,18 @@ class ImageDataset:
         self.channels, self.white, self.scale, self.augment, self.balance = channels, white, tuple(scale), augment, balance
         if not 0 < self.scale[0] <= self.scale[1]: raise InputError(f"scale {self.scale}: expected two positive numbers, the smaller first")
         if min(self.crop) < 1 or len(self.crop) != 2: raise InputError(f"crop {self.crop}: expected height and width in pixels")
-        self.whole, self.memory, self._kept = whole, memory * 1e9, {}
+        self.whole, self.memory, self._kept, self._bytes = whole, memory * 1e9, {}, 0
 
     def __len__(self): return self.length
-    def __getstate__(self): return self.__dict__ | dict(_kept={})
+    def __getstate__(self): return self.__dict__ | dict(_kept={}, _bytes=0)
 
     def _read(self, i):
         if i not in self._kept:
             pair = read_pair(self.pictures[i], self.classes, self.channels, self.white)
             if self.whole: pair = scaled(*pair, self.crop)
-            if sum(sum(a.nbytes for a in p) for p in (*self._kept.values(), pair)) > self.memory: return pair
-            self._kept[i] = pair
+            size = sum(a.nbytes for a in pair)
+            if self._bytes + size > self.memory: return pair
+            self._kept[i], self._bytes = pair, self._bytes + size
         return self._kept[i]
 
     def item(self, index:int, seed:int)->dict:

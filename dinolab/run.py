@@ -209,11 +209,13 @@ class Run(RunState):
         params:Mapping,        # parameter -> value
         root:str|Path="runs",  # folder of all runs
         manifest=None,         # as save_manifest takes it
+        path:str|Path=None,    # the folder itself; None: a new one below root
     )->"Run":
         "A new run, with status running."
         if Path(experiment).name != experiment: raise InputError(f"experiment name {experiment!r}: expected a plain folder name")
         key = settings_hash(dict(experiment=experiment, params=params), 8)
-        run = cls(new_folder(Path(root)/experiment, key))
+        if path is not None and (Path(path)/"run.json").exists(): raise InputError(f"{path} holds a run: expected another folder")
+        run = cls(new_folder(Path(root)/experiment, key) if path is None else path)
         write_yaml(run.path/"params.yaml", params)
         if manifest is not None: run.save_manifest(manifest)
         write_json(run.path/"run.json", new_record(experiment, key))

@@ -110,7 +110,7 @@ def test_pairs_and_tables(tmp_path):
     (tmp_path/"images/0.tif").write_bytes((tmp_path/"images/0.png").read_bytes())
     with pytest.raises(InputError, match="differ only by the suffix"): folder_pictures(tmp_path/"images")
     (tmp_path/"t.csv").write_text("picture,mask\na,b\n")
-    with pytest.raises(InputError, match="columns picture, mask: expected image and mask"): table_pictures(tmp_path/"t.csv")
+    with pytest.raises(InputError, match="columns picture, mask: expected image; image is missing"): table_pictures(tmp_path/"t.csv")
 
 
 @settings(deadline=None, max_examples=30)
