@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STORAGE', 'GENERATORS', 'package_path', 'read_blocks', 'difference', 'fetch', 'file_state', 'generate', 'read_note',
-           'made_state', 'make_em', 'make_retina', 'Part', 'parts', 'Data', 'choose', 'get_data', 'check_data',
-           'open_volumes', 'list_data']
+           'made_state', 'make_em', 'make_retina', 'make_spacecraft', 'Part', 'parts', 'Data', 'choose', 'get_data',
+           'check_data', 'open_volumes', 'list_data']
 
 # %% ../nbs/api/14_data.ipynb #94c35c0f
 import hashlib
@@ -159,7 +159,21 @@ def make_retina(
     for role, pixels in dict(image=eye.image, mask=eye.labels).items(): Image.fromarray(pixels).save(Path(folder)/f"{role}.png")
     return dict(image="image.png", mask="mask.png")
 
-GENERATORS = dict(em=make_em, retina=make_retina)
+
+def make_spacecraft(
+    folder,        # to fill
+    **parameters,  # of spacecraft_image: shape, seed, satellite
+)->dict:           # role -> path
+    "A synthetic picture of a spacecraft as JPEG, and its labels as PNG."
+    from PIL import Image
+    from dinolab.spacecraft import spacecraft_image
+    for key in parameters: pick(signature(spacecraft_image).parameters, key, "parameter of synth:spacecraft")
+    scene = spacecraft_image(**parameters)
+    Image.fromarray(scene.image).save(Path(folder)/"image.jpg", quality=90)
+    Image.fromarray(scene.labels).save(Path(folder)/"mask.png")
+    return dict(image="image.jpg", mask="mask.png")
+
+GENERATORS = dict(em=make_em, retina=make_retina, spacecraft=make_spacecraft)
 
 # %% ../nbs/api/14_data.ipynb #7a1d3a8e
 @dataclass(frozen=True)
