@@ -233,7 +233,7 @@ class UNet3PlusHead(nn.Module):
         found = logits if len(self.classify) > 1 and self.training else logits[0]
         return Judged(found, there) if self.presence is not None and self.training else found
 
-# %% ../nbs/api/26_unet3plus.ipynb #3f8d203e
+# %% ../nbs/api/26_unet3plus.ipynb #b4a1e231
 class UNet3Plus(Segmenter):
     "Image b c h w in 0..1 to logits b n h w; in training a list with deep supervision, and `Judged` with cgm."
     def __init__(self,
@@ -256,6 +256,7 @@ class UNet3Plus(Segmenter):
         neck = WithImage(net.spec, None, in_channels, stem) if stem else None
         spec = net.spec if neck is None else neck.spec
         super().__init__(net, UNet3PlusHead(spec, num_classes, cat_channels=cat_channels, decoder=decoder, deep_supervision=deep_supervision, cgm=cgm), neck)
+        self.to(memory_format=torch.channels_last)  # never slower, where it was measured
         self.config = dict(num_classes=num_classes, cat_channels=cat_channels, deep_supervision=deep_supervision, decoder=decoder, freeze_backbone=freeze_backbone, cgm=cgm, stem=stem, in_channels=in_channels)
 
     def forward(self,

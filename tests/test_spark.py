@@ -168,3 +168,25 @@ def test_deepspeed(stage, data, tmp_path):
         assert code == 0, out[-2000:]
     trained = load_unet3plus(tmp_path/"whole/unet3plus_final")
     assert all(p.isfinite().all() and p.numel() for p in trained.model.parameters())
+
+
+def test_slurm_scripts(data, tmp_path):
+    "The scripts as they are, with one node of two processes in the place of the cluster: train, then eval and infer."
+    launch, tools = Path(__file__).parents[1]/"nbs/experiments/launch", tmp_path/"bin"
+    tools.mkdir()
+    (tools/"srun").write_text('#!/bin/sh\nexec "$@"\n')
+    (tools/"scontrol").write_text("#!/bin/sh\necho localhost\n")
+    (tools/"dinolab").write_text(f"#!{sys.executable}\n{SCRIPT}\n")
+    (tools/"torchrun").write_text(f'#!/bin/sh\nexec {sys.executable} -m torch.distributed.run "$@"\n')
+    for f in tools.iterdir(): f.chmod(0o755)
+    env = dict(os.environ, PATH=f"{tools}:{os.environ['PATH']}", SLURM_JOB_NODELIST="localhost", SLURM_NNODES="1", SLURM_GPUS_ON_NODE="2", SLURM_JOB_ID="7", SLURM_CPUS_PER_TASK="1", PORT=str(random.Random().randint(20000, 50000)), OMP_NUM_THREADS="1")
+    def job(name, *args):
+        done = subprocess.run(["bash", launch/f"unet3plus_{name}.slurm", *map(str, args)], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    job("train", *TINY, "--data_root", data, "--epochs", 1, "--save_path", tmp_path/"m")
+    job("eval", "--model_path", tmp_path/"m/unet3plus_best", "--val_csv", data/"val.csv", "--image_root", data/"images", "--mask_root", data/"mask", "--output_path", tmp_path/"e")
+    (tmp_path/"in").mkdir()
+    for i in range(3): Image.fromarray(spacecraft_image((30, 50), i).image).save(tmp_path/f"in/{i}.jpg")
+    job("infer", "--model_path", tmp_path/"m/unet3plus_best", "--data_path", tmp_path/"in", "--output_dir", tmp_path/"o", "--num_workers", 0)
+    assert (tmp_path/"e/metrics.json").exists() and len(list((tmp_path/"o").iterdir())) == 3
+    for script in launch.iterdir(): assert not any(word in script.read_text() for word in ("/project/", "/scratch", "--account=p"))
