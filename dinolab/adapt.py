@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .backbones import probe
-from .core import InputError, format_table
+from .core import InputError
 
 # %% ../nbs/api/21_adapt.ipynb #a6f9e8e0
 @dataclass(frozen=True)

@@ -7,9 +7,8 @@ __all__ = ['PRESETS', 'key_seed', 'keyed_rng', 'Orientation', 'Augment', 'find_a
 
 # %% ../nbs/api/17_augment.ipynb #49da5383
 import hashlib
-import itertools
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import numpy as np
 from scipy.ndimage import gaussian_filter

@@ -6,7 +6,8 @@
 __all__ = ['SCHEDULES', 'FREE', 'TrainArgs', 'lr_factor', 'batches_per_epoch', 'keyed_batches', 'Keyed', 'keyed_loader',
            'replace_folder', 'recover', 'new_checkpoint', 'save_checkpoint', 'load_checkpoint', 'read_state',
            'parameter_groups', 'Average', 'validate', 'check_finite_loss', 'check_finite_gradient', 'Position',
-           'rewind_log', 'Keeper', 'seed_devices', 'make_accelerator', 'accumulate', 'Fit', 'fit', 'training_curves']
+           'rewind_log', 'save_divided', 'Keeper', 'seed_devices', 'make_accelerator', 'accumulate', 'Fit', 'fit',
+           'training_curves']
 
 # %% ../nbs/api/40_engine.ipynb #2a88e9e5
 import copy
@@ -17,7 +18,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ from torch.utils.data import DataLoader
 
 from .augment import key_seed
 from .core import InputError, MissingError, pick, progress, settings_hash
-from .run import Run, read_lines
+from .run import Run
 from .show import new_figure
 from .spread import load_shards, need_deepspeed, place, save_shards, sum_over_all, wait_for_all, zero_config
 from .weights import load_weights, save_weights, trained_names
@@ -334,6 +335,26 @@ def rewind_log(
     new.write_bytes(b"".join(kept))
     new.replace(path)
 
+# %% ../nbs/api/40_engine.ipynb #4f1db62f
+def save_divided(
+    path:Path,        # of the checkpoint
+    accelerator:Accelerator,
+    engine,           # of DeepSpeed
+    names:list,       # what belongs into a checkpoint
+    state:dict,       # numbers and texts
+    whole:bool,       # with the optimiser
+    writes:bool,      # True in the first process
+)->dict:              # all weights by name; under stage 3 in the first process only
+    "Write a checkpoint of a training that is divided over processes."
+    weights = accelerator.get_state_dict(engine)
+    with new_checkpoint(path, writes) as new:
+        if writes:
+            save_file({k: weights[k].detach().cpu().contiguous() for k in names}, new/"model.safetensors")
+            (new/"state.json").write_text(json.dumps(state))
+        if whole: save_shards(engine, new)
+    wait_for_all()
+    return weights
+
 # %% ../nbs/api/40_engine.ipynb #006d98ea
 def _tensorboard(folder):
     "A writer of TensorBoard events."
@@ -377,25 +398,15 @@ class Keeper:
         "Write a checkpoint; best keeps only the weights that were validated."
         if self.run is None: return None
         whole, state = name != "best", dict(asdict(at), facts=self.facts)
-        if self.divided: self._save_divided(name, at, state, whole)
+        if self.divided:
+            weights = save_divided(self.folder/name, *self.divided, self.names, state, whole, self.writes)
+            if self.saved and self.writes: self.saved(name, at, weights)
         elif self.writes:
             model = self.model if whole or self.ema is None else self.ema.model
             optimiser = dict(optimizer=self.optimiser.state_dict(), scaler=self.scaler.state_dict() if self.scaler else {}) if whole else None
             save_checkpoint(self.folder/name, model, state, optimiser, self.ema.model if whole and self.ema else None)
             if self.saved: self.saved(name, at, (self.ema.model if self.ema else self.model).state_dict())
         return self.folder/name
-
-    def _save_divided(self, name, at, state, whole):
-        "With ZeRO: every process comes here, since each has a part."
-        accelerator, engine = self.divided
-        weights = accelerator.get_state_dict(engine)
-        with new_checkpoint(self.folder/name, self.writes) as new:
-            if self.writes:
-                save_file({k: weights[k].detach().cpu().contiguous() for k in self.names}, new/"model.safetensors")
-                (new/"state.json").write_text(json.dumps(state))
-            if whole: save_shards(engine, new)
-        if self.saved and self.writes: self.saved(name, at, weights)
-        wait_for_all()
 
     def restore(self)->Position:
         "Where the run left off: weights, optimiser and averages are loaded, the log is cut back."
@@ -530,7 +541,7 @@ def fit(
     rank, world = place()
     per_epoch = batches_per_epoch(len(train), args.batch_size, world)
     total = args.max_steps or args.epochs * -(-per_epoch // args.accumulate)
-    model.to(accelerator.device)
+    model.to(accelerator.device, memory_format=torch.contiguous_format if args.zero else torch.preserve_format)  # DeepSpeed sends weights as bytes in a row
     optimiser = torch.optim.AdamW(parameter_groups(model, args.weight_decay, scales), lr=args.lr)
     ema = Average(model, args.ema) if args.ema else None
     keeper = Keeper(run, model, optimiser, args, dict(world=world, items=len(train)), ema, rank == 0, saved)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from .augment import Augment, find_augment
+from .augment import Augment
 from .core import InputError, MissingError, nearest, pick, progress
 from .data import get_data
 from .formats import tiff_pixels

@@ -8,7 +8,6 @@ __all__ = ['SCALES', 'LOSSES', 'WEIGHTINGS', 'check_target', 'cross_entropy', 't
            'output_weights', 'make_loss', 'resize_labels', 'class_weights', 'affinity_loss', 'descriptor_loss']
 
 # %% ../nbs/api/15_losses.ipynb #6e91d24e
-import math
 from collections.abc import Callable
 from functools import partial
 

@@ -9,7 +9,6 @@ __all__ = ['as_integers', 'count_pairs', 'class_scores', 'mean_of', 'ConfusionMa
 # %% ../nbs/api/16_metrics.ipynb #74071195
 import csv
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .augment import keyed_rng
 from .core import InputError, progress
-from .upsample import POOL, UPSAMPLERS, Guided, resize, sum_axes
+from .upsample import POOL, UPSAMPLERS, Guided, sum_axes
 
 # %% ../nbs/api/23_neighborhood.ipynb #d51642e7
 class GuideEncoder(nn.Module):

@@ -39,7 +39,7 @@ from .run import Run
 from .show import overlay_labels, show_images
 from .unet3d import DINOv3UNet3D, feature_bytes, load_filter, standardise
 from .upsample import resize
-from .volume import Grid, Volume, triple, write_multiscale
+from .volume import Volume, triple, write_multiscale
 
 # %% ../nbs/api/44_segment3d.ipynb #12faabd4
 def run_model(

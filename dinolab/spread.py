@@ -9,7 +9,6 @@ __all__ = ['place', 'wait_for_all', 'sum_over_all', 'my_share', 'zero_config', '
 import os
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 

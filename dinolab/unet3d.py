@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .core import InputError, format_table, pick
+from .core import InputError, pick
 from .neighborhood import NeighborhoodFilter
 from .upsample import create_upsampler, resize
 

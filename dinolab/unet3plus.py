@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backbones import FeatureSpec, create_backbone
-from .core import InputError, format_table, pick
+from .core import InputError, pick
 from .heads import BatchNorm, Segmenter, WithImage, covered, fit_logits
 
 # %% ../nbs/api/26_unet3plus.ipynb #361cee0a
@@ -278,6 +278,6 @@ def level_rows(
         deepest, full = i == len(model.spec) - 1, isinstance(model.head.decoder, FullDecoder)
         finer, coarser = [f"E{k + 1} pooled" for k in range(i)], [f"D{k + 1} up" for k in range(i + 1, len(model.spec))]
         sees = [] if deepest else [*finer, f"E{i + 1}", *coarser] if full else [f"E{i + 1}", *coarser[:1]]
-        return {"level": i + 1, "stride": model.spec.strides[i], f"cells at {size[0]} x {size[1]}": " x ".join(map(str, model.spec.sizes(*size)[i])), f"encoder": model.spec.channels[i],
+        return {"level": i + 1, "stride": model.spec.strides[i], f"cells at {size[0]} x {size[1]}": " x ".join(map(str, model.spec.sizes(*size)[i])), "encoder": model.spec.channels[i],
                 "decoder": model.head.decoder.channels[i], "the node sees": ", ".join(sees) or f"E{i + 1}"}
     return [row(i) for i in range(len(model.spec))]

@@ -44,3 +44,19 @@ def test_nnunet_vit(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = run_experiment("nnunet_vit", dict(smoke="true"))
     assert run.status == "done" and "test/dice/vessel" in run.metrics() and len(list((run.path/"predictions").glob("*.png"))) == 6
+
+
+@pytest.mark.skipif(importlib.util.find_spec("segmentation_models_pytorch") is None, reason="needs segmentation_models_pytorch")
+@pytest.mark.parametrize("name, keys, figures", [
+    ("unet3plus_spacecraft", ("test/iou/full/objects/0", "test/iou/smp.UnetPlusPlus/objects/0"), {"data.png", "iou.png", "curves.png", "pictures.png"}),
+    ("unet3plus_cost", ("resnet34/64/1 threads/as built/step", "memory/resnet34/64"), {"steps.png"})])
+def test_unet3plus(name, keys, figures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = run_experiment(name, dict(smoke="true"))
+    assert run.status == "done" and all(run.metrics()[k] is not None for k in keys) and {p.name for p in (run.path/"figures").iterdir()} == figures
+
+
+def test_benchmark_training(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = run_experiment("benchmark_training", dict(smoke="true"))
+    assert run.status == "done" and run.metrics()["kept_against_live/ratio"] > 1

@@ -139,3 +139,9 @@ def test_gather_csv():
 @pytest.mark.parametrize("path", sorted((ROOT/"nbs/experiments").glob("*.ipynb")) + [Path(TOY)], ids=lambda p: p.stem)
 def test_every_experiment_has_the_common_parameters(path):
     assert {"seed", "smoke", "manifest", "out", "launcher"} <= set(experiment_parameters(path))
+
+
+def test_a_run_in_a_folder_of_its_own(tmp_path):
+    run = Run.create("unet", dict(a=1), path=tmp_path/"models/first")
+    assert run.path == tmp_path/"models/first" and run.params == dict(a=1)
+    with pytest.raises(InputError, match="holds a run: expected another folder"): Run.create("unet", {}, path=run.path)
