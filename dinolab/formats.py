@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['UNIT_NM', 'to_nm', 'Source', 'full_index', 'LazyArray', 'reading', 'listening', 'NiftiData', 'affine_grid',
-           'read_nifti', 'stack_pages', 'tiff_voxel_size', 'TiffData', 'tiff_axes', 'natural', 'TiffFolder',
-           'read_tiff', 'tiff_pixels']
+           'read_nifti', 'open_nifti', 'write_nifti', 'stack_pages', 'tiff_voxel_size', 'TiffData', 'tiff_axes',
+           'natural', 'TiffFolder', 'read_tiff', 'tiff_pixels']
 
 # %% ../nbs/api/10_formats.ipynb #f1419d71
+import gzip
 import logging
 import re
 import threading
@@ -20,7 +21,7 @@ import nibabel as nib
 import numpy as np
 import tifffile
 
-from .core import InputError, MissingError, nearest
+from .core import InputError, MissingError, atomic_write, nearest
 
 # %% ../nbs/api/10_formats.ipynb #4ef4452f
 _SI = dict(yotta=24, zetta=21, exa=18, peta=15, tera=12, giga=9, mega=6, kilo=3, hecto=2, deci=-1, centi=-2, milli=-3,
@@ -214,6 +215,31 @@ def read_nifti(
     nm = lambda xyz: tuple(float(to_nm(v, unit)) for v in xyz[::-1])
     origin = nm([_short(o) for o in origin]) if placed and origin is not None else None
     return Source(array, {3: "zyx", 4: "tzyx", 5: "tczyx"}[n], nm(zooms), origin, "; ".join(notes))
+
+# %% ../nbs/api/10_formats.ipynb #ce064542
+def open_nifti(
+    path,     # .nii or .nii.gz
+)->tuple:     # values in the order of the file, as a viewer shows them; and nibabel's image with header and affine
+    "Read a whole NIfTI image as it lies in the file."
+    path = _existing(path)
+    with reading(path, "NIfTI"):
+        image = nib.load(path)
+        return np.asarray(image.dataobj), image
+
+def write_nifti(
+    path,              # .nii or .nii.gz
+    data:np.ndarray,   # x y z, or x y z v
+    like=None,         # nibabel image whose affine, voxel size, units and codes it takes
+):
+    "Write float32 values, whole or not at all."
+    image = nib.Nifti1Image(np.asarray(data, np.float32), np.eye(4) if like is None else None, None if like is None else like.header.copy())
+    image.header.set_data_dtype(np.float32)
+    image.header.set_slope_inter(1, 0)
+    if like is not None: image.header.set_zooms(like.header.get_zooms()[:np.ndim(data)])
+    gz = str(path).endswith(".gz")
+    with atomic_write(path, "wb") as f:
+        if not gz: return image.to_stream(f)
+        with gzip.GzipFile(fileobj=f, mode="wb", compresslevel=4, filename="", mtime=0) as packed: image.to_stream(packed)
 
 # %% ../nbs/api/10_formats.ipynb #ea6b4f2b
 def stack_pages(
