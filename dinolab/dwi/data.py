@@ -66,7 +66,7 @@ def read_numbers(
     if not found.size: raise InputError(f"{path} is empty: expected numbers")
     return found
 
-# %% ../../nbs/api/30_dwi_data.ipynb #de569d46
+# %% ../../nbs/api/30_dwi_data.ipynb #862b79e6
 @dataclass(frozen=True)
 class Series:
     "A diffusion series."
@@ -90,7 +90,7 @@ def check_series(
     if data.shape[3] != len(gradients): raise InputError(f"{data.shape[3]} volumes, {len(gradients)} b-values: expected one per volume")
     bad = ~np.isfinite(data)
     if bad.any(): raise InputError(f"{bad.sum()} values are not finite, the first at x y z v = {tuple(int(i) for i in np.argwhere(bad)[0])}: expected numbers everywhere; mask or mend them first")
-    if (low := data.min()) < -0.1 * data.max(): raise InputError(f"values down to {low:g}, up to {data.max():g}: expected magnitudes, 0 or more; has an integer overflowed? convert again to float32")
+    if data.dtype.kind == "i" and (low := data.min()) < -0.5 * data.max(): raise InputError(f"{data.dtype} values down to {low}, up to {data.max()}: expected magnitudes, 0 or more; it looks as if large ones had overflowed: convert the series again, to float32")
     if mask is not None:
         mask = np.asarray(mask) != 0
         if mask.shape != data.shape[:3]: raise InputError(f"a mask of shape {mask.shape} for an image of {data.shape[:3]}: expected the same grid")
