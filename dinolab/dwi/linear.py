@@ -5,21 +5,22 @@
 # %% auto #0
 __all__ = ['AROUND', 'BLIND', 'leave_one_out_weights', 'Voxels', 'list_voxels', 'ridge_solve', 'others', 'fit_parts',
            'apply_parts', 'relative', 'LooLinear', 'fit_loo', 'chain', 'deal', 'principal', 'Scores', 'fit_scores',
-           'taps', 'fit_own', 'apply_own', 'SpatialFold', 'centred', 'fit_spatial_fold', 'shell_means', 'Kinds',
-           'fit_kinds', 'TissueFold', 'kind_regressors', 'per_kind', 'fit_tissue_fold', 'FoldLinear', 'seen_by',
-           'fit_spatial', 'fit_tissue']
+           'taps', 'own_taps', 'fit_own', 'apply_own', 'fit_either', 'apply_either', 'SpatialFold', 'centred',
+           'fit_spatial_fold', 'steps_within', 'shifted', 'similar_means', 'on_box', 'Averages', 'fit_averages',
+           'Kinds', 'fit_kinds', 'per_kind', 'kind_penalty', 'TissueFold', 'own_neighbours', 'fit_tissue_fold',
+           'FoldLinear', 'fold_tasks', 'fit_folds', 'fit_spatial', 'fit_tissue']
 
-# %% ../../nbs/api/31_dwi_linear.ipynb #edb970b1
+# %% ../../nbs/api/31_dwi_linear.ipynb #bf72ff6b
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
 from scipy.cluster.vq import kmeans2, vq
-from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from ..core import InputError, pick, progress
+from ..core import pick, progress
 from .data import Gradients, Series
 
 # %% ../../nbs/api/31_dwi_linear.ipynb #5e06dc9b
@@ -32,7 +33,7 @@ def leave_one_out_weights(
     p = torch.linalg.inv(gram + ridge * gram.trace() / n * torch.eye(n, dtype=gram.dtype))
     return (-p / p.diagonal()).fill_diagonal_(0)
 
-# %% ../../nbs/api/31_dwi_linear.ipynb #a333b1c6
+# %% ../../nbs/api/31_dwi_linear.ipynb #37098ca6
 @dataclass(frozen=True)
 class Voxels:
     "The voxels of a mask, listed part by part."
@@ -40,6 +41,7 @@ class Voxels:
     near:Tensor       # m 27, position in this list, m outside of the mask; number 13 is the voxel itself
     ends:tuple        # of the parts in the list, 0 first
     shape:tuple       # x y z
+    box:tuple         # shape of the box around the mask, and flat index of the voxels in it
 
     def __len__(self): return len(self.where)
     def rows(self, data)->Tensor:
@@ -68,7 +70,9 @@ def list_voxels(
     place[tuple(at.T)] = np.arange(len(at))
     steps = np.stack(np.meshgrid(*[[-1, 0, 1]] * 3, indexing="ij"), -1).reshape(-1, 3)
     near = np.stack([place[tuple(np.clip(at + s, 0, np.array(mask.shape) - 1).T)] for s in steps], 1)
-    return Voxels(np.ravel_multi_index(at.T, mask.shape), torch.from_numpy(near), (0, *np.cumsum(np.bincount(part, minlength=parts)).tolist()), mask.shape)
+    low, side = at.min(0), np.ptp(at, 0) + 1
+    box = tuple(side.tolist()), torch.from_numpy(np.ravel_multi_index((at - low).T, side))
+    return Voxels(np.ravel_multi_index(at.T, mask.shape), torch.from_numpy(near), (0, *np.cumsum(np.bincount(part, minlength=parts)).tolist()), mask.shape, box)
 
 # %% ../../nbs/api/31_dwi_linear.ipynb #974dcc97
 def ridge_solve(
@@ -198,36 +202,52 @@ def taps(
     "The maps at 27 voxels."
     return maps[near].flatten(1)
 
-# %% ../../nbs/api/31_dwi_linear.ipynb #2963a35b
+# %% ../../nbs/api/31_dwi_linear.ipynb #460cb4ef
 AROUND = [i for i in range(27) if i != 13]  # the neighbours of a voxel, without itself
 
+def own_taps(c:Tensor, near:Tensor)->Callable:
+    "The 26 neighbours in the own volumes (m + 1, n): slice of the list -> c 26 n."
+    return lambda r: c[near[r][:, AROUND]]
+
 def fit_own(
-    maps:Tensor,     # m + 1, r
-    own:Tensor,      # m + 1, n: the volumes of the fold, centred
+    shared:Callable,   # slice of the list -> c k, regressors of all targets
+    around:Callable,   # slice of the list -> c j n, regressors of each target
+    targets:Tensor,    # m n
     voxels:Voxels,
-    penalty:Callable,
-)->Tensor:           # parts, 27 r + 26, n
-    "As `fit_parts`, with the 26 neighbours in its own volume as further regressors of each target."
-    k, n, parts = 27 * maps.shape[1], own.shape[1], len(voxels.ends) - 1
-    xx, xy = (torch.zeros(parts, n, k + 26, size, dtype=torch.float64) for size in (k + 26, 1))
+    penalty:Callable,  # xx -> diagonal
+)->Tensor:             # parts k + j n
+    "As `fit_parts`, with regressors of its own for each target."
+    first = slice(0, 1)
+    k, j, n, parts = shared(first).shape[1], around(first).shape[1], targets.shape[1], len(voxels.ends) - 1
+    xx, xy = (torch.zeros(parts, n, k + j, size, dtype=torch.float64) for size in (k + j, 1))
     for part, rows in voxels.chunks(4096):
-        f, around, y = taps(maps, voxels.near[rows]), own[voxels.near[rows][:, AROUND]], own[rows]  # c k, c 26 n, c n
-        cross = torch.einsum("ck,cjn->nkj", f, around)
+        f, a, y = shared(rows), around(rows), targets[rows]
+        cross = torch.einsum("ck,cjn->nkj", f, a)
         xx[part, :, :k, :k] += f.T @ f
         xx[part, :, :k, k:] += cross
         xx[part, :, k:, :k] += cross.mT
-        xx[part, :, k:, k:] += torch.einsum("cin,cjn->nij", around, around)
+        xx[part, :, k:, k:] += torch.einsum("cin,cjn->nij", a, a)
         xy[part, :, :k, 0] += (f.T @ y).T
-        xy[part, :, k:, 0] += torch.einsum("cin,cn->ni", around, y)
+        xy[part, :, k:, 0] += torch.einsum("cin,cn->ni", a, y)
     xx = others(xx)
     return ridge_solve(xx, others(xy), penalty(xx))[..., 0].mT.float()
 
-def apply_own(maps, own, weights, voxels)->Tensor:
+def apply_own(shared, around, weights, voxels)->Tensor:
     "Predictions with the weights of `fit_own`: m n."
-    k = 27 * maps.shape[1]
-    return torch.cat([taps(maps, voxels.near[rows]) @ weights[part][:k] + torch.einsum("cjn,jn->cn", own[voxels.near[rows][:, AROUND]], weights[part][k:]) for part, rows in voxels.chunks(4096)])
+    def predict(part, rows):
+        f = shared(rows)
+        return f @ weights[part][:f.shape[1]] + torch.einsum("cjn,jn->cn", around(rows), weights[part][f.shape[1]:])
+    return torch.cat([predict(part, rows) for part, rows in voxels.chunks(4096)])
 
-# %% ../../nbs/api/31_dwi_linear.ipynb #60c29bfb
+def fit_either(shared, around, targets, voxels, penalty)->Tensor:
+    "`fit_own`, or `fit_parts` where there are no regressors of its own."
+    return fit_parts(shared, targets, voxels, penalty) if around is None else fit_own(shared, around, targets, voxels, penalty)
+
+def apply_either(shared, around, weights, voxels)->Tensor:
+    "Predictions with the weights of `fit_either`: m n."
+    return apply_parts(shared, weights, voxels) if around is None else apply_own(shared, around, weights, voxels)
+
+# %% ../../nbs/api/31_dwi_linear.ipynb #4ce76877
 BLIND = dict(volume=False, voxel=True)  # what a prediction does not see: the whole volume, or the voxel in it
 
 @dataclass(frozen=True)
@@ -242,10 +262,10 @@ class SpatialFold:
     def predict(self, y:Tensor, voxels:Voxels)->Tensor:
         "Voxels (m v) -> the targets: m n."
         maps = self.scores(y)
-        if not self.own: return self.mean + apply_parts(lambda rows: taps(maps, voxels.near[rows]), self.weights, voxels)
-        return self.mean + apply_own(maps, centred(y[:, self.targets], self.mean), self.weights, voxels)
+        near = own_taps(centred(y[:, self.targets], self.mean), voxels.near) if self.own else None
+        return self.mean + apply_either(lambda r: taps(maps, voxels.near[r]), near, self.weights, voxels)
 
-def centred(y:Tensor, mean:Tensor)->Tensor:
+def centred(y:Tensor, mean)->Tensor:
     "Minus the mean, with a row of zeros for what lies outside."
     return torch.cat([y - mean, y.new_zeros(1, y.shape[1])])
 
@@ -257,88 +277,121 @@ def fit_spatial_fold(
     rank:int,
     ridge:float,
     own:bool,
-)->SpatialFold:
+)->tuple:                # SpatialFold; and its prediction of the same data, m n
     "Fit one fold."
     scores, mean = fit_scores(y, visible, rank), y[:, targets].mean(0)
     maps, c = scores(y), centred(y[:, targets], mean)
-    weights = fit_own(maps, c, voxels, relative(ridge)) if own else fit_parts(lambda rows: taps(maps, voxels.near[rows]), c[:-1], voxels, relative(ridge))
-    return SpatialFold(targets, scores, mean, weights, own)
+    weights = fit_either(lambda r: taps(maps, voxels.near[r]), own_taps(c, voxels.near) if own else None, c[:-1], voxels, relative(ridge))
+    found = SpatialFold(targets, scores, mean, weights, own)
+    return found, found.predict(y, voxels)
 
-# %% ../../nbs/api/31_dwi_linear.ipynb #73cf99d3
-def shell_means(
-    y:Tensor,              # m v
+# %% ../../nbs/api/31_dwi_linear.ipynb #0184e466
+def steps_within(
+    radius:int,  # voxels
+)->list:         # of (x, y, z)
+    "One of each two opposite steps of at most radius + 1/4, without the step of no length."
+    return [s for s in product(range(-radius, radius + 1), repeat=3) if s > (0, 0, 0) and sum(k * k for k in s) <= (radius + 0.25) ** 2]
+
+def shifted(step:tuple, shape:tuple)->tuple:
+    "Two regions of an image that lie a step apart: (from, to), each with a leading axis that is kept whole."
+    near = (slice(None), *(slice(max(0, -s), n - max(0, s)) for s, n in zip(step, shape)))
+    far = (slice(None), *(slice(max(0, s), n - max(0, -s)) for s, n in zip(step, shape)))
+    return near, far
+
+def similar_means(
+    maps:Tensor,         # r x y z, to be averaged
+    inside:Tensor,       # 1 x y z, 1 in the mask and 0 outside
+    guide:Tensor,        # k x y z, in units of its noise
+    radius:int=2,        # of the ball, voxels
+    itself:float=1.,     # weight of the voxel; 0: the mean does not see it
+)->Tensor:               # r x y z
+    "Weighted means over the voxels of a ball whose guide is similar."
+    k, total, weight = len(guide), maps * (inside * itself), inside * itself
+    for step in steps_within(radius):
+        a, b = shifted(step, inside.shape[1:])
+        w = (guide[a] - guide[b]).square_().sum(0, keepdim=True).sub_(2 * k).clamp_(min=0).mul_(-1 / k).exp_().mul_(inside[a]).mul_(inside[b])
+        total[a] += w * maps[b]
+        total[b] += w * maps[a]
+        weight[a] += w
+        weight[b] += w
+    return total / weight.clamp(min=1e-6)
+
+# %% ../../nbs/api/31_dwi_linear.ipynb #6938a8f4
+def on_box(
+    rows:Tensor,     # m r
     voxels:Voxels,
-    gradients:Gradients,
-    visible:np.ndarray,    # volumes
-    sigma:float=0.6,       # of the smoothing, voxels
-)->np.ndarray:             # m, shells
-    "Smoothed means of the visible volumes of each shell."
-    groups = [visible[gradients.shells[visible] == s] for s in np.unique(gradients.shells[visible])]
-    means = np.stack([y[:, g].mean(1).numpy() for g in groups], -1)
-    inside = gaussian_filter(voxels.fill(np.ones((len(y), 1)), np.zeros((*voxels.shape, 1))), (sigma,) * 3 + (0,))
-    smooth = gaussian_filter(voxels.fill(means, np.zeros((*voxels.shape, len(groups)))), (sigma,) * 3 + (0,)) / np.maximum(inside, 1e-6)
-    return smooth.reshape(-1, len(groups))[voxels.where]
+)->Tensor:           # r x y z
+    "Values of the voxels in the box around them, 0 elsewhere."
+    shape, place = voxels.box
+    out = rows.new_zeros(rows.shape[1], int(np.prod(shape)))
+    out[:, place] = rows.T
+    return out.reshape(-1, *shape)
 
+@dataclass(frozen=True)
+class Averages:
+    "Components of a fold and their means over similar voxels, with fixed basis and noise."
+    scores:Scores
+    noise:float      # of a component
+    guides:int       # components that say what is similar
+    radius:int       # of the ball, voxels
+
+    def __call__(self, y:Tensor, voxels:Voxels)->Tensor:
+        "Voxels (m v) -> m, 2 r: components, then means."
+        maps = self.scores(y)[:-1]
+        return torch.cat([maps, self.means(maps, maps, voxels)], 1)
+
+    def means(self, rows:Tensor, maps:Tensor, voxels:Voxels, itself:float=1.)->Tensor:
+        "Means of `rows` (m n) over voxels whose components (m r) are similar: m n."
+        found = similar_means(on_box(rows, voxels), on_box(rows.new_ones(len(rows), 1), voxels), on_box(maps[:, :self.guides] / self.noise, voxels), self.radius, itself)
+        return found.flatten(1)[:, voxels.box[1]].T.contiguous()
+
+def fit_averages(
+    y:Tensor,             # m v
+    visible:np.ndarray,   # volumes
+    rank:int,             # components, at most
+    guides:int,           # components that say what is similar
+    radius:int,           # of the ball, voxels
+)->Averages:
+    "Basis and noise of the volumes that a fold may see: the lower half of the eigenvalues is taken for noise."
+    scores = fit_scores(y, visible, rank)
+    c = y[:, visible] - scores.mean
+    values = torch.linalg.eigvalsh((c.T @ c).double() / len(c))
+    return Averages(scores, max(float(values[:(len(values) + 1) // 2].mean()), 1e-12) ** 0.5, guides, radius)
+
+# %% ../../nbs/api/31_dwi_linear.ipynb #928b7ab1
 @dataclass(frozen=True)
 class Kinds:
-    "Sorts voxels by the means of their shells, with fixed centres."
-    visible:np.ndarray    # volumes
-    mean:np.ndarray       # of each shell
-    std:np.ndarray        # of each shell
-    centres:np.ndarray    # kinds x shells, in units of std
+    "Sorts voxels by their mean components, with fixed centres."
+    scale:float           # unit
+    centres:np.ndarray    # kinds x components
 
-    def __call__(self, y:Tensor, voxels:Voxels, gradients:Gradients)->Tensor:
-        "Kind of each voxel: m."
-        return torch.from_numpy(vq((shell_means(y, voxels, gradients, self.visible) - self.mean) / self.std, self.centres)[0].astype(np.int64))
+    def __call__(self, x:Tensor)->Tensor:
+        "Kind of each voxel, from its mean components (m k): m."
+        return torch.from_numpy(vq(x.numpy() / self.scale, self.centres)[0].astype(np.int64))
 
 def fit_kinds(
-    y:Tensor,              # m v
-    voxels:Voxels,
-    gradients:Gradients,
-    visible:np.ndarray,    # volumes
-    kinds:int=6,
+    x:Tensor,        # m k, mean components
+    kinds:int=12,
 )->Kinds:
-    "k-means of the shell means, from centres spread along their first component."
-    means = shell_means(y, voxels, gradients, visible)
-    mean, std = means.mean(0), np.maximum(means.std(0), 1e-6)
-    z = (means - mean) / std
-    order = np.argsort(z @ np.linalg.svd(z[:: max(1, len(z) // 20000)], full_matrices=False)[2][0])
-    start = z[order[((np.arange(kinds) + 0.5) / kinds * len(z)).astype(int)]]
-    return Kinds(visible, mean, std, kmeans2(z, start, iter=15, minit="matrix", missing="warn")[0])
+    "k-means in 15 rounds."
+    scale = max(float(x.std()), 1e-12)
+    z = x.numpy() / scale
+    start = z[np.argsort(z[:, 0], kind="stable")[((np.arange(kinds) + 0.5) / kinds * len(z)).astype(int)]]
+    return Kinds(scale, kmeans2(z, start, iter=15, minit="matrix", missing="warn")[0])
 
-# %% ../../nbs/api/31_dwi_linear.ipynb #bd079f58
-@dataclass(frozen=True)
-class TissueFold:
-    "Corrects a spatial prediction per kind of tissue."
-    spatial:SpatialFold
-    kinds:Kinds
-    weights:Tensor      # parts k targets
-    count:int           # kinds
-
-    @property
-    def targets(self): return self.spatial.targets
-
-    def predict(self, y:Tensor, voxels:Voxels, gradients:Gradients)->Tensor:
-        "Voxels (m v) -> the targets: m n."
-        x = kind_regressors(self.spatial.scores(y), self.kinds(y, voxels, gradients), self.count, voxels)
-        return self.spatial.predict(y, voxels) + apply_parts(x, self.weights, voxels)
-
-def kind_regressors(
-    maps:Tensor,     # m + 1, r
+def per_kind(
+    x:Tensor,        # m k, regressors
     kind:Tensor,     # m
     count:int,       # kinds
-    voxels:Voxels,
-)->Callable:         # slice of the list -> c, kinds * (2 r + 1)
-    "Components at the voxel, their means over 27 voxels, and 1; zeros in the columns of other kinds."
+)->Callable:         # slice of the list -> c, kinds * (k + 1)
+    "Regressors and a constant; zeros in the columns of other kinds."
     def rows(r):
-        near = maps[voxels.near[r]]
-        x = torch.cat([near[:, 13], near.mean(1), near.new_ones(len(near), 1)], 1)
-        which = torch.nn.functional.one_hot(kind[r], count).to(x)
-        return (which[:, :, None] * x[:, None]).flatten(1)
+        one = torch.cat([x[r], x.new_ones(len(x[r]), 1)], 1)
+        return (torch.nn.functional.one_hot(kind[r], count).to(x)[:, :, None] * one[:, None]).flatten(1)
     return rows
 
-def per_kind(ridge:float, count:int)->Callable:
-    "A penalty relative to the diagonal of each kind, none for its constant."
+def kind_penalty(ridge:float, count:int)->Callable:
+    "A penalty relative to the diagonal of each kind, next to none for its constant."
     def penalty(xx):
         d = xx.diagonal(dim1=-2, dim2=-1).unflatten(-1, (count, -1))
         p = (ridge * d[..., :-1].mean(-1, keepdim=True) + 1e-6).expand(d.shape).clone()
@@ -346,42 +399,96 @@ def per_kind(ridge:float, count:int)->Callable:
         return p.flatten(-2)
     return penalty
 
+# %% ../../nbs/api/31_dwi_linear.ipynb #3cd4e398
+@dataclass(frozen=True)
+class TissueFold:
+    "Predicts the volumes of one fold from averages of the others, with weights per kind of tissue."
+    targets:np.ndarray  # volumes
+    averages:Averages
+    mean:Tensor         # of the targets
+    common:Tensor       # parts k targets
+    kinds:Kinds
+    special:Tensor      # parts, kinds * (k' + 1), targets
+    own:bool            # neighbours in the own volume are regressors too
+
+    def predict(self, y:Tensor, voxels:Voxels, x:Tensor=None)->Tensor:
+        "Voxels (m v), and averages where they are known -> the targets: m n."
+        x = self.averages(y, voxels) if x is None else x
+        means = x[:, x.shape[1] // 2:]
+        near = own_neighbours(self.averages, x, y[:, self.targets] - self.mean, voxels) if self.own else None
+        special = apply_parts(per_kind(means, self.kinds(means[:, :self.averages.guides]), len(self.kinds.centres)), self.special, voxels)
+        return self.mean + apply_either(lambda r: x[r], near, self.common, voxels) + special
+
+def own_neighbours(
+    averages:Averages,
+    x:Tensor,            # m 2 r, as `averages` gives them
+    c:Tensor,            # m n: the volumes of the fold, centred
+    voxels:Voxels,
+)->Callable:             # slice of the list -> c 27 n
+    "The 26 neighbours of a voxel in its own volume, and their mean over similar voxels."
+    padded, means = centred(c, 0.), averages.means(c, x, voxels, itself=0.)
+    return lambda r: torch.cat([padded[voxels.near[r][:, AROUND]], means[r][:, None]], 1)
+
 def fit_tissue_fold(
     y:Tensor,              # m v
     voxels:Voxels,
-    gradients:Gradients,
-    spatial:SpatialFold,
-    count:int,             # kinds
-    ridge:float,
-)->TissueFold:
-    "Fit what a spatial prediction left."
-    kinds = fit_kinds(y, voxels, gradients, spatial.scores.visible, count)
-    x = kind_regressors(spatial.scores(y), kinds(y, voxels, gradients), count, voxels)
-    left = y[:, spatial.targets] - spatial.predict(y, voxels)
-    return TissueFold(spatial, kinds, fit_parts(x, left, voxels, per_kind(ridge, count)), count)
+    targets:np.ndarray,    # volumes of the fold
+    averages:Averages,
+    kinds:int,
+    ridge:float,           # of the common weights
+    kind_ridge:float,      # of those per kind
+    own:bool,
+)->tuple:                  # TissueFold; and its prediction of the same data, m n
+    "Fit one fold: common weights, then, per kind, what they left."
+    x, mean = averages(y, voxels), y[:, targets].mean(0)
+    c, means = y[:, targets] - mean, x[:, x.shape[1] // 2:]
+    near = own_neighbours(averages, x, c, voxels) if own else None
+    common = fit_either(lambda r: x[r], near, c, voxels, relative(ridge))
+    first = apply_either(lambda r: x[r], near, common, voxels)
+    found = fit_kinds(means[:, :averages.guides], kinds)
+    regressors = per_kind(means, found(means[:, :averages.guides]), kinds)
+    special = fit_parts(regressors, c - first, voxels, kind_penalty(kind_ridge, kinds))
+    return TissueFold(targets, averages, mean, common, found, special, own), mean + first + apply_parts(regressors, special, voxels)
 
-# %% ../../nbs/api/31_dwi_linear.ipynb #fc22cec7
+# %% ../../nbs/api/31_dwi_linear.ipynb #fa55b513
 @dataclass(frozen=True)
 class FoldLinear:
     "Predicts every volume from those outside of its fold, with fixed weights."
     voxels:Voxels
-    gradients:Gradients
-    folds:list           # of SpatialFold or TissueFold
+    folds:list       # of SpatialFold or TissueFold
+    fitted:np.ndarray=None  # x y z v: the prediction of the data it was fitted to
 
     def predict(self, data)->np.ndarray:
         "Predict each volume of `data` (x y z v)."
         y = self.voxels.rows(data)
         out = y.clone()
         for fold in self.folds:
-            out[:, fold.targets] = fold.predict(y, self.voxels, self.gradients) if isinstance(fold, TissueFold) else fold.predict(y, self.voxels)
+            out[:, fold.targets] = fold.predict(y, self.voxels)
         return self.voxels.fill(out, data)
 
-def seen_by(
-    targets:np.ndarray,    # volumes of a fold
-    gradients:Gradients,
-)->np.ndarray:             # volumes
-    "All volumes outside of a fold."
-    return np.setdiff1d(np.arange(len(gradients)), targets)
+def fold_tasks(
+    series:Series,
+    folds:int,       # of weighted volumes
+)->list:             # of (targets, visible), index arrays
+    "Which volumes are predicted together, and from which; a single one without weighting is not predicted."
+    g = series.gradients
+    return [(t, np.setdiff1d(np.arange(len(g)), t)) for t in deal(g, folds) if not (g.is_b0[t].all() and g.is_b0.sum() == 1)]
+
+def fit_folds(
+    series:Series,
+    name:str,          # for the progress bar
+    folds:int,         # of weighted volumes
+    parts:int,         # for cross-fitting
+    fit:Callable,      # (y, voxels, targets, visible) -> (fold, its prediction)
+)->FoldLinear:
+    "Fit all folds."
+    voxels, found = list_voxels(series.inside, parts), []
+    y = voxels.rows(series.data)
+    out = y.clone()
+    for targets, visible in progress(fold_tasks(series, folds), desc=name, unit="fold"):
+        fold, out[:, targets] = fit(y, voxels, targets, visible)
+        found.append(fold)
+    return FoldLinear(voxels, found, voxels.fill(out, series.data))
 
 def fit_spatial(
     series:Series,
@@ -392,23 +499,21 @@ def fit_spatial(
     blind:str="volume",    # or voxel, which needs noise that is independent between voxels
 )->FoldLinear:
     "Fit `spatial_linear`."
-    g, own = series.gradients, pick(BLIND, blind, "blind")
-    voxels = list_voxels(series.inside, parts)
-    y = voxels.rows(series.data)
-    todo = [t for t in deal(g, folds) if not (g.is_b0[t].all() and g.is_b0.sum() == 1)]
-    return FoldLinear(voxels, g, [fit_spatial_fold(y, voxels, t, seen_by(t, g), rank, ridge, own) for t in progress(todo, desc="fit", unit="fold")])
+    own = pick(BLIND, blind, "blind")
+    return fit_folds(series, "spatial_linear", folds, parts, lambda y, voxels, t, seen: fit_spatial_fold(y, voxels, t, seen, rank, ridge, own))
 
 def fit_tissue(
     series:Series,
-    rank:int=8,            # principal components
+    rank:int=28,             # principal components
     folds:int=8,
-    ridge:float=3e-3,      # of the spatial prediction, relative to the mean of the diagonal
-    kinds:int=6,           # of tissue
-    kind_ridge:float=1e-2, # of the correction
-    parts:int=4,           # for cross-fitting
-    blind:str="volume",    # or voxel
+    ridge:float=3e-3,        # of the common weights, relative to the mean of the diagonal
+    kinds:int=12,            # of tissue
+    kind_ridge:float=3e-2,   # of the weights per kind
+    guides:int=10,           # components that say what is similar
+    radius:int=2,            # of the ball in which similar voxels are looked for, voxels
+    parts:int=4,             # for cross-fitting
+    blind:str="volume",      # or voxel, which needs noise that is independent between voxels
 )->FoldLinear:
     "Fit `tissue_linear`."
-    first = fit_spatial(series, rank, folds, ridge, parts, blind)
-    y = first.voxels.rows(series.data)
-    return replace(first, folds=[fit_tissue_fold(y, first.voxels, series.gradients, f, kinds, kind_ridge) for f in first.folds])
+    own = pick(BLIND, blind, "blind")
+    return fit_folds(series, "tissue_linear", folds, parts, lambda y, voxels, t, seen: fit_tissue_fold(y, voxels, t, fit_averages(y, seen, rank, guides, radius), kinds, ridge, kind_ridge, own))
