@@ -230,9 +230,12 @@ def write_nifti(
     path,              # .nii or .nii.gz
     data:np.ndarray,   # x y z, or x y z v
     like=None,         # nibabel image whose affine, voxel size, units and codes it takes
+    affine=None,       # 4 4, voxels to mm, where there is no image to follow
 ):
     "Write float32 values, whole or not at all."
-    image = nib.Nifti1Image(np.asarray(data, np.float32), np.eye(4) if like is None else None, None if like is None else like.header.copy())
+    if affine is not None and like is not None: raise InputError("write_nifti got like= and affine=: expected one of them; the image has an affine already")
+    image = nib.Nifti1Image(np.asarray(data, np.float32), (np.eye(4) if affine is None else affine) if like is None else None, None if like is None else like.header.copy())
+    if affine is not None: image.header.set_xyzt_units("mm", "sec")
     image.header.set_data_dtype(np.float32)
     image.header.set_slope_inter(1, 0)
     if like is not None: image.header.set_zooms(like.header.get_zooms()[:np.ndim(data)])
