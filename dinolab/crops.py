@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['lattice_factor', 'feature_roi', 'Layout', 'make_layout', 'inside', 'pad_end', 'CachedFeatures', 'Extraction',
-           'around', 'cache_features', 'LiveFeatures', 'CellFeatures', 'Case', 'on_grid', 'open_case', 'LabelScan',
-           'scan_labels', 'ClassTarget', 'InstanceTarget', 'read_context', 'turned_plane', 'read_crop', 'axis_kinds',
-           'KeptImage', 'kept_image', 'CropDataset', 'last_start', 'lattice_crop', 'check_crop', 'GridDataset']
+           'around', 'cache_features', 'LiveFeatures', 'cell_part', 'CellFeatures', 'Case', 'on_grid', 'open_case',
+           'LabelScan', 'scan_labels', 'ClassTarget', 'InstanceTarget', 'read_context', 'turned_plane', 'read_crop',
+           'axis_kinds', 'KeptImage', 'kept_image', 'last_start', 'lattice_crop', 'check_crop', 'draw_crop',
+           'CropDataset', 'GridDataset']
 
 # %% ../nbs/api/43_crops.ipynb #cf107798
 import math
@@ -88,6 +89,7 @@ def inside(
     if any(s.start < 0 or s.start >= n for s, n in zip(roi, shape)): raise InputError(f"region {[(s.start, s.stop) for s in roi]} of a volume of shape {tuple(shape)}: expected it to begin inside")
     return tuple(slice(s.start, min(s.stop, n)) for s, n in zip(roi, shape)), tuple(max(0, s.stop - n) for s, n in zip(roi, shape))
 
+# %% ../nbs/api/43_crops.ipynb #12cf63aa
 def pad_end(
     x,              # ... z y x, tensor or array
     missing:tuple,  # voxels to add behind each axis
@@ -227,6 +229,19 @@ class LiveFeatures:
             return pad_end(x.permute(3, 0, 1, 2).half().cpu(), missing)
         return {p: one(p) for p in self.layout.factors}
 
+# %% ../nbs/api/43_crops.ipynb #74f9fff4
+def cell_part(
+    roi:tuple,      # three slices of the target, on the lattice
+    index:tuple,    # of a cell, z y x
+    cell:tuple,     # target voxels per cell
+    factors:tuple,  # three fractions, of a plane
+)->tuple:           # slices of the cell's features, slices of the region's features
+    "What of a cell lies in a region, and where it belongs there."
+    begin = [max(s.start, i * c) for s, i, c in zip(roi, index, cell)]
+    end = [min(s.stop, (i + 1) * c) for s, i, c in zip(roi, index, cell)]
+    take = feature_roi([slice(b - i * c, e - i * c) for b, e, i, c in zip(begin, end, index, cell)], factors)
+    return take, feature_roi([slice(b - s.start, e - s.start) for b, e, s in zip(begin, end, roi)], factors)
+
 # %% ../nbs/api/43_crops.ipynb #e086254b
 class CellFeatures:
     "Features extracted cell by cell, the last cells kept in memory."
@@ -255,18 +270,14 @@ class CellFeatures:
         "Features of a region, put together from cells."
         last = [-(-n // c) - 1 for n, c in zip(self.live.target.shape, self.cell)]
         cells = [range(s.start // c, min((s.stop - 1) // c, e) + 1) for s, c, e in zip(roi, self.cell, last)]
-        def one(plane, index, x):  # the part of a cell inside the region, and its place there
-            begin = [max(s.start, i * c) for s, i, c in zip(roi, index, self.cell)]
-            end = [min(s.stop, (i + 1) * c) for s, i, c in zip(roi, index, self.cell)]
-            take = feature_roi([slice(b - i * c, e - i * c) for b, e, i, c in zip(begin, end, index, self.cell)], self.layout.factors[plane])
-            return x[(slice(None), *take)], feature_roi([slice(b - s.start, e - s.start) for b, e, s in zip(begin, end, roi)], self.layout.factors[plane])
         out = {}
         for index in np.ndindex(*map(len, cells)):
             index = tuple(r[i] for r, i in zip(cells, index))
             for plane, x in self._cell(index).items():
-                size = [int((s.stop - s.start) / f) for s, f in zip(roi, self.layout.factors[plane])]
-                part, place = one(plane, index, x)
-                out.setdefault(plane, x.new_zeros(len(x), *size))[(slice(None), *place)] = part
+                factors = self.layout.factors[plane]
+                size = [int((s.stop - s.start) / f) for s, f in zip(roi, factors)]
+                take, place = cell_part(roi, index, self.cell, factors)
+                out.setdefault(plane, x.new_zeros(len(x), *size))[(slice(None), *place)] = x[(slice(None), *take)]
         return out
 
 # %% ../nbs/api/43_crops.ipynb #4a98ef26
@@ -368,6 +379,7 @@ class ClassTarget:
         "z y x, int64, and where it counts."
         return np.where(valid, labels, 0).astype(np.int64), valid
 
+# %% ../nbs/api/43_crops.ipynb #54b684e1
 @dataclass(frozen=True)
 class InstanceTarget:
     "Labels are instances: affinities to neighbours, then ten local shape descriptors."
@@ -469,6 +481,47 @@ def kept_image(
     need = 4 * (math.prod(case.grid.shape) + math.prod(case.raw.shape))
     return KeptImage(**{f.name: getattr(case, f.name) for f in fields(Case)}) if need <= memory else case
 
+# %% ../nbs/api/43_crops.ipynb #2265e99a
+def last_start(case, crop)->tuple:
+    "The last lattice point at which a crop may start: it may reach beyond the end by less than a step."
+    return tuple(-(-n // s) * s - c for n, c, s in zip(case.grid.shape, crop, case.features.layout.step))
+
+def lattice_crop(
+    case:Case,    # with features
+    crop:tuple,   # voxels
+    start,        # z y x, where it would begin
+)->tuple:         # three slices
+    "The crop that starts at the lattice point nearest below, within the volume."
+    steps = case.features.layout.step
+    begin = [int(np.clip(a // s * s, 0, e)) for a, s, e in zip(start, steps, last_start(case, crop))]
+    return tuple(slice(b, b + c) for b, c in zip(begin, crop))
+
+# %% ../nbs/api/43_crops.ipynb #244dbb06
+def check_crop(case, crop):
+    "Raise `InputError` when a volume is smaller than a crop, or the crop is not the one of its layout."
+    if tuple(crop) != tuple(case.features.layout.crop): raise InputError(f"crop {crop} of a layout for {case.features.layout.crop}: expected the same")
+    if min(last_start(case, crop)) < 0: raise InputError(f"{case.name} of {case.grid.shape} voxels: smaller than a crop of {tuple(crop)}; choose a crop of at most {tuple(-(-n // s) * s for n, s in zip(case.grid.shape, case.features.layout.step))}")
+
+# %% ../nbs/api/43_crops.ipynb #e2885354
+def draw_crop(
+    case:Case,           # with features and labels
+    scan:LabelScan,      # of its labels
+    crop:tuple,          # voxels, z y x
+    rng:np.random.Generator,  # of this crop
+    balance:float,       # share of crops centred on a class drawn evenly
+    min_labelled:float,  # share of labelled voxels in the other crops
+    attempts:int=10,     # to find such a crop
+)->tuple:                # three slices
+    "Where a random crop is."
+    if rng.random() < balance:
+        at = scan.places[rng.choice(sorted(scan.places))]
+        return lattice_crop(case, crop, np.subtract(at[rng.integers(len(at))], [rng.integers(n) for n in crop]))
+    for _ in range(attempts):
+        roi = lattice_crop(case, crop, [rng.integers(max(1, n - c + s)) for n, c, s in zip(case.grid.shape, crop, case.features.layout.step)])
+        if case.mask is None or case.valid(inside(roi, case.grid.shape)[0]).sum() >= min_labelled * math.prod(crop): return roi
+    at = scan.places[rng.choice(sorted(scan.places))]
+    return lattice_crop(case, crop, np.subtract(at[rng.integers(len(at))], np.floor_divide(crop, 2)))
+
 # %% ../nbs/api/43_crops.ipynb #1a3b1e43
 class CropDataset:
     "Random crops with augmentation, reproducible by key."
@@ -505,43 +558,10 @@ class CropDataset:
         rng = np.random.default_rng(seed)
         i = rng.choice(len(self.cases), p=self.chance)
         case, turn = self.cases[i], None
-        roi = self._place(case, self.scans[i], rng)
+        roi = draw_crop(case, self.scans[i], self.crop, rng, self.balance, self.min_labelled)
         if self.augment: turn = self.augment.draw_orientation(rng, axis_kinds(case.grid, case.features.layout))
         change = (lambda x: self.augment.change_intensity(x, rng)) if self.augment else None
         return read_crop(case, roi, self.target, orientation=turn, intensity=change, context_scale=self.context_scale)
-
-    def _place(self, case, scan, rng, attempts=10):
-        "Where the crop is."
-        if rng.random() < self.balance:
-            at = scan.places[rng.choice(sorted(scan.places))]
-            return lattice_crop(case, self.crop, np.subtract(at[rng.integers(len(at))], [rng.integers(n) for n in self.crop]))
-        for _ in range(attempts):
-            roi = lattice_crop(case, self.crop, [rng.integers(max(1, n - c + s)) for n, c, s in zip(case.grid.shape, self.crop, case.features.layout.step)])
-            if case.mask is None or case.valid(inside(roi, case.grid.shape)[0]).sum() >= self.min_labelled * math.prod(self.crop): break
-        else:
-            at = scan.places[rng.choice(sorted(scan.places))]
-            roi = lattice_crop(case, self.crop, np.subtract(at[rng.integers(len(at))], np.floor_divide(self.crop, 2)))
-        return roi
-
-# %% ../nbs/api/43_crops.ipynb #2265e99a
-def last_start(case, crop)->tuple:
-    "The last lattice point at which a crop may start: it may reach beyond the end by less than a step."
-    return tuple(-(-n // s) * s - c for n, c, s in zip(case.grid.shape, crop, case.features.layout.step))
-
-def lattice_crop(
-    case:Case,    # with features
-    crop:tuple,   # voxels
-    start,        # z y x, where it would begin
-)->tuple:         # three slices
-    "The crop that starts at the lattice point nearest below, within the volume."
-    steps = case.features.layout.step
-    begin = [int(np.clip(a // s * s, 0, e)) for a, s, e in zip(start, steps, last_start(case, crop))]
-    return tuple(slice(b, b + c) for b, c in zip(begin, crop))
-
-def check_crop(case, crop):
-    "Raise `InputError` when a volume is smaller than a crop, or the crop is not the one of its layout."
-    if tuple(crop) != tuple(case.features.layout.crop): raise InputError(f"crop {crop} of a layout for {case.features.layout.crop}: expected the same")
-    if min(last_start(case, crop)) < 0: raise InputError(f"{case.name} of {case.grid.shape} voxels: smaller than a crop of {tuple(crop)}; choose a crop of at most {tuple(-(-n // s) * s for n, s in zip(case.grid.shape, case.features.layout.step))}")
 
 # %% ../nbs/api/43_crops.ipynb #92574643
 class GridDataset:

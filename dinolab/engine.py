@@ -6,8 +6,8 @@
 __all__ = ['SCHEDULES', 'FREE', 'TrainArgs', 'lr_factor', 'batches_per_epoch', 'keyed_batches', 'Keyed', 'keyed_loader',
            'replace_folder', 'recover', 'new_checkpoint', 'save_checkpoint', 'load_checkpoint', 'read_state',
            'parameter_groups', 'Average', 'validate', 'check_finite_loss', 'check_finite_gradient', 'Position',
-           'rewind_log', 'save_divided', 'Keeper', 'seed_devices', 'make_accelerator', 'accumulate', 'Fit', 'fit',
-           'training_curves']
+           'rewind_log', 'save_divided', 'TrainLog', 'training_facts', 'check_facts', 'Saver', 'Keeper', 'seed_devices',
+           'make_accelerator', 'accumulate', 'Fit', 'fit', 'training_curves']
 
 # %% ../nbs/api/40_engine.ipynb #2a88e9e5
 import copy
@@ -79,7 +79,7 @@ class TrainArgs:
         if self.zero and (self.accumulate > 1 or self.ema or self.compile): raise InputError("zero with accumulate, ema or compile: expected zero alone; raise batch_size instead of accumulate")
         if self.warmup >= 1 or self.ema >= 1: raise InputError(f"warmup={self.warmup}, ema={self.ema}: expected less than 1")
 
-FREE = ("workers", "log_every", "device", "tracker", "max_seconds", "compile", "save_every")  # may change when a run goes on
+
 
 # %% ../nbs/api/40_engine.ipynb #1f811aac
 def lr_factor(
@@ -104,6 +104,7 @@ def batches_per_epoch(
     "Batches of each process in one epoch."
     return max(1, length // (batch_size * world))
 
+# %% ../nbs/api/40_engine.ipynb #1423201b
 def keyed_batches(
     length:int,      # of the training set
     batch_size:int,  # per process
@@ -136,6 +137,7 @@ class Keyed:
         epoch, index = key
         return self.dataset.item(index, key_seed(self.seed, "item", epoch, index)) if hasattr(self.dataset, "item") else self.dataset[index]
 
+# %% ../nbs/api/40_engine.ipynb #9b67bce5
 def keyed_loader(
     dataset,         # with len, and item or []
     args:TrainArgs,  # batch size, seed, workers
@@ -161,6 +163,7 @@ def replace_folder(
     new.rename(path)
     shutil.rmtree(old, ignore_errors=True)
 
+# %% ../nbs/api/40_engine.ipynb #de5af906
 def recover(
     path:Path,  # of a checkpoint
 ):
@@ -169,6 +172,7 @@ def recover(
     if old.exists() and not path.exists(): old.rename(path)
     for left in (old, new): shutil.rmtree(left, ignore_errors=True)
 
+# %% ../nbs/api/40_engine.ipynb #dd86b372
 @contextmanager
 def new_checkpoint(
     path:Path,         # folder
@@ -190,6 +194,7 @@ def new_checkpoint(
         before = f"the one before ({path}) is intact" if path.exists() else "there is none before"
         raise InputError(f"{path} could not be written ({getattr(e, 'strerror', None) or str(e).splitlines()[0]}): {before}; make room, then run again to go on") from e
 
+# %% ../nbs/api/40_engine.ipynb #f6a10d72
 def save_checkpoint(
     path,                 # folder
     model:nn.Module,      # its weights
@@ -301,6 +306,7 @@ def check_finite_loss(
     where = save()
     raise InputError(f"loss {loss.item()} at step {step + 1}, batch {', '.join(names) if isinstance(names, (list, tuple)) else names or 'without names'}: the weights before it are in {where}; look at these items, or lower lr or set precision=no")
 
+# %% ../nbs/api/40_engine.ipynb #bf212b7e
 def check_finite_gradient(
     norm:Tensor,   # of all gradients, before clipping
     step:int,      # optimiser steps done
@@ -324,6 +330,7 @@ class Position:
     seconds:float=0.    # of training so far
     stopped:str=""      # why it ended; empty while it goes on
 
+# %% ../nbs/api/40_engine.ipynb #0a6bd023
 def rewind_log(
     path:Path,  # log.jsonl
     lines:int,  # to keep
@@ -362,26 +369,15 @@ def _tensorboard(folder):
     except ImportError: raise ImportError("tracker=tensorboard needs tensorboard; install the extra: pip install 'dinolab[tensorboard]'") from None
     return SummaryWriter(str(folder))
 
-# %% ../nbs/api/40_engine.ipynb #8fcf7357
-class Keeper:
-    "Checkpoints and log of one training."
+class TrainLog:
+    "Log of one training: in its run, or in memory."
     def __init__(self,
-        run,              # Run or None
-        model:nn.Module,  # unwrapped
-        optimiser,        # torch optimiser
-        args:TrainArgs,   # settings
-        facts:dict,       # what must be the same when the run goes on: world, length of the data set
-        ema:Average=None, # averaged weights
-        writes:bool=True, # whether this process writes
-        saved:Callable=None,  # called after a checkpoint was written, in that process, with its name, the position, and all weights
+        run,               # Run or None
+        tracker:str="",    # tensorboard, or none
+        writes:bool=True,  # whether this process writes
     ):
-        self.run, self.model, self.optimiser, self.args, self.ema, self.writes, self.saved = run, model, optimiser, args, ema, writes, saved
-        self.facts = dict(facts, **{k: v for k, v in asdict(args).items() if k not in FREE}, parameters=settings_hash({n: list(p.shape) for n, p in model.named_parameters()}, 12))
-        self.lines, self.scaler, self.board, self.divided, self.names = [], None, None, None, trained_names(model)
-        if run is not None and args.tracker and writes: self.board = _tensorboard(run.path/"tensorboard")
-
-    @property
-    def folder(self)->Path: return self.run.path/"checkpoints"
+        self.run, self.writes, self.lines, self.board = run, writes, [], None
+        if run is not None and tracker and writes: self.board = _tensorboard(run.path/"tensorboard")
 
     def log(self, at:Position, **values):
         "One line, with epoch and step."
@@ -393,6 +389,54 @@ class Keeper:
         if self.board:
             for k, v in values.items():
                 if v is not None: self.board.add_scalar(k, v, at.step)
+
+    def rewind(self, lines:int):
+        "Cut the log of the run back to its first lines."
+        if self.writes: rewind_log(self.run.path/"log.jsonl", lines)
+
+    def history(self)->list:
+        "All lines of the log."
+        return self.lines if self.run is None else self.run.history()
+
+# %% ../nbs/api/40_engine.ipynb #41c8f562
+FREE = ("workers", "log_every", "device", "tracker", "max_seconds", "compile", "save_every")  # may change when a run goes on
+
+def training_facts(
+    model:nn.Module,  # unwrapped
+    args:TrainArgs,   # settings
+    facts:dict,       # others: world, length of the data set
+)->dict:              # name -> value
+    "What must be the same when a run goes on."
+    return dict(facts, **{k: v for k, v in asdict(args).items() if k not in FREE}, parameters=settings_hash({n: list(p.shape) for n, p in model.named_parameters()}, 12))
+
+def check_facts(
+    path,        # of the run, for the error
+    there:dict,  # of the checkpoint
+    now:dict,    # of this training
+):
+    "Raise `InputError` unless a run goes on as it was begun."
+    if wrong := [f"{k} ({there.get(k)} there, {v} now)" for k, v in now.items() if there.get(k) != v]:
+        raise InputError(f"{path} was begun with other settings: {'; '.join(wrong[:3])}; give a new run, or the same settings")
+
+# %% ../nbs/api/40_engine.ipynb #8fcf7357
+class Saver(TrainLog):
+    "Log of one training, and how its checkpoints are written."
+    def __init__(self,
+        run,              # Run or None
+        model:nn.Module,  # unwrapped
+        optimiser,        # torch optimiser
+        args:TrainArgs,   # settings
+        facts:dict,       # what must be the same when the run goes on: world, length of the data set
+        ema:Average=None, # averaged weights
+        writes:bool=True, # whether this process writes
+        saved:Callable=None,  # called after a checkpoint was written, in that process, with its name, the position, and all weights
+    ):
+        super().__init__(run, args.tracker, writes)
+        self.model, self.optimiser, self.args, self.ema, self.saved = model, optimiser, args, ema, saved
+        self.facts, self.names, self.scaler, self.divided = training_facts(model, args, facts), trained_names(model), None, None
+
+    @property
+    def folder(self)->Path: return self.run.path/"checkpoints"
 
     def save(self, at:Position, name:str="last")->Path:
         "Write a checkpoint; best keeps only the weights that were validated."
@@ -408,32 +452,36 @@ class Keeper:
             if self.saved: self.saved(name, at, (self.ema.model if self.ema else self.model).state_dict())
         return self.folder/name
 
+# %% ../nbs/api/40_engine.ipynb #a4ea73c4
+class Keeper(Saver):
+    "Checkpoints and log of one training."
+    saved_scaler = None  # state of the scaler of fp16, for when there is one
+
     def restore(self)->Position:
         "Where the run left off: weights, optimiser and averages are loaded, the log is cut back."
-        path = None if self.run is None else self.folder/"last"
-        if path is None: return Position()
+        if self.run is None: return Position()
         if self.writes:
             for name in ("best", "last"): recover(self.folder/name)
+        path = self.folder/"last"
         if not path.exists():
-            if self.writes: rewind_log(self.run.path/"log.jsonl", 0)
+            self.rewind(0)
             return Position()
         state = read_state(path)
-        if wrong := [f"{k} ({state['facts'].get(k)} there, {v} now)" for k, v in self.facts.items() if state["facts"].get(k) != v]:
-            raise InputError(f"{self.run.path} was begun with other settings: {'; '.join(wrong[:3])}; give a new run, or the same settings")
+        check_facts(self.run.path, state["facts"], self.facts)
+        self._load(path)
+        at = Position(**{f.name: state[f.name] for f in fields(Position)})
+        self.rewind(at.lines)
+        if at.stopped == "max_seconds": at.stopped = ""
+        return at
+
+    def _load(self, path):
+        "Weights, averages and optimiser of a checkpoint."
         load_weights(path/"model.safetensors", self.model)
         if self.ema: load_weights(path/"ema.safetensors", self.ema.model, trained_names(self.model))
         if not self.args.zero:
             saved = torch.load(path/"optimizer.pt", map_location="cpu", weights_only=True)
             self.optimiser.load_state_dict(saved["optimizer"])
             self.saved_scaler = saved["scaler"]
-        at = Position(**{f.name: state[f.name] for f in fields(Position)})
-        if self.writes: rewind_log(self.run.path/"log.jsonl", at.lines)
-        if at.stopped == "max_seconds": at.stopped = ""
-        return at
-
-    def history(self)->list:
-        "All lines of the log."
-        return self.lines if self.run is None else self.run.history()
 
 # %% ../nbs/api/40_engine.ipynb #4cd1b8a1
 def seed_devices(
@@ -457,6 +505,7 @@ def make_accelerator(
     config = zero_config(args.zero, args.batch_size, int(os.environ.get("WORLD_SIZE", 1)), args.clip, half)
     return Accelerator(mixed_precision="no", deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
 
+# %% ../nbs/api/40_engine.ipynb #28477ef5
 def accumulate(
     net:nn.Module,     # as prepared
     step:Callable,     # of the task
@@ -481,6 +530,25 @@ def accumulate(
         for k, v in dict(loss=loss, **logs).items(): sums[k] = sums.get(k, 0.) + (v.detach().float() if isinstance(v, Tensor) else v) / count
     return sums
 
+# %% ../nbs/api/40_engine.ipynb #72efa756
+def _update(keeper, net, prepared, step, batches, count, accelerator, at, total):
+    "One optimiser step; returns means of the loss and the logs, and the norm of the gradient."
+    args, save = keeper.args, lambda: keeper.save(at, "nan")
+    for g in keeper.optimiser.param_groups: g["lr"] = args.lr * g["lr_scale"] * lr_factor(at.step, total, args.warmup, args.schedule)
+    sums = accumulate(net, step, batches, count, accelerator, at, total, args.seed, save)
+    if args.clip: sums["grad_norm"] = check_finite_gradient(torch.as_tensor(accelerator.clip_grad_norm_(net.parameters(), args.clip)), at.step, accelerator.scaler, save)
+    prepared.step(); prepared.zero_grad()
+    return sums
+
+def _prepare(keeper, accelerator, at):
+    "Network and optimiser as accelerate wraps them, with what could not be loaded before: parts under ZeRO, the scaler of fp16."
+    args, model = keeper.args, keeper.model
+    net, prepared = accelerator.prepare(torch.compile(model) if args.compile else model, keeper.optimiser)
+    keeper.scaler, keeper.divided = accelerator.scaler, (accelerator, net) if args.zero else None
+    if args.zero and at.step: load_shards(net, keeper.folder/"last")
+    if keeper.scaler and keeper.saved_scaler: keeper.scaler.load_state_dict(keeper.saved_scaler)
+    return net, prepared
+
 # %% ../nbs/api/40_engine.ipynb #daa590ad
 def _report(keeper, at, window, optimiser):
     "Log the means since the last line; returns what the bar shows."
@@ -489,6 +557,7 @@ def _report(keeper, at, window, optimiser):
     keeper.log(at, **means, lr=optimiser.param_groups[0]["lr"])
     return f"loss {means['loss']:.4g}"
 
+# %% ../nbs/api/40_engine.ipynb #d5e3c3f4
 def _look(keeper, at, args, found):
     "Log a validation, keep the best weights, count the validations without improvement."
     if args.monitor not in found: raise InputError(f"monitor {args.monitor!r}: validation gives {', '.join(found) or 'nothing'}; choose one of these")
@@ -500,6 +569,7 @@ def _look(keeper, at, args, found):
     else: at.waited += 1
     if args.patience and at.waited >= args.patience and not at.stopped: at.stopped = "patience"
 
+# %% ../nbs/api/40_engine.ipynb #2a47f981
 def _any(yes):
     "Whether any process says yes."
     return bool(sum_over_all(torch.tensor(float(yes))))
@@ -547,20 +617,14 @@ def fit(
     keeper = Keeper(run, model, optimiser, args, dict(world=world, items=len(train)), ema, rank == 0, saved)
     at = keeper.restore()
     if at.stopped or at.step >= total: return Fit(model, keeper.history(), at.step, at.best, at.seconds, at.stopped or "done")
-    net, prepared = accelerator.prepare(torch.compile(model) if args.compile else model, optimiser)
-    keeper.scaler, keeper.divided = accelerator.scaler, (accelerator, net) if args.zero else None
-    if args.zero and at.step: load_shards(net, keeper.folder/"last")
-    if keeper.scaler and getattr(keeper, "saved_scaler", None): keeper.scaler.load_state_dict(keeper.saved_scaler)
+    net, prepared = _prepare(keeper, accelerator, at)
     loader = keyed_loader(train, args, args.epochs if not args.max_steps else total, (at.epoch, at.batch), rank, world, accelerator.device.type == "cuda")
     batches, window, clock = _watched(iter(loader), at), {}, time.perf_counter() - at.seconds
     net.train()
     with progress(total=total, initial=at.step, desc="train", unit="step", quiet=rank > 0) as bar:
         while not at.stopped:
             count = min(args.accumulate, per_epoch - at.batch)
-            for g in optimiser.param_groups: g["lr"] = args.lr * g["lr_scale"] * lr_factor(at.step, total, args.warmup, args.schedule)
-            sums = accumulate(net, step, batches, count, accelerator, at, total, args.seed, lambda: keeper.save(at, "nan"))
-            if args.clip: sums["grad_norm"] = check_finite_gradient(torch.as_tensor(accelerator.clip_grad_norm_(net.parameters(), args.clip)), at.step, accelerator.scaler, lambda: keeper.save(at, "nan"))
-            prepared.step(); prepared.zero_grad()
+            sums = _update(keeper, net, prepared, step, batches, count, accelerator, at, total)
             at.step, at.batch, at.seconds = at.step + 1, at.batch + count, time.perf_counter() - clock
             if ema: ema.update(model, at.step)
             for k, v in sums.items(): window.setdefault(k, []).append(v)

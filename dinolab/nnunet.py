@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NETWORK', 'LOOP', 'PLANNED', 'UNIT', 'without_effect', 'FromPlans', 'build_network', 'load_pretrained',
-           'EpochSchedule', 'half_type', 'trainer_class', 'recipe_in', 'trainer_folder', 'preprocessed_folder',
-           'make_recipe', 'setup']
+           'EpochSchedule', 'recipe_optimizer', 'half_type', 'train_batch', 'recipe_in', 'without_wrappers',
+           'trainer_class', 'trainer_folder', 'preprocessed_folder', 'make_recipe', 'setup']
 
 # %% ../nbs/api/51_nnunet.ipynb #ff5ef023
 import json
@@ -65,6 +65,7 @@ def build_network(
     with redirect_stderr(StringIO()): model = create_segmentation_model(**network, num_classes=num_classes, in_channels=in_channels)
     return FromPlans(model, list(schemes) + ["RGBTo01Normalization"] * (in_channels - len(schemes)))
 
+# %% ../nbs/api/51_nnunet.ipynb #806ca1cf
 def load_pretrained(
     network:FromPlans,  # from build_network
     recipe:dict,        # with weights
@@ -90,6 +91,21 @@ class EpochSchedule:
         factor = lr_factor(epoch, self.loop["epochs"], self.loop["warmup"], self.loop["schedule"])
         for g in self.optimizer.param_groups: g["lr"] = self.loop["lr"] * g["lr_scale"] * max(factor, 1e-3)
 
+# %% ../nbs/api/51_nnunet.ipynb #c42f219e
+def recipe_optimizer(
+    network:FromPlans,  # from build_network
+    recipe:dict,        # what setup wrote into the configuration
+)->tuple:               # optimiser, EpochSchedule
+    "Optimiser and schedule of a recipe."
+    from dinolab.backbones import layer_scales
+    from dinolab.engine import parameter_groups
+    known, loop = recipe["network"], recipe["loop"]
+    free = not known["lora"] and not known["freeze_backbone"]
+    scales = {f"model.backbone.{k}": v for k, v in layer_scales(network.model.backbone, recipe["layer_decay"]).items()} if free else None
+    optimizer = torch.optim.AdamW(parameter_groups(network, loop["weight_decay"], scales), lr=loop["lr"])
+    return optimizer, EpochSchedule(optimizer, loop)
+
+# %% ../nbs/api/51_nnunet.ipynb #f68654fc
 def half_type(
     precision:str,       # no, bf16, fp16 or auto
     device:torch.device,
@@ -97,6 +113,43 @@ def half_type(
     "What the recipe's precision is on a device."
     if precision == "auto": return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else None
     return dict(no=None, bf16=torch.bfloat16, fp16=torch.float16)[precision]
+
+def train_batch(
+    network:nn.Module,  # to train
+    loss,               # logits, target -> number
+    optimizer,          # of its parameters
+    data:Tensor,        # b c h w, on the device
+    target,             # on the device
+    half=None,          # torch type of autocast; None: single precision
+    scaler=None,        # of fp16
+    clip:float=0.,      # largest norm of the gradient; 0: no limit
+)->Tensor:              # loss
+    "One step of the optimiser on one batch."
+    optimizer.zero_grad(set_to_none=True)
+    with torch.autocast(data.device.type, half) if half else nullcontext(): found = loss(network(data), target)
+    scaler = scaler or torch.amp.GradScaler(data.device.type, enabled=False)
+    scaler.scale(found).backward()
+    scaler.unscale_(optimizer)
+    if clip: torch.nn.utils.clip_grad_norm_(network.parameters(), clip)
+    scaler.step(optimizer)
+    scaler.update()
+    return found.detach()
+
+# %% ../nbs/api/51_nnunet.ipynb #b0c9a6cf
+def recipe_in(
+    configuration:dict,  # of the plans
+    name:str,            # for the error
+)->dict:
+    "The recipe that setup has written."
+    if "dinolab" not in configuration: raise InputError(f"configuration {name} has no recipe: expected one made by dinolab nnunet setup, such as 2d_dino")
+    return configuration["dinolab"]
+
+def without_wrappers(
+    network:nn.Module,  # perhaps of DDP or torch.compile, or both
+)->nn.Module:
+    "The network itself."
+    inner = getattr(network, "module", network)
+    return getattr(inner, "_orig_mod", inner)
 
 # %% ../nbs/api/51_nnunet.ipynb #70ecf167
 @cache
@@ -128,45 +181,21 @@ def trainer_class():
             if self.recipe["network"]["weights"] and not self.goes_on: load_pretrained(self.plain_network, self.recipe)
 
         @property
-        def plain_network(self):
-            "The network without the wrappers of DDP and torch.compile."
-            inner = getattr(self.network, "module", self.network)
-            return getattr(inner, "_orig_mod", inner)
+        def plain_network(self): return without_wrappers(self.network)
 
-        def configure_optimizers(self):
-            from dinolab.backbones import layer_scales
-            from dinolab.engine import parameter_groups
-            net, known = self.plain_network, self.recipe["network"]
-            free = not known["lora"] and not known["freeze_backbone"]
-            scales = {f"model.backbone.{k}": v for k, v in layer_scales(net.model.backbone, self.recipe["layer_decay"]).items()} if free else None
-            optimizer = torch.optim.AdamW(parameter_groups(net, self.weight_decay, scales), lr=self.initial_lr)
-            return optimizer, EpochSchedule(optimizer, self.loop)
+        def configure_optimizers(self): return recipe_optimizer(self.plain_network, self.recipe)
 
         def train_step(self, batch):
             data, target = (batch[k].to(self.device, non_blocking=True) for k in ("data", "target"))
-            self.optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(self.device.type, self.half) if self.half else nullcontext(): loss = self.loss(self.network(data), target)
-            scaler = self.grad_scaler or torch.amp.GradScaler(self.device.type, enabled=False)
-            scaler.scale(loss).backward()
-            scaler.unscale_(self.optimizer)
-            if self.loop["clip"]: torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.loop["clip"])
-            scaler.step(self.optimizer)
-            scaler.update()
-            return {"loss": loss.detach().cpu().numpy()}
+            loss = train_batch(self.network, self.loss, self.optimizer, data, target, self.half, self.grad_scaler, self.loop["clip"])
+            return {"loss": loss.cpu().numpy()}
 
         def set_deep_supervision_enabled(self, enabled): pass
         def _do_i_compile(self): return self.loop["compile"] and self.device.type == "cuda"
 
     return nnUNetTrainerDino
 
-def recipe_in(
-    configuration:dict,  # of the plans
-    name:str,            # for the error
-)->dict:
-    "The recipe that setup has written."
-    if "dinolab" not in configuration: raise InputError(f"configuration {name} has no recipe: expected one made by dinolab nnunet setup, such as 2d_dino")
-    return configuration["dinolab"]
-
+# %% ../nbs/api/51_nnunet.ipynb #1e539e5b
 def __getattr__(name):
     if name == "nnUNetTrainerDino": return trainer_class()
     raise AttributeError(name)
@@ -176,6 +205,7 @@ def trainer_folder()->Path:
     "The folder for nnUNet_extTrainer."
     return Path(__file__).parent/"nnunet_trainers"
 
+# %% ../nbs/api/51_nnunet.ipynb #e21d9fbd
 def preprocessed_folder(
     dataset_id,  # number, or name such as Dataset901_Coins
 )->Path:
@@ -201,6 +231,7 @@ def make_recipe(
     if Path(str(network["weights"])).exists(): network["weights"] = str(Path(network["weights"]).resolve())
     return plain(dict(network=network, loop={k: loop[k] for k in LOOP}, layer_decay=arguments["layer_decay"], iterations=[max(1, batches), max(1, batches // 5)]))
 
+# %% ../nbs/api/51_nnunet.ipynb #00598615
 def setup(
     dataset_id,                  # number of a preprocessed data set, or its name
     path=None,                   # YAML recipe of train_segmenter

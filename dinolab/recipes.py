@@ -71,6 +71,7 @@ def read_yaml(
     if not OmegaConf.is_dict(found): raise InputError(f"{path}: got a list, expected key: value")
     return found
 
+# %% ../nbs/api/49_recipes.ipynb #0759c3c0
 def with_overrides(
     config,     # from read_yaml
     pairs:list, # of key=value
@@ -79,6 +80,16 @@ def with_overrides(
     for pair in pairs:
         if "=" not in pair: raise InputError(f"{pair!r}: expected key=value, such as train.epochs=5")
     return OmegaConf.merge(config, OmegaConf.from_dotlist(list(pairs)))
+
+# %% ../nbs/api/49_recipes.ipynb #462046ad
+def _unknown(key, known, where):
+    near = nearest(key, known, n=1)
+    return f"{where}: no key {key!r}: " + (f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}")
+
+def _check_number(key, value, default):
+    "A number where the default is one."
+    if isinstance(default, bool) and not isinstance(value, bool): raise InputError(f"{key}={value!r}: expected true or false")
+    if isinstance(default, (int, float)) and not isinstance(default, bool) and isinstance(value, (bool, str)): raise InputError(f"{key}={value!r}: expected a number")
 
 # %% ../nbs/api/49_recipes.ipynb #bf64bc6b
 def arguments(
@@ -100,15 +111,6 @@ def arguments(
     except OmegaConfBaseException as e: raise InputError(f"{e.full_key or function.__name__}: {str(e).splitlines()[0]}") from None
     return {f.name: getattr(done, f.name) for f in dataclasses.fields(kind)}
 
-def _check_number(key, value, default):
-    "A number where the default is one."
-    if isinstance(default, bool) and not isinstance(value, bool): raise InputError(f"{key}={value!r}: expected true or false")
-    if isinstance(default, (int, float)) and not isinstance(default, bool) and isinstance(value, (bool, str)): raise InputError(f"{key}={value!r}: expected a number")
-
-def _unknown(key, known, where):
-    near = nearest(key, known, n=1)
-    return f"{where}: no key {key!r}: " + (f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}")
-
 # %% ../nbs/api/49_recipes.ipynb #fb3151ca
 RECIPES = dict(
     train=dict(unet3d=train_unet3d, segmenter=train_segmenter),
@@ -127,6 +129,7 @@ def recipe_of(
     name = config.pop("recipe", known)
     return pick(pick(RECIPES, command, "command"), name, f"recipe of {command}"), config
 
+# %% ../nbs/api/49_recipes.ipynb #dad1d3b4
 def run_recipe(
     command:str,    # train, evaluate or predict
     path=None,      # of a YAML file; None: only overrides

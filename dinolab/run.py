@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['new_folder', 'versions', 'git_state', 'machine', 'process_start', 'is_dead', 'new_record', 'append_line',
-           'read_lines', 'flatten', 'RunState', 'Run', 'start_run', 'run_row', 'gather', 'varying', 'gather_table']
+           'read_lines', 'flatten', 'RunFolder', 'RunState', 'RunFiles', 'Run', 'start_run', 'run_row', 'gather',
+           'varying', 'gather_table']
 
 # %% ../nbs/api/03_run.ipynb #eac4b1cc
 import csv
@@ -149,13 +150,11 @@ def flatten(
         else: raise InputError(f"metric {prefix + str(name)!r} is {v!r}: expected a number or None; log other values with run.log")
     return flat
 
-# %% ../nbs/api/03_run.ipynb #27e44582
-class RunState:
+# %% ../nbs/api/03_run.ipynb #0a9c5832
+class RunFolder:
     "A run folder's parameters, record and status."
     def __init__(self, path:str|Path): self.path = Path(path)
     def __repr__(self)->str: return f"Run({str(self.path)!r}, {self.status})"
-    def __enter__(self): return self
-    def __exit__(self, kind, error, trace): self.finish() if error is None else self.fail(error)
 
     @classmethod
     def open(cls,
@@ -181,6 +180,12 @@ class RunState:
         info = self.info
         return "died" if info["status"] == "running" and is_dead(info["process"]) else info["status"]
 
+# %% ../nbs/api/03_run.ipynb #27e44582
+class RunState(RunFolder):
+    "A run folder, and how it ends."
+    def __enter__(self): return self
+    def __exit__(self, kind, error, trace): self.finish() if error is None else self.fail(error)
+
     def finish(self):
         "The run is done."
         self._end(status="done", error=None, traceback=None)
@@ -200,27 +205,9 @@ class RunState:
         seconds = (now - datetime.fromisoformat(info["started"])).total_seconds()
         write_json(self.path/"run.json", info | dict(ended=now.isoformat(), seconds=round(seconds, 3)) | values)
 
-# %% ../nbs/api/03_run.ipynb #72f3e13d
-class Run(RunState):
-    "The folder of one experiment."
-    @classmethod
-    def create(cls,
-        experiment:str,        # name of the experiment, a folder name
-        params:Mapping,        # parameter -> value
-        root:str|Path="runs",  # folder of all runs
-        manifest=None,         # as save_manifest takes it
-        path:str|Path=None,    # the folder itself; None: a new one below root
-    )->"Run":
-        "A new run, with status running."
-        if Path(experiment).name != experiment: raise InputError(f"experiment name {experiment!r}: expected a plain folder name")
-        key = settings_hash(dict(experiment=experiment, params=params), 8)
-        if path is not None and (Path(path)/"run.json").exists(): raise InputError(f"{path} holds a run: expected another folder")
-        run = cls(new_folder(Path(root)/experiment, key) if path is None else path)
-        write_yaml(run.path/"params.yaml", params)
-        if manifest is not None: run.save_manifest(manifest)
-        write_json(run.path/"run.json", new_record(experiment, key))
-        return run
-
+# %% ../nbs/api/03_run.ipynb #c6d194bb
+class RunFiles(RunState):
+    "A run folder, and what is put into it."
     def log(self,
         **values,  # e.g. step, loss, lr
     ):
@@ -258,6 +245,27 @@ class Run(RunState):
         "Keep `manifest` as manifest.yaml."
         if isinstance(manifest, (str, Path)): manifest = yaml.safe_load(Path(manifest).read_text(encoding="utf-8"))
         write_yaml(self.path/"manifest.yaml", manifest.model_dump(mode="json") if hasattr(manifest, "model_dump") else manifest)
+
+# %% ../nbs/api/03_run.ipynb #72f3e13d
+class Run(RunFiles):
+    "The folder of one experiment."
+    @classmethod
+    def create(cls,
+        experiment:str,        # name of the experiment, a folder name
+        params:Mapping,        # parameter -> value
+        root:str|Path="runs",  # folder of all runs
+        manifest=None,         # as save_manifest takes it
+        path:str|Path=None,    # the folder itself; None: a new one below root
+    )->"Run":
+        "A new run, with status running."
+        if Path(experiment).name != experiment: raise InputError(f"experiment name {experiment!r}: expected a plain folder name")
+        key = settings_hash(dict(experiment=experiment, params=params), 8)
+        if path is not None and (Path(path)/"run.json").exists(): raise InputError(f"{path} holds a run: expected another folder")
+        run = cls(new_folder(Path(root)/experiment, key) if path is None else path)
+        write_yaml(run.path/"params.yaml", params)
+        if manifest is not None: run.save_manifest(manifest)
+        write_json(run.path/"run.json", new_record(experiment, key))
+        return run
 
 # %% ../nbs/api/03_run.ipynb #fb499da5
 def start_run(

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'ConvBlock', 'halvings', 'possible', 'UNet3D', 'plane_sizes', 'by_plane', 'target_size', 'plane_upsamplers',
-           'Surroundings', 'DINOv3UNet3D', 'standardise', 'load_filter', 'VoxelLinear', 'feature_bytes']
+           'Lift', 'Surroundings', 'LiftedUNet', 'DINOv3UNet3D', 'standardise', 'load_filter', 'VoxelLinear',
+           'feature_bytes']
 
 # %% ../nbs/api/24_unet3d.ipynb #b8a5b4bc
 import math
@@ -48,6 +49,7 @@ def halvings(
         size = tuple(-(-n // k) for n, k in zip(size, plan[-1]))
     return plan
 
+# %% ../nbs/api/24_unet3d.ipynb #e9e7c684
 def possible(step:tuple, size:tuple)->tuple:
     "A step, without the axes that are too short to be halved in a volume smaller than planned."
     return tuple(k if n >= 4 else 1 for k, n in zip(step, size))
@@ -103,6 +105,7 @@ def plane_sizes(
     "Sizes of features by plane."
     return {p: _three(s, "feature size") for p, s in (sizes if isinstance(sizes, dict) else {"all": sizes}).items()}
 
+# %% ../nbs/api/24_unet3d.ipynb #ae595033
 def by_plane(
     features,      # b c z y x, or plane -> b c z y x
     sizes:dict,    # planes that are expected
@@ -117,6 +120,7 @@ def by_plane(
         if x.ndim != 5 or x.shape[1] != channels: raise InputError(f"features {p} {tuple(x.shape)}: expected b {channels} z y x")
     return features
 
+# %% ../nbs/api/24_unet3d.ipynb #383a871f
 def target_size(
     features:dict,     # plane -> b c z y x
     sizes:dict,        # that the network was built for
@@ -140,6 +144,44 @@ def plane_upsamplers(
     shared = next((m for m in made.values() if isinstance(m, NeighborhoodFilter)), None)
     return nn.ModuleDict({p: shared if isinstance(m, NeighborhoodFilter) else m for p, m in made.items()})
 
+# %% ../nbs/api/24_unet3d.ipynb #df21446a
+class Lift(nn.Module):
+    "Features of planes on their grids, b c z y x each -> b out Z Y X, their mean at the voxels of the target."
+    def __init__(self,
+        channels:int,        # of the features
+        out:int,             # of the result
+        sizes:dict,          # plane -> z y x
+        size:tuple,          # target, z y x
+        upsampler,           # of dinolab.upsample, "auto", or a module
+        guide_channels:int,  # of the raw volume
+    ):
+        super().__init__()
+        self.sizes, self.input_size = sizes, size
+        self.project = nn.ModuleDict({p: nn.Conv3d(channels, out, 1) for p in sizes})
+        self.upsample = plane_upsamplers(upsampler, out, sizes, size, guide_channels)
+
+    def lift(self,
+        features:dict,      # plane -> b c z y x
+        size:tuple,         # of the result, Z Y X
+        guide:Tensor=None,  # b g Z Y X, raw volume in 0..1
+        lean:bool=False,    # less memory for more time
+    )->Tensor:              # b out Z Y X
+        "Mean over the planes."
+        codes = self._codes(guide) if len(features) > 1 else None
+        return sum(self._plane(p, x, size, guide, codes, lean) for p, x in features.items()) / len(features)
+
+    def _codes(self, guide):
+        "What a filter that the planes share sees in the guide: looked at once."
+        shared = next(iter(self.upsample.values()))
+        return shared.encode(guide) if isinstance(shared, NeighborhoodFilter) else None
+
+    def _plane(self, plane, x, size, guide, codes, lean):
+        "Features of one plane at the voxels of the target."
+        x = self.project[plane](x.to(self.project[plane].weight.dtype))
+        given = (x, size, guide) if codes is None else (x, size, guide, codes)
+        return checkpoint(self.upsample[plane], *given, use_reentrant=False) if lean else self.upsample[plane](*given)
+
+# %% ../nbs/api/24_unet3d.ipynb #f74c3575
 class Surroundings(nn.Module):
     "Encoder of a view at a coarser scale: b g Z Y X -> b c, the part in its middle that the crop covers, at half the resolution of the view."
     def __init__(self,
@@ -158,8 +200,37 @@ class Surroundings(nn.Module):
         keep = [max(1, round(n / self.scale)) for n in x.shape[2:]]
         return x[(..., *(slice((n - k) // 2, (n - k) // 2 + k) for n, k in zip(x.shape[2:], keep)))]
 
+# %% ../nbs/api/24_unet3d.ipynb #d272c21f
+class LiftedUNet(Lift):
+    "Lifted features, raw volume and surroundings through a U-Net to logits; `DINOv3UNet3D` makes the parts."
+    @property
+    def needs_guide(self)->bool: "Whether a forward pass needs the raw volume."; return self.raw is not None or any(getattr(u, "needs_guide", False) for u in self.upsample.values())
+
+    def forward(self,
+        features,             # b c z y x, or plane -> b c z y x
+        guide:Tensor=None,    # b g Z Y X, raw volume in 0..1 on the target grid
+        context:Tensor=None,  # b g Z Y X, the surroundings, coarser
+        size:tuple=None,      # of the result, Z Y X; None: what the features stand for
+    ):                        # b n Z Y X, or in training with deep supervision a list, finest first
+        "Logits."
+        features = by_plane(features, self.sizes, self.config["input_channels"])
+        self._check(guide, context)
+        size = target_size(features, self.sizes, self.input_size) if size is None else _three(size, "size")
+        if guide is not None and guide.shape[2:] != size: raise InputError(f"guide of {tuple(guide.shape[2:])} voxels for a target of {size}: expected the raw volume on the target grid")
+        x = self.lift(features, size, guide, self.unet.gradient_checkpointing and self.training)
+        if self.raw is not None: x = x + self.raw(guide[:, :self.raw.in_channels])
+        maps = self.unet(x, None if self.context is None else self.context(context))
+        maps[0] = torch.cat([maps[0], x], 1)
+        out = [head(m) for head, m in zip(self.heads, maps)]
+        return out if self.training and self.config["deep_supervision"] else out[0]
+
+    def _check(self, guide, context):
+        "What is missing, or there without use, is said."
+        if guide is None and self.needs_guide: raise InputError(f"upsampler {self.config['upsampler']} needs the raw volume: pass guide= (b g z y x, in 0..1, on the target grid)")
+        if (context is None) != (self.context is None): raise InputError(f"context {'missing' if context is None else 'given'}: expected it {'with' if self.context is not None else 'without'} context_channels={self.config['context_channels']}")
+
 # %% ../nbs/api/24_unet3d.ipynb #28c40d9e
-class DINOv3UNet3D(nn.Module):
+class DINOv3UNet3D(LiftedUNet):
     "3D U-Net on features: of one tensor, or of several planes each on its own grid."
     def __init__(self,
         input_channels:int,        # of the features; several ViT layers are concatenated
@@ -180,57 +251,15 @@ class DINOv3UNet3D(nn.Module):
         context_channels:int=0,    # of a view at a coarser scale; 0: none
         context_scale:int=4,       # so many times as coarse
     ):
-        super().__init__()
         config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         if learn_upsampling and dinov3_feature_size is None: raise InputError("learn_upsampling=True without dinov3_feature_size: expected the z y x of the features, or plane -> z y x")
-        self.sizes = plane_sizes(dinov3_feature_size if learn_upsampling else input_size)
-        self.input_size, self.num_classes = _three(input_size, "input_size"), num_classes
-        self.config = config | dict(input_size=self.input_size, dinov3_feature_size=self.sizes if learn_upsampling else None)
-        self.project = nn.ModuleDict({p: nn.Conv3d(input_channels, base_channels, 1) for p in self.sizes})
-        self.upsample = plane_upsamplers(upsampler if learn_upsampling else "interpolate", base_channels, self.sizes, self.input_size, guide_channels)
+        sizes, size = plane_sizes(dinov3_feature_size if learn_upsampling else input_size), _three(input_size, "input_size")
+        super().__init__(input_channels, base_channels, sizes, size, upsampler if learn_upsampling else "interpolate", guide_channels)
+        self.num_classes, self.config = num_classes, config | dict(input_size=size, dinov3_feature_size=sizes if learn_upsampling else None)
         self.raw = nn.Conv3d(raw_channels, base_channels, 3, padding=1) if raw_channels else None
-        self.context = Surroundings(context_channels, base_channels, context_scale, self.input_size, norm) if context_channels else None
-        self.unet = UNet3D(base_channels, levels, size=self.input_size, norm=norm, dropout=dropout, bottom_channels=base_channels if context_channels else 0, gradient_checkpointing=gradient_checkpointing)
+        self.context = Surroundings(context_channels, base_channels, context_scale, size, norm) if context_channels else None
+        self.unet = UNet3D(base_channels, levels, size=size, norm=norm, dropout=dropout, bottom_channels=base_channels if context_channels else 0, gradient_checkpointing=gradient_checkpointing)
         self.heads = nn.ModuleList(nn.Conv3d(w + base_channels * (i == 0), num_classes, 1) for i, w in enumerate(self.unet.widths[:-1 if deep_supervision else 1]))
-
-    @property
-    def needs_guide(self)->bool: "Whether a forward pass needs the raw volume."; return self.raw is not None or any(getattr(u, "needs_guide", False) for u in self.upsample.values())
-
-    def forward(self,
-        features,             # b c z y x, or plane -> b c z y x
-        guide:Tensor=None,    # b g Z Y X, raw volume in 0..1 on the target grid
-        context:Tensor=None,  # b g Z Y X, the surroundings, coarser
-        size:tuple=None,      # of the result, Z Y X; None: what the features stand for
-    ):                        # b n Z Y X, or in training with deep supervision a list, finest first
-        "Logits."
-        features = by_plane(features, self.sizes, self.config["input_channels"])
-        self._check(guide, context)
-        size = target_size(features, self.sizes, self.input_size) if size is None else _three(size, "size")
-        if guide is not None and guide.shape[2:] != size: raise InputError(f"guide of {tuple(guide.shape[2:])} voxels for a target of {size}: expected the raw volume on the target grid")
-        codes = self._codes(guide) if len(features) > 1 else None
-        x = sum(self._lift(p, f, size, guide, codes) for p, f in features.items()) / len(features)
-        if self.raw is not None: x = x + self.raw(guide[:, :self.raw.in_channels])
-        maps = self.unet(x, None if self.context is None else self.context(context))
-        maps[0] = torch.cat([maps[0], x], 1)
-        out = [head(m) for head, m in zip(self.heads, maps)]
-        return out if self.training and self.config["deep_supervision"] else out[0]
-
-    def _codes(self, guide):
-        "What a filter that the planes share sees in the guide: looked at once."
-        shared = next(iter(self.upsample.values()))
-        return shared.encode(guide) if isinstance(shared, NeighborhoodFilter) else None
-
-    def _lift(self, plane, features, size, guide, codes):
-        "Features of one plane at the voxels of the target."
-        x = self.project[plane](features.to(self.project[plane].weight.dtype))
-        given = (x, size, guide) if codes is None else (x, size, guide, codes)
-        if not (self.unet.gradient_checkpointing and self.training): return self.upsample[plane](*given)
-        return checkpoint(self.upsample[plane], *given, use_reentrant=False)
-
-    def _check(self, guide, context):
-        "What is missing, or there without use, is said."
-        if guide is None and self.needs_guide: raise InputError(f"upsampler {self.config['upsampler']} needs the raw volume: pass guide= (b g z y x, in 0..1, on the target grid)")
-        if (context is None) != (self.context is None): raise InputError(f"context {'missing' if context is None else 'given'}: expected it {'with' if self.context is not None else 'without'} context_channels={self.config['context_channels']}")
 
     @classmethod
     def from_config(cls, config:dict)->"DINOv3UNet3D":
@@ -249,6 +278,7 @@ def standardise(
         conv.weight /= std[p].view(1, -1, 1, 1, 1).clamp_min(1e-6)
         conv.bias -= conv.weight[..., 0, 0, 0] @ mean[p]
 
+# %% ../nbs/api/24_unet3d.ipynb #3980b326
 def load_filter(
     model:DINOv3UNet3D,  # with upsampler neighborhood
     trained,             # NeighborhoodFilter of three dimensions, or the file of its weights

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LINEAR', 'POOL', 'UPSAMPLERS', 'resize', 'Interpolate', 'cell_tables', 'to_cells', 'from_cells', 'windows',
-           'window_distance', 'sum_axes', 'Tile', 'tiles', 'Guided', 'JointBilateral', 'stages', 'Transpose',
-           'choose_upsampler', 'create_upsampler', 'record_voxels']
+           'window_distance', 'sum_axes', 'Tile', 'tiles', 'GuidedTile', 'Guided', 'JointBilateral', 'stages',
+           'Transpose', 'choose_upsampler', 'create_upsampler', 'record_voxels']
 
 # %% ../nbs/api/22_upsample.ipynb #07646f55
 import math
@@ -72,6 +72,7 @@ def to_cells(
     d = len(members)
     return x.permute(0, *range(2, 2 + 2 * d, 2), *range(3, 2 + 2 * d, 2), 1)
 
+# %% ../nbs/api/22_upsample.ipynb #6a5a167f
 def from_cells(
     x:Tensor,    # b n1..nd m1..md c
     places:list, # per axis: index of each fine voxel in n · m
@@ -84,6 +85,7 @@ def from_cells(
         if len(p) != x.shape[2 + a] or not bool((p == torch.arange(len(p), device=p.device)).all()): x = x.index_select(2 + a, p)
     return x
 
+# %% ../nbs/api/22_upsample.ipynb #f7e281d2
 def windows(
     x:Tensor,      # b c *coarse
     window:tuple,  # cells per axis, odd
@@ -106,6 +108,7 @@ def window_distance(
     outside = (at < 0) | (at >= n)
     return (step - offset[..., None]).masked_fill(outside[:, None], math.inf)
 
+# %% ../nbs/api/22_upsample.ipynb #a0bb0838
 def sum_axes(
     parts:list,  # per axis: n m w
 )->Tensor:       # n1..nd P W
@@ -135,6 +138,7 @@ class Tile:
         self.real = [t[3][c] for t, c in zip(tables, self.cells)]
         self.places = [t[1][o] - a * t[0].shape[1] for t, o, (a, _) in zip(tables, self.out, box)]
 
+# %% ../nbs/api/22_upsample.ipynb #a92a7cdd
 def tiles(
     tables:list,    # per axis, from cell_tables
     reach:tuple,    # per axis: cells around
@@ -151,11 +155,38 @@ def tiles(
     return [Tile(tables, b, reach) for b in boxes]
 
 # %% ../nbs/api/22_upsample.ipynb #f8e48e48
-class Guided(nn.Module):
-    "Weighted means of the coarse cells around each fine voxel; subclasses say how much each weighs."
+class GuidedTile(nn.Module):
+    "Weighted means of the coarse cells around each fine voxel of a tile; subclasses say how much each weighs."
     needs_guide = True
     halo = 0  # fine voxels of the guide that `encode` sees around a tile
 
+    def encode(self, guide:Tensor)->Tensor: raise NotImplementedError  # b g *s -> b e *s, from at most `halo` voxels around
+    def weigh(self, fine:Tensor, coarse:Tensor, distance:list)->Tensor: raise NotImplementedError  # b cells P e, b cells W e -> b cells P W
+    def scratch(self)->int: return 1  # numbers per fine voxel that `encode` and `weigh` hold at once
+
+    def _codes(self, guide, tile):
+        "The encoding of the fine voxels of a tile, from those and a halo."
+        view = [slice(max(0, f.start - self.halo), min(n, f.stop + self.halo)) for f, n in zip(tile.fine, guide.shape[2:])]
+        own = [slice(f.start - v.start, f.stop - v.start) for f, v in zip(tile.fine, view)]
+        return self.encode(guide[(..., *view)])[(..., *own)]
+
+    def _tile(self, x, guide, codes, tables, window, tile):
+        "The fine voxels of one box of cells."
+        d = len(window)
+        fine = to_cells(self._codes(guide, tile) if codes is None else codes[(..., *tile.fine)], tile.members)  # b cells positions e
+        real = sum_axes([r[..., None].float() for r in tile.real])[..., 0] > d - 0.5  # cells P
+        fine = fine.flatten(1 + d, 2 * d)                                      # b cells P e
+        coarse = (fine * real[..., None]).sum(-2) / real.sum(-1)[..., None]    # b cells e, mean over the cell
+        inner = (slice(None), *tile.inner)
+        distance = [window_distance(t[2], w)[slice(*b)] for t, w, b in zip(tables, window, tile.box)]
+        weights = self.weigh(fine[inner], windows(coarse.movedim(-1, 1), window)[inner], distance)
+        out = weights.to(x.dtype) @ windows(x[(..., *tile.cells)], window)[inner]  # b cells P c
+        m = [t[0].shape[1] for t in tables]
+        return from_cells(out.unflatten(1 + d, m), tile.places)
+
+# %% ../nbs/api/22_upsample.ipynb #defa904b
+class Guided(GuidedTile):
+    "Weighted means of the coarse cells around each fine voxel, tile by tile."
     def __init__(self,
         in_channels:int,         # of the features
         window:int=3,            # cells per axis that grows, odd
@@ -164,9 +195,6 @@ class Guided(nn.Module):
         super().__init__()
         if window < 3 or window % 2 == 0: raise InputError(f"window {window}: expected an odd number of cells, 3 or more")
         self.out_channels, self.window, self.budget = in_channels, window, budget
-
-    def encode(self, guide:Tensor)->Tensor: raise NotImplementedError  # b g *s -> b e *s, from at most `halo` voxels around
-    def weigh(self, fine:Tensor, coarse:Tensor, distance:list)->Tensor: raise NotImplementedError  # b cells P e, b cells W e -> b cells P W
 
     def forward(self,
         x:Tensor,      # b c *small
@@ -189,28 +217,6 @@ class Guided(nn.Module):
         out = x.new_empty(*x.shape[:2], *size)
         for t in boxes: out[(..., *t.out)] = self._tile(x, guide, codes, tables, window, t)
         return out
-
-    def scratch(self)->int: return 1  # numbers per fine voxel that `encode` and `weigh` hold at once
-
-    def _codes(self, guide, tile):
-        "The encoding of the fine voxels of a tile, from those and a halo."
-        view = [slice(max(0, f.start - self.halo), min(n, f.stop + self.halo)) for f, n in zip(tile.fine, guide.shape[2:])]
-        own = [slice(f.start - v.start, f.stop - v.start) for f, v in zip(tile.fine, view)]
-        return self.encode(guide[(..., *view)])[(..., *own)]
-
-    def _tile(self, x, guide, codes, tables, window, tile):
-        "The fine voxels of one box of cells."
-        d = len(window)
-        fine = to_cells(self._codes(guide, tile) if codes is None else codes[(..., *tile.fine)], tile.members)  # b cells positions e
-        real = sum_axes([r[..., None].float() for r in tile.real])[..., 0] > d - 0.5  # cells P
-        fine = fine.flatten(1 + d, 2 * d)                                      # b cells P e
-        coarse = (fine * real[..., None]).sum(-2) / real.sum(-1)[..., None]    # b cells e, mean over the cell
-        inner = (slice(None), *tile.inner)
-        distance = [window_distance(t[2], w)[slice(*b)] for t, w, b in zip(tables, window, tile.box)]
-        weights = self.weigh(fine[inner], windows(coarse.movedim(-1, 1), window)[inner], distance)
-        out = weights.to(x.dtype) @ windows(x[(..., *tile.cells)], window)[inner]  # b cells P c
-        m = [t[0].shape[1] for t in tables]
-        return from_cells(out.unflatten(1 + d, m), tile.places)
 
 # %% ../nbs/api/22_upsample.ipynb #7876a705
 class JointBilateral(Guided):

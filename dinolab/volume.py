@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['OPTIONS', 'triple', 'Grid', 'size_text', 'check_same_box', 'mirror', 'resample_matrix', 'axis_matrices',
            'with_mirror', 'is_identity', 'apply_matrices', 'majority', 'check_roi', 'Volume', 'check_inside',
-           'StoredArray', 'LevelMeta', 'ngff_levels', 'array_level', 'Multiscale', 'plain_path', 'open_group',
-           'open_multiscale', 'format_of', 'open_levels', 'open_volume', 'open_or_create_group', 'create_array',
-           'writable', 'pyramid_grids', 'ngff_attributes', 'create_multiscale', 'storage_blocks', 'fill_pyramid',
-           'new_folder', 'write_multiscale', 'update_datapaths_with_target_scales']
+           'touched_chunks', 'check_present', 'decoding_error', 'StoredArray', 'LevelMeta', 'ngff_levels',
+           'array_level', 'Multiscale', 'plain_path', 'open_group', 'open_multiscale', 'format_of', 'open_levels',
+           'open_volume', 'open_or_create_group', 'create_array', 'writable', 'pyramid_grids', 'ngff_attributes',
+           'create_multiscale', 'storage_blocks', 'fill_pyramid', 'new_folder', 'write_multiscale',
+           'update_datapaths_with_target_scales']
 
 # %% ../nbs/api/11_volume.ipynb #4904a215
 import itertools
@@ -45,6 +46,11 @@ def triple(
     if not all(math.isfinite(v) for v in values): raise InputError(f"{what} {values}: expected finite numbers")
     if positive and min(values) <= 0: raise InputError(f"{what} {values}: expected positive numbers")
     return values
+
+# %% ../nbs/api/11_volume.ipynb #79661770
+def _check_grid(shape, voxel_size):
+    if len(shape) != 3 or min(shape) < 1: raise InputError(f"a grid of shape {shape}: expected three sizes (z, y, x) of at least 1")
+    if not all(1e-3 <= v <= 1e9 for v in voxel_size): raise InputError(f"voxel size {voxel_size} nm: expected between 0.001 nm and 1 m; are the units right?")
 
 # %% ../nbs/api/11_volume.ipynb #5cc2f113
 @dataclass(frozen=True)
@@ -93,10 +99,6 @@ class Grid:
         "The voxels of this grid that touch the box of `other`."
         ends = [((c2 - c) / v, (c2 + e2 - c) / v) for c, v, c2, e2 in zip(self.corner, self.voxel_size, other.corner, other.extent)]
         return tuple(slice(math.floor(a + 1e-6) - margin, math.ceil(b - 1e-6) + margin) for a, b in ends)
-
-def _check_grid(shape, voxel_size):
-    if len(shape) != 3 or min(shape) < 1: raise InputError(f"a grid of shape {shape}: expected three sizes (z, y, x) of at least 1")
-    if not all(1e-3 <= v <= 1e9 for v in voxel_size): raise InputError(f"voxel size {voxel_size} nm: expected between 0.001 nm and 1 m; are the units right?")
 
 # %% ../nbs/api/11_volume.ipynb #3d850212
 def size_text(
@@ -212,6 +214,23 @@ def check_roi(
         raise InputError(f"{name}: region [{', '.join(f'{s.start}:{s.stop}' for s in roi)}] of a volume of shape {tuple(shape)}: expected three non-empty ranges within it")
     return tuple(slice(a, b) for a, b, _ in ends)
 
+# %% ../nbs/api/11_volume.ipynb #effac0ab
+def _nearest_index(src, dst, a):
+    "Index of the source voxel that holds each target centre; a centre on an edge takes the lower voxel."
+    pos = (dst.origin[a] + np.arange(dst.shape[a]) * dst.voxel_size[a] - src.corner[a]) / src.voxel_size[a]
+    return np.clip(np.ceil(np.round(pos, 6)).astype(int) - 1, 0, src.shape[a] - 1)
+
+def _majority_sample(data, matrices):
+    "Label with the largest share of each target voxel's box, one label at a time to bound memory."
+    best, out = None, None
+    for value in np.unique(data):
+        share = apply_matrices(data == value, matrices)
+        if best is None: best, out = share, np.full(share.shape, value, data.dtype)
+        else:
+            more = share > best + 1e-6
+            out[more], best = value, np.maximum(best, share)
+    return out
+
 # %% ../nbs/api/11_volume.ipynb #544a273f
 class Volume:
     "A lazily read array with its grid, z y x."
@@ -259,22 +278,6 @@ class Volume:
         if mode == "nearest": return data[np.ix_(*(_nearest_index(self.grid.crop(roi), grid, a) for a in range(3)))]
         return _majority_sample(data, matrices)
 
-def _nearest_index(src, dst, a):
-    "Index of the source voxel that holds each target centre; a centre on an edge takes the lower voxel."
-    pos = (dst.origin[a] + np.arange(dst.shape[a]) * dst.voxel_size[a] - src.corner[a]) / src.voxel_size[a]
-    return np.clip(np.ceil(np.round(pos, 6)).astype(int) - 1, 0, src.shape[a] - 1)
-
-def _majority_sample(data, matrices):
-    "Label with the largest share of each target voxel's box, one label at a time to bound memory."
-    best, out = None, None
-    for value in np.unique(data):
-        share = apply_matrices(data == value, matrices)
-        if best is None: best, out = share, np.full(share.shape, value, data.dtype)
-        else:
-            more = share > best + 1e-6
-            out[more], best = value, np.maximum(best, share)
-    return out
-
 # %% ../nbs/api/11_volume.ipynb #aa449c08
 class _Window:
     "A region of an array-like, as an array-like."
@@ -293,6 +296,54 @@ def check_inside(
         slack = max(v, v2) / 2 + 1e-6
         if c < c2 - slack or c + e > c2 + e2 + 2 * slack:
             raise InputError(f"{name}: {axis} from {c:g} to {c + e:g} nm asked, {c2:g} to {c2 + e2:g} nm there: expected a box inside the volume")
+
+# %% ../nbs/api/11_volume.ipynb #60a0f831
+def touched_chunks(
+    array,        # zarr array
+    index:tuple,  # an integer or a slice with start and stop per axis
+):                # yields the chunk's place in the grid of chunks, and slices of the data read
+    "Storage chunks that `index` touches."
+    sizes = getattr(array, "shards", None) or array.chunks
+    ranges = [slice(i, i + 1) if isinstance(i, int) else i for i in index]
+    spans = [range(r.start // n, (r.stop - 1) // n + 1) for r, n in zip(ranges, sizes)]
+    for chunk in itertools.product(*spans):
+        inside = tuple(slice(max(k * n, r.start) - r.start, min((k + 1) * n, r.stop) - r.start) for k, n, r in zip(chunk, sizes, ranges))
+        yield chunk, tuple(s for s, i in zip(inside, index) if not isinstance(i, int))
+
+# %% ../nbs/api/11_volume.ipynb #9e8a5865
+def _exists(array, chunk):
+    key = array.metadata.encode_chunk_key(chunk)
+    return sync((array.store_path / key).store.exists(str((array.store_path / key).path)))
+
+def check_present(
+    array,            # zarr array
+    index:tuple,      # that was read
+    data:np.ndarray,  # what it gave
+    name:str,         # for the error
+):
+    "Raise `InputError` when a chunk of the data is not in the store."
+    fill = array.metadata.fill_value
+    blank = np.isnan if fill != fill else partial(np.equal, 0 if fill is None else fill)  # zarr reads null as 0
+    for chunk, inside in touched_chunks(array, index):
+        part = data[inside]
+        if part.size and blank(part.flat[0]) and blank(part).all() and not _exists(array, chunk):
+            raise InputError(f"{name}: chunk {chunk} is missing; restore it, or read with missing='fill' if blank chunks were never written")
+
+# %% ../nbs/api/11_volume.ipynb #fb54dd2f
+def decoding_error(
+    array,            # zarr array
+    index:tuple,      # that was read
+    name:str,         # for the error
+    error:Exception,  # that reading has raised
+)->Exception:
+    "The error that names the first chunk of `index` that cannot be decoded."
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    if isinstance(error, (KeyboardInterrupt, MemoryError)) or not hasattr(array, "chunks"): return error
+    sizes = getattr(array, "shards", None) or array.chunks
+    for chunk, _ in touched_chunks(array, index):
+        try: array[tuple(slice(k * n, k * n + n) for k, n in zip(chunk, sizes))]
+        except Exception: return InputError(f"{name}: chunk {chunk} cannot be decoded ({reason}): it is truncated or corrupted; restore or rewrite it")
+    return error
 
 # %% ../nbs/api/11_volume.ipynb #845c5967
 class StoredArray:
@@ -315,42 +366,10 @@ class StoredArray:
     def __getitem__(self, roi):
         index = self._index(roi)
         try: data = np.asarray(self.array[index])
-        except Exception as e: raise self._broken(index, e) from e
-        if self.missing == "error" and hasattr(self.array, "metadata"): self._check(index, data)
+        except Exception as e: raise decoding_error(self.array, index, self.name, e) from e
+        if self.missing == "error" and hasattr(self.array, "metadata"): check_present(self.array, index, data, self.name)
         kept = [a for a in self.axes if a in "zyx"]
         return data.transpose([kept.index(a) for a in "zyx"])
-
-    def _chunks(self, index):
-        "Storage chunks that `index` touches: their grid index, and where they lie in the data read."
-        sizes = getattr(self.array, "shards", None) or self.array.chunks
-        ranges = [slice(i, i + 1) if isinstance(i, int) else i for i in index]
-        spans = [range(r.start // n, (r.stop - 1) // n + 1) for r, n in zip(ranges, sizes)]
-        for chunk in itertools.product(*spans):
-            inside = tuple(slice(max(k * n, r.start) - r.start, min((k + 1) * n, r.stop) - r.start) for k, n, r in zip(chunk, sizes, ranges))
-            yield chunk, tuple(s for s, i in zip(inside, index) if not isinstance(i, int))
-
-    def _check(self, index, data):
-        "Only a chunk that reads as pure fill value can be absent, so only those are looked up in the store."
-        fill = self.array.metadata.fill_value
-        blank = np.isnan if fill != fill else partial(np.equal, 0 if fill is None else fill)  # zarr reads null as 0
-        for chunk, inside in self._chunks(index):
-            part = data[inside]
-            if part.size and blank(part.flat[0]) and blank(part).all() and not self._exists(chunk):
-                raise InputError(f"{self.name}: chunk {chunk} is missing; restore it, or read with missing='fill' if blank chunks were never written")
-
-    def _exists(self, chunk):
-        key = self.array.metadata.encode_chunk_key(chunk)
-        return sync((self.array.store_path / key).store.exists(str((self.array.store_path / key).path)))
-
-    def _broken(self, index, error):
-        "The error that names the first chunk of `index` that cannot be decoded."
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if isinstance(error, (KeyboardInterrupt, MemoryError)) or not hasattr(self.array, "chunks"): return error
-        sizes = getattr(self.array, "shards", None) or self.array.chunks
-        for chunk, _ in self._chunks(index):
-            try: self.array[tuple(slice(k * n, k * n + n) for k, n in zip(chunk, sizes))]
-            except Exception: return InputError(f"{self.name}: chunk {chunk} cannot be decoded ({reason}): it is truncated or corrupted; restore or rewrite it")
-        return error
 
 # %% ../nbs/api/11_volume.ipynb #c80b44e4
 @dataclass(frozen=True)
