@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 import traceback
+from contextlib import suppress
 from datetime import datetime, timezone
 from importlib import metadata
 from numbers import Number
@@ -155,7 +156,9 @@ class RunState:
     def __init__(self, path:str|Path): self.path = Path(path)
     def __repr__(self)->str: return f"Run({str(self.path)!r}, {self.status})"
     def __enter__(self): return self
-    def __exit__(self, kind, error, trace): self.finish() if error is None else self.fail(error)
+    def __exit__(self, kind, error, trace):
+        if error is None: return self.finish()
+        with suppress(OSError): self.fail(error)  # a full disk must not hide what happened
 
     @classmethod
     def open(cls,
