@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STORAGE', 'GENERATORS', 'package_path', 'read_blocks', 'difference', 'fetch', 'file_state', 'generate', 'read_note',
-           'made_state', 'make_em', 'make_retina', 'make_spacecraft', 'Part', 'parts', 'Data', 'choose', 'get_data',
-           'check_data', 'open_volumes', 'list_data']
+           'made_state', 'make_em', 'make_picture', 'make_retina', 'make_spacecraft', 'Part', 'parts', 'Data', 'choose',
+           'get_data', 'check_data', 'open_volumes', 'list_data']
 
 # %% ../nbs/api/14_data.ipynb #94c35c0f
 import hashlib
@@ -146,18 +146,30 @@ def make_em(
         write_multiscale(Path(folder)/role, getattr(em, role), voxel_size=em.voxel_size, levels=4, kind=kind, name=role)
     return {role: role for role in ("raw", "labels", "instances")}
 
+# %% ../nbs/api/14_data.ipynb #2e57ac2f
+def make_picture(
+    folder,           # to fill
+    name:str,         # of the generator, for errors
+    draw:Callable,    # gives an image and its labels
+    parameters:dict,  # of draw
+    image:str,        # name of the image's file
+)->dict:              # role -> path
+    "A synthetic picture, and its labels as PNG."
+    from PIL import Image
+    for key in parameters: pick(signature(draw).parameters, key, f"parameter of synth:{name}")
+    scene = draw(**parameters)
+    Image.fromarray(scene.image).save(Path(folder)/image, quality=90)  # of a JPEG
+    Image.fromarray(scene.labels).save(Path(folder)/"mask.png")
+    return dict(image=image, mask="mask.png")
+
 
 def make_retina(
     folder,        # to fill
     **parameters,  # of retina_image: shape, seed
 )->dict:           # role -> path
     "A synthetic photograph of a retina, and its labels, as PNG."
-    from PIL import Image
     from dinolab.synth2d import retina_image
-    for key in parameters: pick(signature(retina_image).parameters, key, "parameter of synth:retina")
-    eye = retina_image(**parameters)
-    for role, pixels in dict(image=eye.image, mask=eye.labels).items(): Image.fromarray(pixels).save(Path(folder)/f"{role}.png")
-    return dict(image="image.png", mask="mask.png")
+    return make_picture(folder, "retina", retina_image, parameters, "image.png")
 
 
 def make_spacecraft(
@@ -165,13 +177,8 @@ def make_spacecraft(
     **parameters,  # of spacecraft_image: shape, seed, satellite
 )->dict:           # role -> path
     "A synthetic picture of a spacecraft as JPEG, and its labels as PNG."
-    from PIL import Image
     from dinolab.spacecraft import spacecraft_image
-    for key in parameters: pick(signature(spacecraft_image).parameters, key, "parameter of synth:spacecraft")
-    scene = spacecraft_image(**parameters)
-    Image.fromarray(scene.image).save(Path(folder)/"image.jpg", quality=90)
-    Image.fromarray(scene.labels).save(Path(folder)/"mask.png")
-    return dict(image="image.jpg", mask="mask.png")
+    return make_picture(folder, "spacecraft", spacecraft_image, parameters, "image.jpg")
 
 GENERATORS = dict(em=make_em, retina=make_retina, spacecraft=make_spacecraft)
 

@@ -4,20 +4,19 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'FREE', 'TrainArgs', 'lr_factor', 'batches_per_epoch', 'keyed_batches', 'Keyed', 'keyed_loader',
-           'replace_folder', 'recover', 'new_checkpoint', 'save_checkpoint', 'load_checkpoint', 'read_state',
-           'parameter_groups', 'Average', 'validate', 'check_finite_loss', 'check_finite_gradient', 'Position',
-           'rewind_log', 'save_divided', 'TrainLog', 'training_facts', 'check_facts', 'Saver', 'Keeper', 'seed_devices',
-           'make_accelerator', 'accumulate', 'Fit', 'fit', 'training_curves']
+           'replace_folder', 'bring_back', 'recover', 'new_checkpoint', 'save_checkpoint', 'load_checkpoint',
+           'read_state', 'parameter_groups', 'Average', 'validate', 'check_finite_loss', 'check_finite_gradient',
+           'Position', 'rewind_log', 'save_divided', 'TrainLog', 'training_facts', 'check_facts', 'Saver', 'Keeper',
+           'seed_devices', 'make_accelerator', 'accumulate', 'Fit', 'fit', 'training_curves']
 
 # %% ../nbs/api/40_engine.ipynb #2a88e9e5
 import copy
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -34,7 +33,7 @@ from .augment import key_seed
 from .core import InputError, MissingError, pick, progress, settings_hash
 from .run import Run
 from .show import new_figure
-from .spread import load_shards, need_deepspeed, place, save_shards, sum_over_all, wait_for_all, zero_config
+from .spread import launched, load_shards, need_deepspeed, place, save_shards, sum_over_all, wait_for_all, zero_config
 from .weights import load_weights, save_weights, trained_names
 
 # %% ../nbs/api/40_engine.ipynb #ffe9b9f0
@@ -163,14 +162,21 @@ def replace_folder(
     new.rename(path)
     shutil.rmtree(old, ignore_errors=True)
 
-# %% ../nbs/api/40_engine.ipynb #de5af906
+# %% ../nbs/api/40_engine.ipynb #9e562199
+def bring_back(
+    path:Path,  # of a checkpoint
+):
+    "Undo a replacement that was killed half-way; several processes that read may do so at once."
+    old = path.with_name(f".{path.name}.old")
+    if path.exists() or not old.exists(): return
+    with suppress(FileNotFoundError): old.rename(path)  # another process was faster
+
 def recover(
     path:Path,  # of a checkpoint
 ):
-    "Undo a replacement that was killed half-way, and remove what was half-written."
-    old, new = path.with_name(f".{path.name}.old"), path.with_name(f".{path.name}.new")
-    if old.exists() and not path.exists(): old.rename(path)
-    for left in (old, new): shutil.rmtree(left, ignore_errors=True)
+    "Bring back what was replaced half-way, and remove what was half-written: for the one process that writes."
+    bring_back(path)
+    for left in ("old", "new"): shutil.rmtree(path.with_name(f".{path.name}.{left}"), ignore_errors=True)
 
 # %% ../nbs/api/40_engine.ipynb #dd86b372
 @contextmanager
@@ -218,7 +224,7 @@ def load_checkpoint(
 )->dict:                 # state: epoch, step, best value
     "Load the weights that a run has kept; `last` without `best` (no validation) serves for both."
     folder = Path(getattr(run, "path", run))/"checkpoints"
-    for name in ("best", "last"): recover(folder/name)
+    for name in ("best", "last"): bring_back(folder/name)
     path = folder/which if (folder/which).exists() or which != "best" else folder/"last"
     if not path.is_dir(): raise MissingError(f"no checkpoint {str(path)!r}: expected a run that has finished an epoch")
     load_weights(path/("ema.safetensors" if (path/"ema.safetensors").exists() else "model.safetensors"), model)
@@ -496,13 +502,13 @@ def make_accelerator(
     args:TrainArgs,  # device and precision
 )->Accelerator:
     "Devices and processes as they are found, precision as it was asked for."
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1: AcceleratorState._reset_state(reset_partial_state=True)  # a second training in this process may differ
+    if launched()[1] == 1: AcceleratorState._reset_state(reset_partial_state=True)  # a second training in this process may differ
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if device not in ("cpu", "cuda") or device == "cuda" and not torch.cuda.is_available(): raise InputError(f"device {args.device!r}: expected auto, cpu, or cuda where there is a GPU")
     half = args.precision if args.precision != "auto" else "bf16" if device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     if not args.zero: return Accelerator(mixed_precision=half, cpu=device == "cpu")
     need_deepspeed(device)
-    config = zero_config(args.zero, args.batch_size, int(os.environ.get("WORLD_SIZE", 1)), args.clip, half)
+    config = zero_config(args.zero, args.batch_size, launched()[1], args.clip, half)
     return Accelerator(mixed_precision="no", deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
 
 # %% ../nbs/api/40_engine.ipynb #28477ef5
@@ -574,15 +580,13 @@ def _any(yes):
     "Whether any process says yes."
     return bool(sum_over_all(torch.tensor(float(yes))))
 
-def _watched(batches, at):
-    "Batches of a loader; a worker that dies is reported in one line."
-    while True:
-        try: batch = next(batches)
-        except StopIteration: return
-        except RuntimeError as e:
-            if "worker" not in str(e): raise
-            raise InputError(f"a loading worker died after step {at.step} ({str(e).splitlines()[0][:120]}): out of memory? lower workers or batch_size, then run again to go on") from e
-        yield batch
+@contextmanager
+def _loading(at):
+    "A worker that dies is reported in one line: torch says so in the middle of whatever runs, or the connection to it breaks."
+    try: yield
+    except (RuntimeError, ConnectionError, EOFError) as e:
+        if isinstance(e, RuntimeError) and "DataLoader worker" not in str(e): raise
+        raise InputError(f"a loading worker died after step {at.step} ({type(e).__name__}): out of memory? lower workers or batch_size, then run again to go on") from e
 
 # %% ../nbs/api/40_engine.ipynb #8bd73e04
 @dataclass
@@ -619,9 +623,9 @@ def fit(
     if at.stopped or at.step >= total: return Fit(model, keeper.history(), at.step, at.best, at.seconds, at.stopped or "done")
     net, prepared = _prepare(keeper, accelerator, at)
     loader = keyed_loader(train, args, args.epochs if not args.max_steps else total, (at.epoch, at.batch), rank, world, accelerator.device.type == "cuda")
-    batches, window, clock = _watched(iter(loader), at), {}, time.perf_counter() - at.seconds
+    batches, window, clock = iter(loader), {}, time.perf_counter() - at.seconds
     net.train()
-    with progress(total=total, initial=at.step, desc="train", unit="step", quiet=rank > 0) as bar:
+    with progress(total=total, initial=at.step, desc="train", unit="step", quiet=rank > 0) as bar, _loading(at):
         while not at.stopped:
             count = min(args.accumulate, per_epoch - at.batch)
             sums = _update(keeper, net, prepared, step, batches, count, accelerator, at, total)

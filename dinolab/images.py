@@ -26,6 +26,7 @@ from .core import InputError, MissingError, nearest, pick, progress
 from .data import get_data
 from .formats import tiff_pixels
 from .manifest import load_manifest
+from .show import rgb_table
 
 # %% ../nbs/api/45_images.ipynb #f234ff81
 SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp", ".webp", ".gif")
@@ -108,8 +109,7 @@ class Classes:
 
     def _nearest(self, pixels, where):
         if pixels.shape[2] != 3 or pixels.dtype != np.uint8: raise InputError(f"{where} has {pixels.shape[2]} channels of {pixels.dtype}: expected three of 8 bits")
-        colours = np.array([[int(c[i:i + 2], 16) for i in (1, 3, 5)] for c in self.colours], np.int32)
-        distance = [((pixels - c) ** 2).sum(-1) for c in colours]
+        distance = [((pixels - c) ** 2).sum(-1) for c in rgb_table(self.colours).astype(np.int32)]
         return np.argmin(distance, 0).astype(np.uint8), np.ones(pixels.shape[:2], bool)
 
     def _lookup(self, pixels, table, where, say):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .blocks import Done, check_aligned, lock_folder, make_blocks, run_blocks
 from .core import InputError, plain, progress, settings_hash
+from .show import rgb_table
 from .volume import Grid, Multiscale, create_array, create_multiscale, fill_pyramid, open_group, open_multiscale, open_or_create_group, plain_path, writable
 
 # %% ../nbs/api/41_infer.ipynb #ee97eda7
@@ -205,9 +206,8 @@ def _open_prediction_store(path, settings, resume):
 def _describe(group, classes, colours):
     "Names and colours of the classes, as OME-Zarr keeps them."
     values = [1] if len(classes) == 1 else range(len(classes))
-    rgba = lambda c: [int(c[i:i + 2], 16) for i in (1, 3, 5)] + [255]
     label = dict(version="0.5", properties=[{"label-value": v, "class": name} for v, name in zip(values, classes)])
-    if colours: label["colors"] = [{"label-value": v, "rgba": rgba(c)} for v, c in zip(values, colours)]
+    if colours: label["colors"] = [{"label-value": v, "rgba": [*rgb, 255]} for v, rgb in zip(values, rgb_table(colours).tolist())]
     group.attrs["ome"] = {**group.attrs["ome"], "image-label": label}
 
 @dataclass

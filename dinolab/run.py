@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 import traceback
+from contextlib import suppress
 from datetime import datetime, timezone
 from importlib import metadata
 from numbers import Number
@@ -184,7 +185,9 @@ class RunFolder:
 class RunState(RunFolder):
     "A run folder, and how it ends."
     def __enter__(self): return self
-    def __exit__(self, kind, error, trace): self.finish() if error is None else self.fail(error)
+    def __exit__(self, kind, error, trace):
+        if error is None: return self.finish()
+        with suppress(OSError): self.fail(error)  # a full disk must not hide what happened
 
     def finish(self):
         "The run is done."

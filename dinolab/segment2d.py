@@ -32,7 +32,7 @@ from .losses import class_weights, make_loss
 from .metrics import BoundaryF, ConfusionMatrix
 from .run import Run
 from .segment3d import hold_out, predicted_classes, remake_backbone, run_of_settings
-from .show import overlay_labels, show_images
+from .show import overlay_labels, rgb_table, show_images
 
 # %% ../nbs/api/46_segment2d.ipynb #1d0ace69
 @dataclass
@@ -269,7 +269,7 @@ def write_mask(
     image = Image.fromarray(labels)
     if colours:
         image = image.convert("P")
-        image.putpalette([int(c[i:i + 2], 16) for c in colours for i in (1, 3, 5)] + [0] * (768 - 3 * len(colours)))
+        image.putpalette(rgb_table(colours).ravel().tolist() + [0] * (768 - 3 * len(colours)))
     with atomic_write(path, "wb") as f: image.save(f, "PNG")
 
 def predict_images(

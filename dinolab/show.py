@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'PALETTE', 'PLANES', 'as_array', 'Pca', 'fit_pca', 'similarity', 'style', 'png_bytes', 'save_figure',
-           'new_figure', 'length_text', 'round_length', 'label_colors', 'intensity_limits', 'gray_rgb', 'paint',
-           'overlay_labels', 'panel_figure', 'show_images', 'plane_slices', 'same_place', 'show_planes',
+           'new_figure', 'length_text', 'round_length', 'label_colors', 'rgb_table', 'intensity_limits', 'gray_rgb',
+           'paint', 'overlay_labels', 'panel_figure', 'show_images', 'plane_slices', 'same_place', 'show_planes',
            'show_features']
 
 # %% ../nbs/api/02_show.ipynb #7c974b0c
@@ -188,6 +188,13 @@ def label_colors(
     def entry(value, c): return (c, PALETTE[(value - 1) % len(PALETTE)] if value else "#000000") if isinstance(c, str) else tuple(c)
     return {0: ("background", "#000000")} | {int(value): entry(int(value), c) for value, c in classes.items()}
 
+# %% ../nbs/api/02_show.ipynb #30fd4daa
+def rgb_table(
+    colours,     # "#rrggbb" of each class
+)->np.ndarray:   # n 3, uint8: red, green, blue
+    "Colours as numbers."
+    return np.array([list(bytes.fromhex(c.lstrip("#"))) for c in colours], np.uint8)
+
 # %% ../nbs/api/02_show.ipynb #2d07131c
 def intensity_limits(
     *images,  # arrays
@@ -219,8 +226,7 @@ def paint(
     labels = as_array(labels)
     values, index = np.unique(labels, return_inverse=True)
     colors = label_colors({int(v): str(v) for v in values} if classes is None else classes)
-    table = [bytes.fromhex(colors.get(int(v), ("", "#999999"))[1].lstrip("#")) for v in values]
-    return np.array([list(c) for c in table], np.uint8)[index].reshape(*labels.shape, 3)
+    return rgb_table(colors.get(int(v), ("", "#999999"))[1] for v in values)[index].reshape(*labels.shape, 3)
 
 def overlay_labels(
     image,            # h w or h w 3

@@ -20,6 +20,7 @@ from scipy.ndimage import gaussian_filter, map_coordinates
 from scipy.spatial.transform import Rotation
 
 from .core import InputError, atomic_write, pick
+from .show import rgb_table
 
 # %% ../nbs/api/13_spacecraft.ipynb #b8a478ca
 SPACECRAFT_CLASSES = {0: ("background", "#000000"), 1: ("body", "#ff0000"), 2: ("panel", "#0000ff")}
@@ -37,8 +38,7 @@ def mask_colours(
     labels = np.asarray(labels)
     if not np.isin(labels, list(SPACECRAFT_CLASSES)).all():
         raise InputError(f"labels {np.unique(labels).tolist()[:8]}: expected {', '.join(map(str, SPACECRAFT_CLASSES))} only; use the labels of a scene")
-    table = np.array([list(bytes.fromhex(colour[1:])) for _, colour in SPACECRAFT_CLASSES.values()], np.uint8)
-    return table[labels.astype(int)]
+    return rgb_table(colour for _, colour in SPACECRAFT_CLASSES.values())[labels.astype(int)]
 
 # %% ../nbs/api/13_spacecraft.ipynb #3230d76a
 def lathe(
