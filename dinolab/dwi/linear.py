@@ -7,8 +7,8 @@ __all__ = ['AROUND', 'BLIND', 'leave_one_out_weights', 'Voxels', 'list_voxels', 
            'apply_parts', 'relative', 'LooLinear', 'fit_loo', 'chain', 'deal', 'principal', 'Scores', 'fit_scores',
            'taps', 'own_taps', 'fit_own', 'apply_own', 'fit_either', 'apply_either', 'SpatialFold', 'centred',
            'fit_spatial_fold', 'steps_within', 'shifted', 'similar_means', 'on_box', 'Averages', 'fit_averages',
-           'Kinds', 'fit_kinds', 'per_kind', 'kind_penalty', 'TissueFold', 'own_neighbours', 'fit_tissue_fold',
-           'FoldLinear', 'fold_tasks', 'fit_folds', 'fit_spatial', 'fit_tissue']
+           'Kinds', 'fit_kinds', 'in_kinds', 'with_one', 'fit_per_kind', 'apply_per_kind', 'TissueFold',
+           'own_neighbours', 'fit_tissue_fold', 'FoldLinear', 'fold_tasks', 'fit_folds', 'fit_spatial', 'fit_tissue']
 
 # %% ../../nbs/api/31_dwi_linear.ipynb #bf72ff6b
 from collections.abc import Callable, Iterator
@@ -23,14 +23,14 @@ from torch import Tensor
 from ..core import pick, progress
 from .data import Gradients, Series
 
-# %% ../../nbs/api/31_dwi_linear.ipynb #5e06dc9b
+# %% ../../nbs/api/31_dwi_linear.ipynb #868ec3bc
 def leave_one_out_weights(
     gram:Tensor,     # v v, of centred volumes, float64
     ridge:float=0.,  # relative to the mean of the diagonal
 )->Tensor:           # v v: column v holds the weights of the others, 0 for itself
     "Ridge regressions of each volume on all others."
     n = len(gram)
-    p = torch.linalg.inv(gram + ridge * gram.trace() / n * torch.eye(n, dtype=gram.dtype))
+    p = torch.from_numpy(np.linalg.inv((gram + ridge * gram.trace() / n * torch.eye(n, dtype=gram.dtype)).numpy()))
     return (-p / p.diagonal()).fill_diagonal_(0)
 
 # %% ../../nbs/api/31_dwi_linear.ipynb #37098ca6
@@ -74,14 +74,14 @@ def list_voxels(
     box = tuple(side.tolist()), torch.from_numpy(np.ravel_multi_index((at - low).T, side))
     return Voxels(np.ravel_multi_index(at.T, mask.shape), torch.from_numpy(near), (0, *np.cumsum(np.bincount(part, minlength=parts)).tolist()), mask.shape, box)
 
-# %% ../../nbs/api/31_dwi_linear.ipynb #974dcc97
+# %% ../../nbs/api/31_dwi_linear.ipynb #44344577
 def ridge_solve(
     xx:Tensor,         # ... k k
     xy:Tensor,         # ... k n
     penalty:Tensor,    # ... k, added to the diagonal
 )->Tensor:             # ... k n
-    "Weights of ridge regressions."
-    return torch.linalg.solve(xx + torch.diag_embed(penalty), xy)
+    "Weights of ridge regressions, by NumPy: torch's batched solver can hang with several threads (MKL reports DLASWP)."
+    return torch.from_numpy(np.linalg.solve((xx + torch.diag_embed(penalty)).numpy(), xy.numpy()))
 
 def others(
     sums:Tensor,  # part first
@@ -358,7 +358,7 @@ def fit_averages(
     values = torch.linalg.eigvalsh((c.T @ c).double() / len(c))
     return Averages(scores, max(float(values[:(len(values) + 1) // 2].mean()), 1e-12) ** 0.5, guides, radius)
 
-# %% ../../nbs/api/31_dwi_linear.ipynb #928b7ab1
+# %% ../../nbs/api/31_dwi_linear.ipynb #54c67504
 @dataclass(frozen=True)
 class Kinds:
     "Sorts voxels by their mean components, with fixed centres."
@@ -379,27 +379,50 @@ def fit_kinds(
     start = z[np.argsort(z[:, 0], kind="stable")[((np.arange(kinds) + 0.5) / kinds * len(z)).astype(int)]]
     return Kinds(scale, kmeans2(z, start, iter=15, minit="matrix", missing="warn")[0])
 
-def per_kind(
+def in_kinds(
+    kind:Tensor,    # m
+    count:int,      # kinds
+    rows:slice,     # of the list
+)->Iterator:        # (kind, places in the list)
+    "The voxels of a slice, kind by kind."
+    for k in range(count): yield k, rows.start + torch.nonzero(kind[rows] == k)[:, 0]
+
+def with_one(x:Tensor)->Tensor: return torch.cat([x, x.new_ones(len(x), 1)], 1)
+
+def fit_per_kind(
     x:Tensor,        # m k, regressors
     kind:Tensor,     # m
     count:int,       # kinds
-)->Callable:         # slice of the list -> c, kinds * (k + 1)
-    "Regressors and a constant; zeros in the columns of other kinds."
-    def rows(r):
-        one = torch.cat([x[r], x.new_ones(len(x[r]), 1)], 1)
-        return (torch.nn.functional.one_hot(kind[r], count).to(x)[:, :, None] * one[:, None]).flatten(1)
-    return rows
+    targets:Tensor,  # m n
+    voxels:Voxels,
+    ridge:float,     # relative to the diagonal of each kind; the constant has none
+)->Tensor:           # parts, kinds, k + 1, n
+    "Weights and a constant for each kind, for each part from all others."
+    k, n, parts = x.shape[1] + 1, targets.shape[1], len(voxels.ends) - 1
+    xx, xy = torch.zeros(parts, count, k, k, dtype=torch.float64), torch.zeros(parts, count, k, n, dtype=torch.float64)
+    for part, rows in voxels.chunks():
+        for i, at in in_kinds(kind, count, rows):
+            one = with_one(x[at])
+            xx[part, i] += one.T @ one
+            xy[part, i] += one.T @ targets[at]
+    xx = others(xx)
+    penalty = (ridge * xx.diagonal(dim1=-2, dim2=-1)[..., :-1].mean(-1, keepdim=True)).repeat(1, 1, k) + 1e-6
+    penalty[..., -1] = 1e-6
+    return ridge_solve(xx, others(xy), penalty).float()
 
-def kind_penalty(ridge:float, count:int)->Callable:
-    "A penalty relative to the diagonal of each kind, next to none for its constant."
-    def penalty(xx):
-        d = xx.diagonal(dim1=-2, dim2=-1).unflatten(-1, (count, -1))
-        p = (ridge * d[..., :-1].mean(-1, keepdim=True) + 1e-6).expand(d.shape).clone()
-        p[..., -1] = 1e-6
-        return p.flatten(-2)
-    return penalty
+def apply_per_kind(
+    x:Tensor,        # m k, regressors
+    kind:Tensor,     # m
+    weights:Tensor,  # parts, kinds, k + 1, n
+    voxels:Voxels,
+)->Tensor:           # m n
+    "Predictions with the weights of `fit_per_kind`."
+    out = x.new_zeros(len(x), weights.shape[-1])
+    for part, rows in voxels.chunks():
+        for i, at in in_kinds(kind, weights.shape[1], rows): out[at] = with_one(x[at]) @ weights[part, i]
+    return out
 
-# %% ../../nbs/api/31_dwi_linear.ipynb #3cd4e398
+# %% ../../nbs/api/31_dwi_linear.ipynb #1fed73e0
 @dataclass(frozen=True)
 class TissueFold:
     "Predicts the volumes of one fold from averages of the others, with weights per kind of tissue."
@@ -408,7 +431,7 @@ class TissueFold:
     mean:Tensor         # of the targets
     common:Tensor       # parts k targets
     kinds:Kinds
-    special:Tensor      # parts, kinds * (k' + 1), targets
+    special:Tensor      # parts kinds k' + 1 targets
     own:bool            # neighbours in the own volume are regressors too
 
     def predict(self, y:Tensor, voxels:Voxels, x:Tensor=None)->Tensor:
@@ -416,7 +439,7 @@ class TissueFold:
         x = self.averages(y, voxels) if x is None else x
         means = x[:, x.shape[1] // 2:]
         near = own_neighbours(self.averages, x, y[:, self.targets] - self.mean, voxels) if self.own else None
-        special = apply_parts(per_kind(means, self.kinds(means[:, :self.averages.guides]), len(self.kinds.centres)), self.special, voxels)
+        special = apply_per_kind(means, self.kinds(means[:, :self.averages.guides]), self.special, voxels)
         return self.mean + apply_either(lambda r: x[r], near, self.common, voxels) + special
 
 def own_neighbours(
@@ -446,9 +469,9 @@ def fit_tissue_fold(
     common = fit_either(lambda r: x[r], near, c, voxels, relative(ridge))
     first = apply_either(lambda r: x[r], near, common, voxels)
     found = fit_kinds(means[:, :averages.guides], kinds)
-    regressors = per_kind(means, found(means[:, :averages.guides]), kinds)
-    special = fit_parts(regressors, c - first, voxels, kind_penalty(kind_ridge, kinds))
-    return TissueFold(targets, averages, mean, common, found, special, own), mean + first + apply_parts(regressors, special, voxels)
+    kind = found(means[:, :averages.guides])
+    special = fit_per_kind(means, kind, kinds, c - first, voxels, kind_ridge)
+    return TissueFold(targets, averages, mean, common, found, special, own), mean + first + apply_per_kind(means, kind, special, voxels)
 
 # %% ../../nbs/api/31_dwi_linear.ipynb #fa55b513
 @dataclass(frozen=True)
