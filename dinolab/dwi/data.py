@@ -66,7 +66,7 @@ def read_numbers(
     if not found.size: raise InputError(f"{path} is empty: expected numbers")
     return found
 
-# %% ../../nbs/api/30_dwi_data.ipynb #862b79e6
+# %% ../../nbs/api/30_dwi_data.ipynb #197b4b79
 @dataclass(frozen=True)
 class Series:
     "A diffusion series."
@@ -98,7 +98,7 @@ def check_series(
     inside = data.reshape(-1, data.shape[3]) if mask is None else data[mask]
     flat = np.flatnonzero(inside.min(0) == inside.max(0))
     if len(flat): raise InputError(f"volume {flat[0]} has the value {inside[0, flat[0]]:g} everywhere{'' if mask is None else ' in the mask'}: expected an image; leave that volume out, with its b-value and direction")
-    return Series(data.astype(np.float32, copy=False), gradients, image, mask)
+    return Series(np.ascontiguousarray(data, np.float32), gradients, image, mask)
 
 def read_series(
     path,                    # .nii or .nii.gz

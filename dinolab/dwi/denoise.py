@@ -28,7 +28,7 @@ from .scores import debias, edge_slope, fit_dti, held_out, psnr, residual_autoco
 from .synth import make_phantom, write_phantom
 from ..formats import open_nifti, write_nifti
 
-# %% ../../nbs/api/49_dwi_denoise.ipynb #7bf09b6a
+# %% ../../nbs/api/49_dwi_denoise.ipynb #73b91aaa
 @dataclass(frozen=True)
 class Options:
     "What methods may use."
@@ -46,7 +46,7 @@ METHODS = dict(
     tissue_linear=lambda s, o: fit_tissue(s, folds=o.folds, blind=o.blind).fitted,
     qnet=lambda s, o: qnet(s, fit_tissue(s, folds=o.folds).fitted, o.folds, seed=o.seed)[0],
     spatial_linear=lambda s, o: fit_spatial(s, folds=o.folds, blind=o.blind).fitted,
-    loo_linear=lambda s, o: fit_loo(s.data, s.inside).predict(s.data),
+    loo_linear=lambda s, o: fit_loo(s).predict(s.data),
 )
 METHODS |= dict(tissue=METHODS["tissue_linear"], spatial=METHODS["spatial_linear"], p2s=METHODS["loo_linear"])  # short names
 NEEDS_SIGMA = ("blend", "simnet", "localpca")

@@ -7,7 +7,7 @@ __all__ = ['SHARES', 'FEW', 'THIRTY', 'LESSONS', 'Channels', 'each', 'constant',
            'teach', 'apply_net', 'similar_volumes', 'blind_channels', 'qnet', 'estimates', 'blend', 'sighted_channels',
            'unit_of', 'lesson', 'train_simnet', 'load_simnet', 'simnet']
 
-# %% ../../nbs/api/48_dwi_learn.ipynb #32edc257
+# %% ../../nbs/api/48_dwi_learn.ipynb #be6140f3
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -19,7 +19,7 @@ from torch import nn
 
 from ..core import progress
 from .data import Gradients, Series, check_series
-from .linear import deal, fit_tissue, list_voxels
+from .linear import alone, deal, fit_tissue, list_voxels
 from .lowrank import localpca, mppca
 from .nets import MultiScaleDetailNet
 from .scores import debias
@@ -157,7 +157,7 @@ def qnet(
     share = float(np.clip((change * left).sum() / max((change * change).sum(), 1e-12), 0, 1))
     return voxels.fill(voxels.rows(start + share * (found * scale - start)), series.data), share
 
-# %% ../../nbs/api/48_dwi_learn.ipynb #8e1ef708
+# %% ../../nbs/api/48_dwi_learn.ipynb #ab6832b9
 SHARES = dict(localpca=0.35, mppca=0.3, tissue=0.35)  # found on phantoms with seeds from 200
 FEW = 20  # weighted volumes below which the own volume is looked at
 
@@ -181,11 +181,11 @@ def blend(
 )->np.ndarray:        # x y z v
     "The weighted mean of the estimates; a single volume without weighting, which has no linear one, is the mean of the others."
     out = sum(SHARES[name] * found[name] for name in SHARES)
-    alone = series.gradients.is_b0 & (series.gradients.is_b0.sum() == 1)
-    out[..., alone] = (found["localpca"][..., alone] + found["mppca"][..., alone]) / 2
+    single = alone(series.gradients)
+    out[..., single] = (found["localpca"][..., single] + found["mppca"][..., single]) / 2
     return np.where(series.inside[..., None], out, series.data).astype(np.float32)
 
-# %% ../../nbs/api/48_dwi_learn.ipynb #d1744a67
+# %% ../../nbs/api/48_dwi_learn.ipynb #c7bf5fa0
 def sighted_channels(
     series:Series,
     found:dict,       # as `estimates` gives them
@@ -221,7 +221,7 @@ def lesson(
 
 def train_simnet(
     seed:int=1000,      # of the first phantom
-    steps:int=900,
+    steps:int=1500,
     lessons=LESSONS,    # (scheme, SNR) of each phantom
     run=None,           # where checkpoints and log go
 )->nn.Module:

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['AROUND', 'BLIND', 'leave_one_out_weights', 'Voxels', 'list_voxels', 'ridge_solve', 'others', 'fit_parts',
-           'apply_parts', 'relative', 'LooLinear', 'fit_loo', 'chain', 'deal', 'principal', 'Scores', 'fit_scores',
-           'taps', 'own_taps', 'fit_own', 'apply_own', 'fit_either', 'apply_either', 'SpatialFold', 'centred',
-           'fit_spatial_fold', 'steps_within', 'shifted', 'similar_means', 'on_box', 'Averages', 'fit_averages',
-           'Kinds', 'fit_kinds', 'in_kinds', 'with_one', 'fit_per_kind', 'apply_per_kind', 'TissueFold',
+           'apply_parts', 'relative', 'LooLinear', 'alone', 'fit_loo', 'chain', 'deal', 'principal', 'Scores',
+           'fit_scores', 'taps', 'own_taps', 'fit_own', 'apply_own', 'fit_either', 'apply_either', 'SpatialFold',
+           'centred', 'fit_spatial_fold', 'steps_within', 'shifted', 'similar_means', 'on_box', 'Averages',
+           'fit_averages', 'Kinds', 'fit_kinds', 'in_kinds', 'with_one', 'fit_per_kind', 'apply_per_kind', 'TissueFold',
            'own_neighbours', 'fit_tissue_fold', 'FoldLinear', 'fold_tasks', 'fit_folds', 'fit_spatial', 'fit_tissue']
 
 # %% ../../nbs/api/31_dwi_linear.ipynb #bf72ff6b
@@ -33,7 +33,7 @@ def leave_one_out_weights(
     p = torch.from_numpy(np.linalg.inv((gram + ridge * gram.trace() / n * torch.eye(n, dtype=gram.dtype)).numpy()))
     return (-p / p.diagonal()).fill_diagonal_(0)
 
-# %% ../../nbs/api/31_dwi_linear.ipynb #37098ca6
+# %% ../../nbs/api/31_dwi_linear.ipynb #5f40dc7c
 @dataclass(frozen=True)
 class Voxels:
     "The voxels of a mask, listed part by part."
@@ -49,7 +49,7 @@ class Voxels:
         return torch.from_numpy(np.ascontiguousarray(data.reshape(-1, data.shape[-1])[self.where], np.float32))
     def fill(self, rows, data)->np.ndarray:
         "A copy of `data` (x y z v) with other values in the voxels."
-        out = np.array(data, np.float32)
+        out = np.array(data, np.float32, order="C")  # else reshape may give a copy
         out.reshape(-1, data.shape[-1])[self.where] = rows
         return out
     def chunks(self, size=8192)->Iterator:
@@ -60,7 +60,7 @@ class Voxels:
 def list_voxels(
     mask:np.ndarray,  # x y z, boolean
     parts:int=4,      # for cross-fitting; 1: fit and predict the same voxels
-    block:int=8,      # side of the blocks, voxels
+    block:int=2,      # side of the blocks, voxels
 )->Voxels:
     "List the voxels of a mask."
     at = np.argwhere(mask)
@@ -117,7 +117,7 @@ def relative(ridge:float)->Callable:
     "A penalty of `ridge` times the mean of the diagonal."
     return lambda xx: ridge * xx.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).expand(xx.shape[:-1])
 
-# %% ../../nbs/api/31_dwi_linear.ipynb #21b8af70
+# %% ../../nbs/api/31_dwi_linear.ipynb #438f2477
 @dataclass(frozen=True)
 class LooLinear:
     "Every volume from all others at the same voxel, with fixed weights."
@@ -130,19 +130,24 @@ class LooLinear:
         c = self.voxels.rows(data) - self.mean
         return self.voxels.fill(apply_parts(lambda rows: c[rows], self.weights, self.voxels) + self.mean, data)
 
+def alone(gradients:Gradients)->np.ndarray:
+    "v, boolean: the only volume without weighting, which nothing predicts well."
+    return gradients.is_b0 & (gradients.is_b0.sum() == 1)
+
 def fit_loo(
-    data:np.ndarray,      # x y z v
-    mask:np.ndarray,      # x y z
+    series:Series,
     ridge:float=1e-4,     # relative to the mean of the diagonal; 0: ordinary least squares
     parts:int=4,          # for cross-fitting
 )->LooLinear:
-    "Fit each volume on all others."
-    voxels = list_voxels(mask, parts)
-    y = voxels.rows(data)
+    "Fit each volume on all others; a single one without weighting is given back as it is."
+    voxels = list_voxels(series.inside, parts)
+    y = voxels.rows(series.data)
     mean = y.mean(0)
     c = (y - mean).double()
     grams = others(torch.stack([c[a:b].T @ c[a:b] for a, b in zip(voxels.ends, voxels.ends[1:])]))
-    return LooLinear(voxels, mean, torch.stack([leave_one_out_weights(g, ridge) for g in grams]).float())
+    weights = torch.stack([leave_one_out_weights(g, ridge) for g in grams]).float()
+    for v in np.flatnonzero(alone(series.gradients)): weights[:, :, v] = torch.eye(len(mean))[v]
+    return LooLinear(voxels, mean, weights)
 
 # %% ../../nbs/api/31_dwi_linear.ipynb #cc7a4076
 def chain(
@@ -473,7 +478,7 @@ def fit_tissue_fold(
     special = fit_per_kind(means, kind, kinds, c - first, voxels, kind_ridge)
     return TissueFold(targets, averages, mean, common, found, special, own), mean + first + apply_per_kind(means, kind, special, voxels)
 
-# %% ../../nbs/api/31_dwi_linear.ipynb #fa55b513
+# %% ../../nbs/api/31_dwi_linear.ipynb #0c8a3f9a
 @dataclass(frozen=True)
 class FoldLinear:
     "Predicts every volume from those outside of its fold, with fixed weights."
@@ -495,7 +500,7 @@ def fold_tasks(
 )->list:             # of (targets, visible), index arrays
     "Which volumes are predicted together, and from which; a single one without weighting is not predicted."
     g = series.gradients
-    return [(t, np.setdiff1d(np.arange(len(g)), t)) for t in deal(g, folds) if not (g.is_b0[t].all() and g.is_b0.sum() == 1)]
+    return [(t, np.setdiff1d(np.arange(len(g)), t)) for t in deal(g, folds) if not alone(g)[t].any()]
 
 def fit_folds(
     series:Series,
@@ -530,7 +535,7 @@ def fit_tissue(
     rank:int=28,             # principal components
     folds:int=8,
     ridge:float=3e-3,        # of the common weights, relative to the mean of the diagonal
-    kinds:int=12,            # of tissue
+    kinds:int=12,            # of tissue, at most; one per 2000 voxels
     kind_ridge:float=3e-2,   # of the weights per kind
     guides:int=10,           # components that say what is similar
     radius:int=2,            # of the ball in which similar voxels are looked for, voxels
@@ -538,5 +543,5 @@ def fit_tissue(
     blind:str="volume",      # or voxel, which needs noise that is independent between voxels
 )->FoldLinear:
     "Fit `tissue_linear`."
-    own = pick(BLIND, blind, "blind")
+    own, kinds = pick(BLIND, blind, "blind"), max(1, min(kinds, int(series.inside.sum()) // 2000))
     return fit_folds(series, "tissue_linear", folds, parts, lambda y, voxels, t, seen: fit_tissue_fold(y, voxels, t, fit_averages(y, seen, rank, guides, radius), kinds, ridge, kind_ridge, own))
