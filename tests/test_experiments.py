@@ -60,3 +60,20 @@ def test_benchmark_training(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = run_experiment("benchmark_training", dict(smoke="true"))
     assert run.status == "done" and run.metrics()["kept_against_live/ratio"] > 1
+
+
+def test_dwi_denoise(tmp_path, monkeypatch):
+    pytest.importorskip("dipy")
+    monkeypatch.chdir(tmp_path)
+    run = run_experiment("dwi_denoise", dict(smoke="true"))
+    metrics = run.metrics()
+    psnr = {k.split()[-1]: v for k, v in metrics.items() if k.startswith("test/psnr_db/")}
+    assert run.status == "done" and psnr["blend"] > max(psnr["mppca"], psnr["localpca"]) and psnr["simnet"] > psnr["noisy"] + 5
+    assert {p.name for p in (run.path/"figures").iterdir()} == {"maps.png", "snr.png"}
+
+
+def test_dwi_simnet(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = run_experiment("dwi_simnet", dict(smoke="true"))
+    assert run.status == "done" and (run.path/"simnet.safetensors").stat().st_size < 80_000
+    assert all(10 < v < 60 for k, v in run.metrics().items() if k.startswith("look/psnr_db"))
