@@ -251,7 +251,7 @@ def run_flags(
     from dinolab.recipes import describe
     meanings, params = {row["key"]: row["meaning"] for row in describe(function)}, inspect.signature(function).parameters.values()
     places = [f"{p.name.upper()}: {meanings[p.name]}." for p in params if p.kind is not p.KEYWORD_ONLY]
-    command = click.Command(name, params=[flag_of(p, meanings[p.name], dash) for p in params], callback=function, help="\n\n".join([function.__doc__, *places]), context_settings=dict(help_option_names=["-h", "--help"], max_content_width=120))
+    command = click.Command(name, params=[flag_of(p, meanings[p.name], dash) for p in params], callback=function, help="\n\n".join([function.__doc__ or "", *places]), context_settings=dict(help_option_names=["-h", "--help"], max_content_width=120))
     try: return command.main(args, prog_name=f"dinolab {name}", standalone_mode=False)
     except click.NoSuchOption as e: raise InputError(f"no flag {e.option_name}" + (f", did you mean {' or '.join(e.possibilities)}?" if e.possibilities else "") + f": dinolab {name} --help lists them") from None
     except click.ClickException as e: raise InputError(f"{e.format_message()}: dinolab {name} --help lists the flags") from None
