@@ -60,8 +60,7 @@ def read_numbers(
 )->np.ndarray:    # rows x columns
     "The numbers of a text file."
     if not Path(path).is_file(): raise MissingError(f"no file {str(path)!r}: expected the b-values (--bval) or directions (--bvec) of the series")
-    rows = [line.replace(",", " ").split() for line in Path(path).read_text().splitlines() if line.strip()]
-    try: found = np.array([[float(t) for t in row] for row in rows])
+    try: found = np.array([[float(t) for t in line.replace(",", " ").split()] for line in Path(path).read_text().splitlines() if line.strip()])
     except ValueError as e: raise InputError(f"{path}: {e}; expected numbers in rows of equal length") from None
     if not found.size: raise InputError(f"{path} is empty: expected numbers")
     return found

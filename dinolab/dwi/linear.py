@@ -49,7 +49,7 @@ class Voxels:
         return torch.from_numpy(np.ascontiguousarray(data.reshape(-1, data.shape[-1])[self.where], np.float32))
     def fill(self, rows, data)->np.ndarray:
         "A copy of `data` (x y z v) with other values in the voxels."
-        out = np.array(data, np.float32)
+        out = np.array(data, np.float32, order="C")  # nibabel's arrays lie the other way round, and reshape would copy them
         out.reshape(-1, data.shape[-1])[self.where] = rows
         return out
     def chunks(self, size=8192)->Iterator:
@@ -60,10 +60,11 @@ class Voxels:
 def list_voxels(
     mask:np.ndarray,  # x y z, boolean
     parts:int=4,      # for cross-fitting; 1: fit and predict the same voxels
-    block:int=8,      # side of the blocks, voxels
+    block:int=8,      # side of the blocks, voxels; halved while one part holds most of a small mask
 )->Voxels:
     "List the voxels of a mask."
     at = np.argwhere(mask)
+    while parts > 1 and block > 1 and np.bincount((at // block).sum(1) % parts).max() > len(at) / 2: block //= 2
     part = (at // block).sum(1) % parts
     order = np.argsort(part, kind="stable")
     at, place = at[order], np.full(mask.shape, len(at))
