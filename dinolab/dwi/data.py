@@ -54,14 +54,13 @@ def check_gradients(
     if wrong.any(): raise InputError(f"the direction of volume {np.flatnonzero(wrong)[0]} (b {b[wrong][0]:g}) has length {length[wrong][0]:.3g}: expected unit vectors for weighted volumes")
     return Gradients(b, np.where(weighted[:, None], g / np.where(weighted, length, 1)[:, None], 0.), b0_threshold)
 
-# %% ../../nbs/api/30_dwi_data.ipynb #bfdc337a
+# %% ../../nbs/api/30_dwi_data.ipynb #f1740e7e
 def read_numbers(
     path,         # .bval or .bvec
 )->np.ndarray:    # rows x columns
     "The numbers of a text file."
     if not Path(path).is_file(): raise MissingError(f"no file {str(path)!r}: expected the b-values (--bval) or directions (--bvec) of the series")
-    rows = [line.replace(",", " ").split() for line in Path(path).read_text().splitlines() if line.strip()]
-    try: found = np.array([[float(t) for t in row] for row in rows])
+    try: found = np.array([[float(t) for t in line.replace(",", " ").split()] for line in Path(path).read_text().splitlines() if line.strip()])
     except ValueError as e: raise InputError(f"{path}: {e}; expected numbers in rows of equal length") from None
     if not found.size: raise InputError(f"{path} is empty: expected numbers")
     return found
@@ -116,7 +115,7 @@ def read_series(
     if not np.allclose(its.affine, image.affine, atol=1e-3): raise InputError(f"{mask} lies elsewhere than {path} (their affines differ by {np.abs(its.affine - image.affine).max():.3g}): expected a mask on the same grid")
     return check_series(data, gradients, inside.reshape(inside.shape[:3]) if inside.ndim == 4 and inside.shape[3] == 1 else inside, image)
 
-# %% ../../nbs/api/30_dwi_data.ipynb #bbb51c7f
+# %% ../../nbs/api/30_dwi_data.ipynb #9b4a0d64
 def otsu(
     values:np.ndarray,  # any shape
     bins:int=256,
@@ -145,7 +144,9 @@ def background_sigma(
 )->float:                    # None where there is no background
     "Standard deviation of the noise, from the background: sqrt(mean(M²) / 2)."
     mask = mask if mask is not None else series.mask if series.mask is not None else brain_mask(series)
-    outside = ~binary_dilation(mask, iterations=away)
-    values = series.data[outside]
-    values = values[(values > 0).any(-1)] if len(values) else values  # scanners write 0 where they have measured nothing
-    return float(np.sqrt((values.astype(float) ** 2).mean() / 2)) if len(values) >= 100 else None
+    values = series.data[~binary_dilation(mask, iterations=away)].astype(float)
+    values = values[(values > 0).any(-1)]  # scanners write 0 where they have measured nothing
+    if len(values) < 100: return None
+    b0 = series.gradients.is_b0
+    if values[:, b0].mean() > 1.1 * values[:, ~b0].mean(): return None  # noise has no diffusion: this is tissue
+    return float(np.sqrt((values ** 2).mean() / 2))

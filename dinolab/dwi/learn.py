@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHARES', 'FEW', 'THIRTY', 'LESSONS', 'Channels', 'each', 'constant', 'shared', 'of_shell', 'Patches', 'weighted_mse',
-           'teach', 'apply_net', 'similar_volumes', 'blind_channels', 'qnet', 'estimates', 'blend', 'sighted_channels',
-           'unit_of', 'lesson', 'train_simnet', 'load_simnet', 'simnet']
+           'teach', 'apply_net', 'similar_volumes', 'blind_channels', 'unit_of', 'qnet', 'patch_radius', 'estimates',
+           'blend', 'sighted_channels', 'lesson', 'train_simnet', 'load_simnet', 'simnet']
 
 # %% ../../nbs/api/48_dwi_learn.ipynb #be6140f3
 from collections.abc import Callable, Sequence
@@ -108,7 +108,7 @@ def apply_net(
     for v in progress(volumes, desc="network", unit="volume"): out[..., v] = model(torch.from_numpy(channels(v))[None])[0, 0].numpy()
     return out
 
-# %% ../../nbs/api/48_dwi_learn.ipynb #fa48e15a
+# %% ../../nbs/api/48_dwi_learn.ipynb #152a0b30
 def similar_volumes(
     gradients:Gradients,
     count:int,           # per volume
@@ -136,6 +136,11 @@ def blind_channels(
     return Channels([each(start), (means, fold * len(shells) + np.searchsorted(shells, np.maximum(g.shells, shells[0]))), shared(raw[..., g.is_b0].mean(-1), len(g)), (of_fold, fold),
                      *((raw, near[:, i]) for i in range(5)), constant(g.bvals / 3000, raw.shape[:3])])
 
+def unit_of(series:Series)->float:
+    "The scale of a series: the median of its volumes without weighting in the mask, where they are above 0."
+    b0 = series.data[series.inside][:, series.gradients.is_b0]
+    return float(np.median(b0[b0 > 0])) if (b0 > 0).any() else 1.
+
 def qnet(
     series:Series,
     start:np.ndarray,    # x y z v, predicted without the fold of each volume
@@ -145,7 +150,7 @@ def qnet(
 )->tuple:                # x y z v; and the share of the correction that is kept, 0 to 1
     "Mend a blind prediction with a network that is taught by the noisy volumes."
     g, mask = series.gradients, series.inside
-    scale, volumes = float(np.median(series.data[mask][:, g.is_b0])), np.flatnonzero(~g.is_b0)
+    scale, volumes = unit_of(series), np.flatnonzero(~g.is_b0)
     channels, target = blind_channels(series, start, deal(g, folds), scale), np.asarray(series.data / scale, np.float32)
     voxels = list_voxels(mask)
     held = np.zeros(mask.shape, bool)
@@ -157,9 +162,13 @@ def qnet(
     share = float(np.clip((change * left).sum() / max((change * change).sum(), 1e-12), 0, 1))
     return voxels.fill(voxels.rows(start + share * (found * scale - start)), series.data), share
 
-# %% ../../nbs/api/48_dwi_learn.ipynb #ab6832b9
+# %% ../../nbs/api/48_dwi_learn.ipynb #321920a5
 SHARES = dict(localpca=0.35, mppca=0.3, tissue=0.35)  # found on phantoms with seeds from 200
 FEW = 20  # weighted volumes below which the own volume is looked at
+
+def patch_radius(shape:tuple)->tuple:
+    "Radius of patches along x, y and z: 2 voxels, less along an axis of less than 5."
+    return tuple(min(2, (n - 1) // 2) for n in shape[:3])
 
 def estimates(
     series:Series,
@@ -171,8 +180,10 @@ def estimates(
     "The three estimates of `blend`."
     count = series.data.shape[3]
     few = (~series.gradients.is_b0).sum() < FEW
-    tau = 2.3 * (1 + (count / 125) ** 0.5) / (1 + (64 / 125) ** 0.5)
-    return dict(localpca=localpca(series.data, sigma, series.inside, tau_factor=tau, threads=threads), mppca=mppca(series.data, series.inside, threads=threads),
+    radius = patch_radius(series.data.shape)
+    tau = 2.3 * (1 + (count / np.prod([2 * r + 1 for r in radius])) ** 0.5) / (1 + (64 / 125) ** 0.5)
+    how = dict(patch_radius=radius, threads=threads, quiet=False)
+    return dict(localpca=localpca(series.data, sigma, series.inside, tau_factor=tau, **how), mppca=mppca(series.data, series.inside, **how),
                 tissue=fit_tissue(series, folds=folds, blind="voxel" if few else blind).fitted)
 
 def blend(
@@ -185,7 +196,7 @@ def blend(
     out[..., single] = (found["localpca"][..., single] + found["mppca"][..., single]) / 2
     return np.where(series.inside[..., None], out, series.data).astype(np.float32)
 
-# %% ../../nbs/api/48_dwi_learn.ipynb #c7bf5fa0
+# %% ../../nbs/api/48_dwi_learn.ipynb #1ff7f617
 def sighted_channels(
     series:Series,
     found:dict,       # as `estimates` gives them
@@ -198,10 +209,6 @@ def sighted_channels(
     noise = np.broadcast_to(np.asarray(sigma * 10 / scale, np.float32), shape)
     return Channels([each(start), *(each(np.asarray(a / scale, np.float32)) for a in (series.data, *(found[name] for name in SHARES))),
                      of_shell(start, g), shared(start[..., g.is_b0].mean(-1), len(g)), shared(noise, len(g)), constant(g.bvals / 3000, shape)])
-
-def unit_of(series:Series)->float:
-    "The scale of a series: the median of its volumes without weighting in the mask."
-    return float(np.median(series.data[series.inside][:, series.gradients.is_b0]))
 
 THIRTY = ((0, 2), (1000, 30))  # a common clinical scheme
 LESSONS = (("64", 9.), ("64", 14.), ("64", 22.), (THIRTY, 11.), (THIRTY, 18.), ("10", 10.), ("10", 20.))  # scheme and SNR

@@ -10,7 +10,8 @@ __all__ = ['AROUND', 'BLIND', 'leave_one_out_weights', 'Voxels', 'list_voxels', 
            'fit_averages', 'Kinds', 'fit_kinds', 'in_kinds', 'with_one', 'fit_per_kind', 'apply_per_kind', 'TissueFold',
            'own_neighbours', 'fit_tissue_fold', 'FoldLinear', 'fold_tasks', 'fit_folds', 'fit_spatial', 'fit_tissue']
 
-# %% ../../nbs/api/31_dwi_linear.ipynb #bf72ff6b
+# %% ../../nbs/api/31_dwi_linear.ipynb #107f98f1
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -33,7 +34,7 @@ def leave_one_out_weights(
     p = torch.from_numpy(np.linalg.inv((gram + ridge * gram.trace() / n * torch.eye(n, dtype=gram.dtype)).numpy()))
     return (-p / p.diagonal()).fill_diagonal_(0)
 
-# %% ../../nbs/api/31_dwi_linear.ipynb #5f40dc7c
+# %% ../../nbs/api/31_dwi_linear.ipynb #4489d217
 @dataclass(frozen=True)
 class Voxels:
     "The voxels of a mask, listed part by part."
@@ -49,7 +50,7 @@ class Voxels:
         return torch.from_numpy(np.ascontiguousarray(data.reshape(-1, data.shape[-1])[self.where], np.float32))
     def fill(self, rows, data)->np.ndarray:
         "A copy of `data` (x y z v) with other values in the voxels."
-        out = np.array(data, np.float32, order="C")  # else reshape may give a copy
+        out = np.array(data, np.float32, order="C")  # nibabel's arrays lie the other way round, and reshape would copy them
         out.reshape(-1, data.shape[-1])[self.where] = rows
         return out
     def chunks(self, size=8192)->Iterator:
@@ -60,10 +61,11 @@ class Voxels:
 def list_voxels(
     mask:np.ndarray,  # x y z, boolean
     parts:int=4,      # for cross-fitting; 1: fit and predict the same voxels
-    block:int=2,      # side of the blocks, voxels
+    block:int=2,      # side of the blocks, voxels; halved while one part holds most of a small mask
 )->Voxels:
     "List the voxels of a mask."
     at = np.argwhere(mask)
+    while parts > 1 and block > 1 and np.bincount((at // block).sum(1) % parts).max() > len(at) / 2: block //= 2
     part = (at // block).sum(1) % parts
     order = np.argsort(part, kind="stable")
     at, place = at[order], np.full(mask.shape, len(at))
@@ -171,13 +173,14 @@ def deal(
     folds = min(folds, len(dealt))
     return [np.sort(dealt[i::folds]) for i in range(folds)] + [np.array([v]) for v in np.flatnonzero(gradients.is_b0)]
 
-# %% ../../nbs/api/31_dwi_linear.ipynb #4253a82c
+# %% ../../nbs/api/31_dwi_linear.ipynb #1c504b20
 def principal(
     c:Tensor,   # m v, centred
     rank:int,   # components
 )->Tensor:      # v rank
-    "The directions of most variance among volumes."
-    return torch.linalg.eigh((c.T @ c).double())[1].flip(1)[:, :rank].float()
+    "The directions of most variance among volumes, the largest entry of each above 0."
+    found = torch.linalg.eigh((c.T @ c).double())[1].flip(1)[:, :rank]
+    return (found * found.gather(0, found.abs().argmax(0, keepdim=True)).sign()).float()
 
 @dataclass(frozen=True)
 class Scores:
@@ -363,7 +366,7 @@ def fit_averages(
     values = torch.linalg.eigvalsh((c.T @ c).double() / len(c))
     return Averages(scores, max(float(values[:(len(values) + 1) // 2].mean()), 1e-12) ** 0.5, guides, radius)
 
-# %% ../../nbs/api/31_dwi_linear.ipynb #54c67504
+# %% ../../nbs/api/31_dwi_linear.ipynb #82284f99
 @dataclass(frozen=True)
 class Kinds:
     "Sorts voxels by their mean components, with fixed centres."
@@ -382,7 +385,9 @@ def fit_kinds(
     scale = max(float(x.std()), 1e-12)
     z = x.numpy() / scale
     start = z[np.argsort(z[:, 0], kind="stable")[((np.arange(kinds) + 0.5) / kinds * len(z)).astype(int)]]
-    return Kinds(scale, kmeans2(z, start, iter=15, minit="matrix", missing="warn")[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an empty kind keeps its centre
+        return Kinds(scale, kmeans2(z, start, iter=15, minit="matrix", missing="warn")[0])
 
 def in_kinds(
     kind:Tensor,    # m
