@@ -60,3 +60,12 @@ def test_benchmark_training(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = run_experiment("benchmark_training", dict(smoke="true"))
     assert run.status == "done" and run.metrics()["kept_against_live/ratio"] > 1
+
+
+@pytest.mark.parametrize("name, keys, figures", [
+    ("dwi_speed", ("ratio/plain", "step_ms/all of the source"), {"race.png"}),
+    ("dwi_detail", ("A/mean/backbone/gain", "B/mean/L1/less_backbone"), {"gain.png"})])
+def test_dwi(name, keys, figures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = run_experiment(name, dict(smoke="true"))
+    assert run.status == "done" and all(run.metrics()[k] is not None for k in keys) and {p.name for p in (run.path/"figures").iterdir()} == figures
