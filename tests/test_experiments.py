@@ -77,3 +77,12 @@ def test_dwi_simnet(tmp_path, monkeypatch):
     run = run_experiment("dwi_simnet", dict(smoke="true"))
     assert run.status == "done" and (run.path/"simnet.safetensors").stat().st_size < 80_000
     assert all(10 < v < 60 for k, v in run.metrics().items() if k.startswith("look/psnr_db"))
+
+
+@pytest.mark.parametrize("name, keys, figures", [
+    ("dwi_speed", ("ratio/plain", "step_ms/all of the source"), {"race.png"}),
+    ("dwi_detail", ("A/mean/backbone/gain", "B/mean/L1/less_backbone"), {"gain.png"})])
+def test_dwi(name, keys, figures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = run_experiment(name, dict(smoke="true"))
+    assert run.status == "done" and all(run.metrics()[k] is not None for k in keys) and {p.name for p in (run.path/"figures").iterdir()} == figures
