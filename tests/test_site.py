@@ -22,7 +22,7 @@ def test_shell_lines_of_the_readme_name_real_commands():
     assert len(lines) >= 4
     for line in lines:
         words = line.split()
-        command = words[:2] if words[0] in ("data", "nnunet", "unet3plus") else words[:1]
+        command = words[:2] if words[0] in ("data", "dwi", "nnunet", "unet3plus") else words[:1]
         done = subprocess.run([sys.executable, "-c", "from dinolab.cli import main; main()", *command, "--help"], capture_output=True, text=True)
         assert done.returncode == 0, line
         for option in (w for w in words if w.startswith("--")): assert option in done.stdout, f"{option} of: {line}"
