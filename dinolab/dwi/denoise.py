@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'NEEDS_SIGMA', 'UNBIASED', 'BLIND_METHODS', 'LEAST', 'Options', 'find_sigma', 'Denoised', 'notes_on',
            'check_level', 'denoise_series', 'denoise', 'masked', 'stem_of', 'check_targets', 'read_level',
-           'denoise_files', 'write_result', 'phantom_files', 'against_truth', 'report_of', 'again_on_half',
+           'write_result', 'denoise_files', 'phantom_files', 'against_truth', 'report_of', 'again_on_half',
            'evaluate_files']
 
 # %% ../../nbs/api/49_dwi_denoise.ipynb #9970d81f
@@ -76,6 +76,7 @@ class Denoised:
     @property
     def residual(self)->np.ndarray: "x y z v: noisy minus denoised."; return self.series.data - self.data
 
+# %% ../../nbs/api/49_dwi_denoise.ipynb #e22b3c20
 BLIND_METHODS = ("loo_linear", "p2s", "tissue_linear", "tissue", "spatial_linear", "spatial", "qnet")  # each volume without itself
 
 def notes_on(
@@ -91,6 +92,7 @@ def notes_on(
     if rough > 0.15: found.append(f"what was removed is correlated between neighbours ({rough:.2f}): has the series been interpolated or filtered? denoise it before any other step")
     return found
 
+# %% ../../nbs/api/49_dwi_denoise.ipynb #fa2af5b3
 def check_level(
     sigma,           # number, or x y z; None: not known
     series:Series,
@@ -102,6 +104,7 @@ def check_level(
     if not (np.isfinite(inside).all() and (inside > 0).all()): raise InputError(f"sigma holds numbers that are not above 0{' in the mask' if np.ndim(sigma) else ''}: expected a noise level in the units of the image")
     return np.where(series.inside, sigma, np.median(inside)) if np.ndim(sigma) else float(sigma)
 
+# %% ../../nbs/api/49_dwi_denoise.ipynb #2e521515
 LEAST = 100  # voxels of a mask
 
 def denoise_series(
@@ -133,6 +136,7 @@ def denoise_series(
                  notes=notes, seconds=round(time.perf_counter() - began, 2))
     return Denoised(out, series, sigma, about)
 
+# %% ../../nbs/api/49_dwi_denoise.ipynb #74e31114
 def denoise(
     data,                     # x y z v
     bvals,                    # v, s/mm²
@@ -173,6 +177,7 @@ def check_targets(
         with tempfile.TemporaryFile(dir=folder): pass
     except OSError as e: raise InputError(f"nothing can be written to {folder} ({e.strerror}): expected a folder with write access") from None
 
+# %% ../../nbs/api/49_dwi_denoise.ipynb #19597602
 def read_level(
     text:str,     # auto, a number, or the path of a map
 )->object:        # None, number or x y z
@@ -183,6 +188,26 @@ def read_level(
     if not Path(text).exists(): raise InputError(f"sigma {text!r}: expected auto, a number in the units of the image, or the map of a noise level")
     return np.asarray(open_nifti(text)[0], float)
 
+# %% ../../nbs/api/49_dwi_denoise.ipynb #824a5874
+def write_result(
+    done:Denoised,
+    stem:str,            # of the files
+    output:str,          # of the image
+    bval:str,
+    bvec:str,
+    noise_out:bool,
+    residual_out:bool,
+):
+    "Write a result with its gradients and maps."
+    Path(stem).parent.mkdir(parents=True, exist_ok=True)
+    for source, suffix in ((bval, ".bval"), (bvec, ".bvec")):
+        if Path(source).resolve() != Path(stem + suffix).resolve(): shutil.copyfile(source, stem + suffix)
+    image = done.series.image
+    if noise_out: write_nifti(f"{stem}_sigma.nii.gz", np.where(done.series.inside, done.sigma, 0), image)
+    if residual_out: write_nifti(f"{stem}_residual.nii.gz", done.residual, image)
+    write_nifti(output, done.data, image)
+
+# %% ../../nbs/api/49_dwi_denoise.ipynb #8a4b9b27
 def denoise_files(
     input:str,                 # series, .nii or .nii.gz
     output:str,                # result, .nii or .nii.gz
@@ -217,24 +242,6 @@ def denoise_files(
     write_json(f"{stem}_denoise.json", dict(output=str(output)) | source | done.about)
     return done
 
-def write_result(
-    done:Denoised,
-    stem:str,            # of the files
-    output:str,          # of the image
-    bval:str,
-    bvec:str,
-    noise_out:bool,
-    residual_out:bool,
-):
-    "Write a result with its gradients and maps."
-    Path(stem).parent.mkdir(parents=True, exist_ok=True)
-    for source, suffix in ((bval, ".bval"), (bvec, ".bvec")):
-        if Path(source).resolve() != Path(stem + suffix).resolve(): shutil.copyfile(source, stem + suffix)
-    image = done.series.image
-    if noise_out: write_nifti(f"{stem}_sigma.nii.gz", np.where(done.series.inside, done.sigma, 0), image)
-    if residual_out: write_nifti(f"{stem}_residual.nii.gz", done.residual, image)
-    write_nifti(output, done.data, image)
-
 # %% ../../nbs/api/49_dwi_denoise.ipynb #e4893120
 def phantom_files(
     outdir:str,              # folder, made where it is missing
@@ -254,6 +261,7 @@ def phantom_files(
     write_phantom(outdir, make_phantom(seed, size, scheme, family=family), snr, seed)
     return str(outdir)
 
+# %% ../../nbs/api/49_dwi_denoise.ipynb #6afd8c11
 def against_truth(
     denoised:Series,
     truth:np.ndarray,        # x y z v, without noise
@@ -266,6 +274,7 @@ def against_truth(
     x, t = denoised.data[..., on], truth[..., on]
     return {"psnr_db": float(psnr(x, t, inside).mean()), "ssim": float(ssim3d(x, t, inside).mean()), "edge_slope": float(edge_slope(x, t, inside).mean()), "fa_rmse": rmse("fa"), "md_rmse_1e-3mm2/s": rmse("md")}
 
+# %% ../../nbs/api/49_dwi_denoise.ipynb #237b194e
 def report_of(denoised:str)->dict:
     "What `denoise_files` wrote beside a result."
     path = Path(f"{stem_of(denoised)}_denoise.json")
@@ -285,6 +294,7 @@ def again_on_half(
     level = float(np.median(sigma[series.inside])) if np.ndim(sigma) else sigma
     return {"heldout_rmse_over_sigma": held_out(work, series, level, bmax, about["noise_floor_removed"]), "heldout_rmse_over_sigma_noisy": held_out(lambda half: half.data, series, level, bmax), "sigma": level}
 
+# %% ../../nbs/api/49_dwi_denoise.ipynb #f6f8d845
 def evaluate_files(
     denoised:str,            # a result of dinolab dwi denoise
     *,

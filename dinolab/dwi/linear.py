@@ -58,6 +58,7 @@ class Voxels:
         for part, (a, b) in enumerate(zip(self.ends, self.ends[1:])):
             for start in range(a, b, size): yield part, slice(start, min(start + size, b))
 
+# %% ../../nbs/api/31_dwi_linear.ipynb #b5c12600
 def list_voxels(
     mask:np.ndarray,  # x y z, boolean
     parts:int=4,      # for cross-fitting; 1: fit and predict the same voxels
@@ -91,6 +92,7 @@ def others(
     "Leave one part out."
     return sums.sum(0) - sums if len(sums) > 1 else sums
 
+# %% ../../nbs/api/31_dwi_linear.ipynb #79827c1e
 def fit_parts(
     regressors:Callable,  # slice of the list -> c k
     targets:Tensor,       # m n
@@ -162,6 +164,7 @@ def chain(
         left.remove(order[-1])
     return order
 
+# %% ../../nbs/api/31_dwi_linear.ipynb #000063ff
 def deal(
     gradients:Gradients,
     folds:int=8,          # of weighted volumes
@@ -182,6 +185,7 @@ def principal(
     found = torch.linalg.eigh((c.T @ c).double())[1].flip(1)[:, :rank]
     return (found * found.gather(0, found.abs().argmax(0, keepdim=True)).sign()).float()
 
+# %% ../../nbs/api/31_dwi_linear.ipynb #82b14e7d
 @dataclass(frozen=True)
 class Scores:
     "Maps of the visible volumes of a fold, with fixed means and basis."
@@ -247,6 +251,7 @@ def apply_own(shared, around, weights, voxels)->Tensor:
         return f @ weights[part][:f.shape[1]] + torch.einsum("cjn,jn->cn", around(rows), weights[part][f.shape[1]:])
     return torch.cat([predict(part, rows) for part, rows in voxels.chunks(4096)])
 
+# %% ../../nbs/api/31_dwi_linear.ipynb #73bdd5e4
 def fit_either(shared, around, targets, voxels, penalty)->Tensor:
     "`fit_own`, or `fit_parts` where there are no regressors of its own."
     return fit_parts(shared, targets, voxels, penalty) if around is None else fit_own(shared, around, targets, voxels, penalty)
@@ -277,6 +282,7 @@ def centred(y:Tensor, mean)->Tensor:
     "Minus the mean, with a row of zeros for what lies outside."
     return torch.cat([y - mean, y.new_zeros(1, y.shape[1])])
 
+# %% ../../nbs/api/31_dwi_linear.ipynb #fee28cb1
 def fit_spatial_fold(
     y:Tensor,              # m v
     voxels:Voxels,
@@ -306,6 +312,7 @@ def shifted(step:tuple, shape:tuple)->tuple:
     far = (slice(None), *(slice(max(0, s), n - max(0, -s)) for s, n in zip(step, shape)))
     return near, far
 
+# %% ../../nbs/api/31_dwi_linear.ipynb #2976550e
 def similar_means(
     maps:Tensor,         # r x y z, to be averaged
     inside:Tensor,       # 1 x y z, 1 in the mask and 0 outside
@@ -353,6 +360,7 @@ class Averages:
         found = similar_means(on_box(rows, voxels), on_box(rows.new_ones(len(rows), 1), voxels), on_box(maps[:, :self.guides] / self.noise, voxels), self.radius, itself)
         return found.flatten(1)[:, voxels.box[1]].T.contiguous()
 
+# %% ../../nbs/api/31_dwi_linear.ipynb #656c5e58
 def fit_averages(
     y:Tensor,             # m v
     visible:np.ndarray,   # volumes
@@ -399,6 +407,7 @@ def in_kinds(
 
 def with_one(x:Tensor)->Tensor: return torch.cat([x, x.new_ones(len(x), 1)], 1)
 
+# %% ../../nbs/api/31_dwi_linear.ipynb #c802e4b1
 def fit_per_kind(
     x:Tensor,        # m k, regressors
     kind:Tensor,     # m
@@ -452,6 +461,7 @@ class TissueFold:
         special = apply_per_kind(means, self.kinds(means[:, :self.averages.guides]), self.special, voxels)
         return self.mean + apply_either(lambda r: x[r], near, self.common, voxels) + special
 
+# %% ../../nbs/api/31_dwi_linear.ipynb #44e08aa1
 def own_neighbours(
     averages:Averages,
     x:Tensor,            # m 2 r, as `averages` gives them
@@ -462,6 +472,7 @@ def own_neighbours(
     padded, means = centred(c, 0.), averages.means(c, x, voxels, itself=0.)
     return lambda r: torch.cat([padded[voxels.near[r][:, AROUND]], means[r][:, None]], 1)
 
+# %% ../../nbs/api/31_dwi_linear.ipynb #b5b75d47
 def fit_tissue_fold(
     y:Tensor,              # m v
     voxels:Voxels,
@@ -499,6 +510,7 @@ class FoldLinear:
             out[:, fold.targets] = fold.predict(y, self.voxels)
         return self.voxels.fill(out, data)
 
+# %% ../../nbs/api/31_dwi_linear.ipynb #05c79eac
 def fold_tasks(
     series:Series,
     folds:int,       # of weighted volumes
@@ -523,6 +535,7 @@ def fit_folds(
         found.append(fold)
     return FoldLinear(voxels, found, voxels.fill(out, series.data))
 
+# %% ../../nbs/api/31_dwi_linear.ipynb #e5cff270
 def fit_spatial(
     series:Series,
     rank:int=12,           # principal components
