@@ -21,7 +21,7 @@ from ..core import progress
 from .data import Gradients, Series, check_series
 from .linear import alone, deal, fit_tissue, list_voxels
 from .lowrank import localpca, mppca
-from .nets import MultiScaleDetailNet
+from .nets import FrequencyDomainNet, MultiScaleDetailNet
 from .scores import debias
 from .synth import make_phantom, noisy
 from ..engine import TrainArgs, fit
@@ -211,16 +211,17 @@ def sighted_channels(
                      of_shell(start, g), shared(start[..., g.is_b0].mean(-1), len(g)), shared(noise, len(g)), constant(g.bvals / 3000, shape)])
 
 THIRTY = ((0, 2), (1000, 30))  # a common clinical scheme
-LESSONS = (("64", 9.), ("64", 14.), ("64", 22.), (THIRTY, 11.), (THIRTY, 18.), ("10", 10.), ("10", 20.))  # scheme and SNR
+LESSONS = tuple(("brain", *l) for l in (("64", 9.), ("64", 14.), ("64", 22.), (THIRTY, 11.), (THIRTY, 18.), ("10", 10.), ("10", 20.))) + tuple(("shapes", *l) for l in (("64", 10.), ("64", 20.), (THIRTY, 14.)))  # family, scheme and SNR
 
 def lesson(
     seed:int,
+    family:str,      # brain or shapes
     scheme,          # as in make_phantom
     snr:float,
-    shape:tuple=(40, 40, 20),
+    shape:tuple=(40, 40, 20),  # voxels
 )->tuple:            # a case of Patches
-    "A simulated brain to learn from."
-    phantom = make_phantom(seed, shape, scheme=scheme)
+    "A phantom to learn from."
+    phantom = make_phantom(seed, shape, scheme=scheme, family=family)
     series, sigma = check_series(noisy(phantom, snr, seed), phantom.gradients, phantom.mask), phantom.sigma(snr)
     scale = unit_of(series)
     channels = sighted_channels(series, estimates(series, sigma), sigma, scale)
@@ -228,21 +229,21 @@ def lesson(
 
 def train_simnet(
     seed:int=1000,      # of the first phantom
-    steps:int=1500,
-    lessons=LESSONS,    # (scheme, SNR) of each phantom
+    steps:int=1400,     # of the optimiser
+    lessons=LESSONS,    # (family, scheme, SNR) of each phantom
     run=None,           # where checkpoints and log go
 )->nn.Module:
     "Teach `simnet`."
     cases = [lesson(seed + i, *l) for i, l in enumerate(progress(lessons, desc="phantoms", unit="phantom"))]
     torch.manual_seed(seed)
-    return teach(MultiScaleDetailNet(9, residual=0), cases, steps, seed, run=run)
+    return teach(FrequencyDomainNet(9, residual=0), cases, steps, seed, run=run)
 
 # %% ../../nbs/api/48_dwi_learn.ipynb #93c17e76
 def load_simnet(
     path=None,     # safetensors; None: those of the package
 )->nn.Module:
     "The network with its weights."
-    model = MultiScaleDetailNet(9, residual=0)
+    model = FrequencyDomainNet(9, residual=0)
     model.load_state_dict(load_file(path or files("dinolab.dwi")/"simnet.safetensors"))
     return model.eval()
 
