@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'SAYS', 'Config', 'Pairs', 'Keys', 'unet3plus', 'Flags', 'dwi', 'nnunet', 'data', 'Manifest', 'Folder', 'Root',
-           'show_version', 'options', 'join_pairs', 'PairCommand', 'run', 'gather', 'numbers', 'whole_numbers',
+           'show_version', 'options', 'join_pairs', 'PairCommand', 'run', 'gather', 'keep', 'numbers', 'whole_numbers',
            'open_source', 'find_device', 'features', 'start_recipe', 'train', 'evaluate', 'predict', 'name_places',
            'flag_of', 'run_flags', 'unet3plus_train', 'unet3plus_eval', 'unet3plus_infer', 'dwi_denoise', 'dwi_phantom',
            'dwi_eval', 'nnunet_setup', 'nnunet_path', 'data_list', 'data_check', 'data_get', 'main']
@@ -88,6 +88,16 @@ def gather(
     "Print one table of all runs: status, seconds, commit, parameters, metrics."
     from dinolab.run import gather, gather_table
     print(gather_table(gather(root, experiment), format))
+
+# %% ../nbs/api/52_cli.ipynb #c9c285e6
+@app.command()
+def keep(
+    run:Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run that is done.")],
+    folder:Annotated[str, typer.Option(help="Folder of the summaries.")]="nbs/results",
+):
+    "Add the summary of a run to those from which the page of results is made; prints its file."
+    from dinolab.results import keep
+    print(keep(run, folder))
 
 # %% ../nbs/api/52_cli.ipynb #2c156a3f
 def numbers(

@@ -12,6 +12,7 @@ import csv
 import io
 import itertools
 import json
+import math
 import os
 import platform
 import shlex
@@ -230,6 +231,17 @@ class RunFiles(RunState):
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         if values: write_json(path, known := known | flatten(values))
         return known
+
+    def result(self,
+        name:str,     # what was measured, with its unit, e.g. "PSNR of blend at SNR 10, dB"
+        values,       # one number per seed, case or repetition; or a single one
+    )->dict:          # mean, low, high and n
+        "What the experiment found, with its spread: result/<name>/mean, low, high and n in metrics.json."
+        found = [float(v) for v in (values if hasattr(values, "__len__") else [values])]
+        if not found or not all(map(math.isfinite, found)) or "/" in name: raise InputError(f"result {name!r} is {found}: expected a name without a slash and finite numbers")
+        about = dict(mean=sum(found) / len(found), low=min(found), high=max(found), n=len(found))
+        self.metrics({"result": {name: about}})
+        return about
 
     def figure(self,
         fig,        # anything with a savefig method
