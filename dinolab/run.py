@@ -234,12 +234,14 @@ class RunFiles(RunState):
 
     def result(self,
         name:str,     # what was measured, with its unit, e.g. "PSNR of blend at SNR 10, dB"
-        values,       # one number per seed, case or repetition; or a single one
+        values,       # one number per seed, case or repetition; a single one; or their mean, low, high and n
     )->dict:          # mean, low, high and n
         "What the experiment found, with its spread: result/<name>/mean, low, high and n in metrics.json."
-        found = [float(v) for v in (values if hasattr(values, "__len__") else [values])]
-        if not found or not all(map(math.isfinite, found)) or "/" in name: raise InputError(f"result {name!r} is {found}: expected a name without a slash and finite numbers")
-        about = dict(mean=sum(found) / len(found), low=min(found), high=max(found), n=len(found))
+        if isinstance(values, Mapping): about = {k: float(values[k]) for k in ("mean", "low", "high")} | dict(n=int(values["n"]))
+        else:
+            found = [float(v) for v in (values if hasattr(values, "__len__") else [values])] or [math.nan]
+            about = dict(mean=sum(found) / len(found), low=min(found), high=max(found), n=len(found))
+        if not all(map(math.isfinite, about.values())) or "/" in name: raise InputError(f"result {name!r} is {values}: expected a name without a slash and finite numbers")
         self.metrics({"result": {name: about}})
         return about
 
