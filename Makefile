@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.ready
 
-.PHONY: help setup demo test lab export readme clean
+.PHONY: help setup demo test lab docs export readme results clean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -25,14 +25,20 @@ demo: $(STAMP)  ## features of two volumes, from image to picture (minutes)
 test: $(STAMP)  ## all tests: notebooks and tests/
 	@PATH="$(CURDIR)/$(BIN):$$PATH" tests/run
 
-lab: $(STAMP)  ## JupyterLab on the notebooks
-	@$(BIN)/jupyter lab --notebook-dir nbs
+lab: $(STAMP)  ## JupyterLab on the experiments, their parameters in the first code cell
+	@$(BIN)/jupyter lab --notebook-dir nbs --LabApp.default_url=/lab/tree/experiments/multires_features.ipynb
+
+docs: $(STAMP)  ## the site, in _docs (minutes)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" python -c 'from dinolab.site import build; print(build())'
 
 export: $(STAMP)  ## notebooks -> dinolab/, cleaned
 	@PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_export && PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_clean
 
-readme: $(STAMP)  ## README.md from nbs/index.ipynb
+readme: $(STAMP)  ## README.md and CONTRIBUTING.md from their pages
 	@$(BIN)/python -c 'from dinolab.docs import write_readme; write_readme()'
+
+results: $(STAMP)  ## the page of results from the summaries in nbs/results
+	@$(BIN)/python -c 'from dinolab.docs import write_results; write_results()'
 
 clean:  ## remove .venv and built files (not runs/ or data/)
 	rm -rf .venv _docs _proc build *.egg-info
