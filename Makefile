@@ -25,8 +25,9 @@ demo: $(STAMP)  ## features of two volumes, from image to picture (minutes)
 test: $(STAMP)  ## all tests: notebooks and tests/
 	@PATH="$(CURDIR)/$(BIN):$$PATH" tests/run
 
-lab: $(STAMP)  ## JupyterLab on the experiments, their parameters in the first code cell
-	@$(BIN)/jupyter lab --notebook-dir nbs --LabApp.default_url=/lab/tree/experiments/multires_features.ipynb
+EXPERIMENT ?= multires_features
+lab: $(STAMP)  ## JupyterLab on an experiment, at its parameters (EXPERIMENT=name)
+	@$(BIN)/jupyter lab --notebook-dir nbs --LabApp.default_url=/lab/tree/experiments/$(EXPERIMENT).ipynb
 
 docs: $(STAMP)  ## the site, in _docs (minutes)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" python -c 'from dinolab.site import build; print(build())'
