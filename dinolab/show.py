@@ -22,7 +22,7 @@ from .core import InputError, atomic_write
 # %% ../nbs/api/02_show.ipynb #045dfa63
 def as_array(
     x,                # NumPy array, torch tensor on any device, or a list
-)->np.ndarray:
+)->np.ndarray:        # of the same shape
     "NumPy view of `x` where there is one; bfloat16 becomes float32."
     if hasattr(x, "detach"):
         x = x.detach().cpu()

@@ -138,7 +138,7 @@ def resample_matrix(
     n_out:int,       # samples wanted
     step_out:float,  # their size, nm
     corner_out:float,# edge of the first, nm
-)->np.ndarray:       # n_out n_in, float32, rows sum to 1
+)->np.ndarray:       # n_out x n_in, float32, rows sum to 1
     "Weights of the input samples in each output sample: mean where coarser, linear where finer, mirrored outside."
     ratio = step_out / step_in
     low = np.round((corner_out - corner_in) / step_in + np.arange(n_out) * ratio, 6)  # in input samples, edges are integers
@@ -173,7 +173,7 @@ def with_mirror(
 
 # %% ../nbs/api/11_volume.ipynb #2c5bd052
 def is_identity(
-    matrix:np.ndarray,  # from `resample_matrix`: rows sum to 1
+    matrix:np.ndarray,  # n_out x n_in, from resample_matrix
 )->bool:
     "Whether a resampling changes nothing, so that it can be left out."
     return matrix.shape[0] == matrix.shape[1] and bool((np.diagonal(matrix) == 1).all())
@@ -318,7 +318,7 @@ def _exists(array, chunk):
 def check_present(
     array,            # zarr array
     index:tuple,      # that was read
-    data:np.ndarray,  # what it gave
+    data:np.ndarray,  # *s, what it gave
     name:str,         # for the error
 ):
     "Raise `InputError` when a chunk of the data is not in the store."

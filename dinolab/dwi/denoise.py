@@ -74,7 +74,9 @@ class Denoised:
     about:dict          # method, options, notes
 
     @property
-    def residual(self)->np.ndarray: "x y z v: noisy minus denoised."; return self.series.data - self.data
+    def residual(self)->np.ndarray:  # x y z v
+        "Noisy minus denoised."
+        return self.series.data - self.data
 
 # %% ../../nbs/api/49_dwi_denoise.ipynb #e22b3c20
 BLIND_METHODS = ("loo_linear", "p2s", "tissue_linear", "tissue", "spatial_linear", "spatial", "qnet")  # each volume without itself

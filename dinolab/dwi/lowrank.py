@@ -24,9 +24,9 @@ from ..core import InputError, progress
 
 # %% ../../nbs/api/33_dwi_lowrank.ipynb #62e05952
 def noise_variance(
-    values:np.ndarray,  # patch, eigenvalue: ascending
-    samples:int,        # n, voxels of a patch
-)->np.ndarray:          # patch
+    values:np.ndarray,  # patch n, ascending
+    samples:int,        # voxels of a patch
+)->np.ndarray:          # one per patch
     "Variance of the noise from the eigenvalues of covariances (Veraart et al. 2016)."
     values = values[:, max(0, values.shape[1] - (samples - 1)):]
     count = np.arange(1, values.shape[1] + 1)
@@ -57,7 +57,7 @@ class Scratch:
         for name, o in self.kept.items(): setattr(self, name, ctypes.addressof(o))
 
     @property
-    def failed(self)->bool: return self.kept["info"].value != 0
+    def failed(self)->bool: "Whether the last routine reported an error."; return self.kept["info"].value != 0
 
 def tridiagonal(
     A:np.ndarray,  # patch n n, symmetric, float64, contiguous: overwritten by the reflectors
@@ -100,7 +100,7 @@ def pivots(
 def twisted_vectors(
     d:np.ndarray,       # patch n
     e:np.ndarray,       # patch n
-    values:np.ndarray,  # m eigenvalues
+    values:np.ndarray,  # m, eigenvalues
     owner:np.ndarray,   # m: patch of each
 )->tuple:               # m n unit vectors, m residuals |T z - λ z|
     "Eigenvectors of tridiagonal matrices to given eigenvalues."
@@ -120,7 +120,7 @@ def twisted_vectors(
 # %% ../../nbs/api/33_dwi_lowrank.ipynb #bd70ffae
 def pad(
     rows:np.ndarray,   # m n, those of a patch together
-    count:np.ndarray,  # patch: rows of each, their sum is m
+    count:np.ndarray,  # one per patch: its rows, m in all
 )->np.ndarray:         # patch max(count) n, zeros behind
     "Rows by patch, as one array."
     index = np.arange(len(rows)) - np.repeat(np.cumsum(count) - count, count)
@@ -132,7 +132,7 @@ def tridiagonal_eigenvectors(
     d:np.ndarray,       # patch n
     e:np.ndarray,       # patch n
     values:np.ndarray,  # patch n, ascending
-    count:np.ndarray,   # patch: vectors wanted, to the largest eigenvalues
+    count:np.ndarray,   # one per patch: vectors wanted, to the largest eigenvalues
 )->np.ndarray:          # m n, patch by patch, descending eigenvalues
     "Eigenvectors of tridiagonal matrices to their largest eigenvalues."
     owner, n = np.repeat(np.arange(len(count)), count), d.shape[1]
@@ -153,7 +153,7 @@ def rotate_back(
     A:np.ndarray,      # patch n n, reflectors, as `tridiagonal` leaves them
     tau:np.ndarray,    # patch n, their factors
     Z:np.ndarray,      # m n, vectors in the tridiagonal frame: overwritten
-    count:np.ndarray,  # patch: vectors of each
+    count:np.ndarray,  # one per patch: its vectors, m in all
 )->np.ndarray:         # m n, in the frame of the matrices
     "Eigenvectors of the matrices from those of their tridiagonal forms."
     n, s = A.shape[1], Scratch(A.shape[1])
@@ -247,8 +247,8 @@ def recombine(
     active:Tensor,  # x column: patches
     vectors:Tensor, # patch k v
     mean:Tensor,    # patch v
-    theta:Tensor,   # patch: weights
-    variance:Tensor,# patch: of the noise
+    theta:Tensor,   # one per patch: weight
+    variance:Tensor,# one per patch: of the noise
 )->Tensor:          # x column sample v+2: sums of weighted estimates, weights, weighted variances
     "What the patches in a row along x say about the voxels of each plane they share."
     n, (inner, columns), width = planes.shape[0], active.shape, planes.shape[0] - active.shape[0] + 1

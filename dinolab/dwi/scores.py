@@ -22,7 +22,7 @@ from .synth import Phantom
 def rice_mean(
     signal,        # without noise, 0 or more
     sigma,         # of the normal noise; broadcast against the signal
-)->np.ndarray:
+)->np.ndarray:     # any shape: of both, broadcast
     "Mean of the magnitude."
     signal, sigma = np.asarray(signal, float), np.asarray(sigma, float)
     x = (signal / np.where(sigma > 0, sigma, 1)) ** 2 / 2
@@ -38,7 +38,7 @@ def _rice_table():
 def debias(
     magnitude,       # denoised, x y z v
     sigma,           # of the normal noise: a number, or x y z
-)->np.ndarray:       # as the magnitude, float32
+)->np.ndarray:       # likewise, float32
     "Signal whose mean magnitude is what was found; 0 at the floor and below."
     magnitude, sigma = np.asarray(magnitude, np.float32), np.asarray(sigma, np.float32)
     if not (np.isfinite(sigma).all() and (sigma >= 0).all()): raise InputError(f"sigma from {sigma.min():g} to {sigma.max():g}: expected numbers of 0 or more")
