@@ -58,7 +58,7 @@ def check_aligned(
 class Done:
     "A zarr array with one chunk, hence one file, per block: 1 where the block is written."
     def __init__(self,
-        array,  # from `Done.create`, or opened again
+        array,  # from Done.create, or opened again
     ): self.array = array
 
     @classmethod

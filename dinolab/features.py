@@ -85,7 +85,7 @@ def intensity_range(
 def check_finite(
     x:np.ndarray,  # z y x
     name:str,      # for the message
-    roi:tuple=None,# where `x` begins in the volume, three slices
+    roi:tuple=None,# where x begins in the volume, three slices
 ):
     "Raise `InputError` when `x` holds NaN, infinity, or no numbers at all."
     if x.dtype.kind == "c": raise InputError(f"{name} is complex: expected real intensities; take the magnitude")
@@ -332,7 +332,7 @@ def raw_region(
 # %% ../nbs/api/42_features.ipynb #3c0306ed
 @torch.inference_mode()
 def extract_block(
-    data:np.ndarray,     # z y x, raw voxels of `region`
+    data:np.ndarray,     # z y x, raw voxels of region
     region:Grid,         # their grid
     dst:Grid,            # target block
     plan:Plan,           # what to extract

@@ -38,7 +38,7 @@ UNIT_NM = {
 # %% ../nbs/api/10_formats.ipynb #09c44fb7
 def to_nm(
     value:float,  # a length, or an array of lengths
-    unit:str,     # a name or symbol in `UNIT_NM`
+    unit:str,     # a name or symbol in UNIT_NM
 )->float:         # the same length in nanometres
     "Convert a length to nanometres."
     name = str(unit).strip()
@@ -90,8 +90,8 @@ class LazyArray:
     "A sliceable thing with its axes in another order and its values in another type; only what is asked for is read."
     def __init__(self,
         data,         # has shape, dtype and takes a tuple of slices, one per axis
-        order:tuple,  # axis i of the result is axis `order[i]` of `data`
-        dtype=None,   # type of the values; None for that of `data`, in the byte order of this machine
+        order:tuple,  # axis i of the result is axis order[i] of data
+        dtype=None,   # type of the values; None for that of data, in the byte order of this machine
     ):
         self.data, self.order = data, tuple(order)
         self.shape = tuple(data.shape[i] for i in self.order)

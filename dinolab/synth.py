@@ -152,7 +152,7 @@ KINDS = {"mitochondrion": Kind(3, 7, (95, 150), (0, 520), 0.8), "lysosome": Kind
 # %% ../nbs/api/13_synth.ipynb #634ad5ae
 def draw_body(
     rng:np.random.Generator,
-    kind:str,           # a key of `KINDS`
+    kind:str,           # a key of KINDS
     centre:np.ndarray,  # nm, z y x
     size:float=1.,      # scales radius and length
 )->Body:

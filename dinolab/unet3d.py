@@ -269,7 +269,7 @@ class DINOv3UNet3D(LiftedUNet):
 # %% ../nbs/api/24_unet3d.ipynb #ae517bf7
 @torch.no_grad()
 def standardise(
-    model:nn.Module,  # with `project`: plane -> 1³ convolution
+    model:nn.Module,  # with project: plane -> 1³ convolution
     mean:dict,        # plane -> c
     std:dict,         # plane -> c
 ):

@@ -181,7 +181,7 @@ def is_identity(
 # %% ../nbs/api/11_volume.ipynb #db92b375
 def apply_matrices(
     x:np.ndarray,        # z y x
-    matrices:Sequence,   # three, as from `axis_matrices`
+    matrices:Sequence,   # three, as from axis_matrices
 )->np.ndarray:           # z y x, float32
     "Multiply each axis of `x` with its matrix, the one that shrinks most first."
     x = np.asarray(x, dtype=np.float32)
@@ -268,7 +268,7 @@ class Volume:
     def sample(self,
         grid:Grid,          # where values are wanted
         mode:str="linear",  # "linear" (mean where coarser), "nearest", or "majority" for labels
-    )->np.ndarray:          # z y x on `grid`; float32 when linear, else as stored
+    )->np.ndarray:          # z y x on grid; float32 when linear, else as stored
         "Values on any grid within the volume; what `check_inside` lets reach out of it is mirrored."
         if mode not in ("linear", "nearest", "majority"): raise InputError(f"sampling mode {mode!r}: expected linear, nearest or majority")
         check_inside(grid, self.grid, self.name)
@@ -619,9 +619,9 @@ def _single(path, kind, voxel_size=None, origin=None, channel=None, time=None, u
 
 # %% ../nbs/api/11_volume.ipynb #7db3c73b
 def open_volume(
-    source,    # anything that `open_levels` takes
+    source,    # anything that the function open_levels takes
     level=0,   # index (0 is the finest), or the last part of the level's path
-    **options, # of `open_levels`
+    **options, # of open_levels
 )->Volume:
     "Open one volume, lazily where the format allows it."
     return _pick_level(open_levels(source, **options), level)

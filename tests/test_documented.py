@@ -33,11 +33,15 @@ def exported(tree):
         if isinstance(node, ast.ClassDef): yield from ((f"{node.name}.{f.name}", f) for f in node.body if isinstance(f, ast.FunctionDef) and (f.name in PLAIN or f.name[0] != "_"))
 
 
+def places(node):
+    "Parameters and result of a function, or fields of a class: (name, annotation, line of its end)."
+    if isinstance(node, ast.ClassDef): return [(f.target.id, f.annotation, f.end_lineno) for f in node.body if isinstance(f, ast.AnnAssign)]
+    return [(a.arg, a.annotation, a.end_lineno) for a in ast.walk(node.args) if isinstance(a, ast.arg)] + ([("->", node.returns, node.returns.end_lineno)] if node.returns else [])
+
+
 def arrays(node):
-    "What is annotated as an array among the parameters and the result of a function, or the fields of a class: (name, line of its end)."
-    if isinstance(node, ast.ClassDef): found = [(f.target.id, f.annotation, f.end_lineno) for f in node.body if isinstance(f, ast.AnnAssign)]
-    else: found = [(a.arg, a.annotation, a.end_lineno) for a in ast.walk(node.args) if isinstance(a, ast.arg)] + [("->", node.returns, getattr(node.returns, "end_lineno", 0))]
-    return [(name, line) for name, kind, line in found if kind is not None and ARRAY.search(ast.unparse(kind))]
+    "Those that are annotated as arrays: (name, line)."
+    return [(name, line) for name, kind, line in places(node) if kind is not None and ARRAY.search(ast.unparse(kind))]
 
 
 def array_faults(name, node, said):
@@ -58,6 +62,7 @@ def faults(source):
         symbols, count = symbols + 1, count + len(arrays(node))
         if not ast.get_docstring(node) and node.name not in PLAIN: found.append(f"{name}: no docstring")
         found += array_faults(name, node, said)
+        if isinstance(node, ast.FunctionDef): found += [f"{name}: backticks in {said[n]!r}, which is plain text in the help of commands" for n in dict.fromkeys(n for *_, n in places(node)) if "`" in said.get(n, "")]
     return found, symbols, count
 
 
@@ -72,7 +77,7 @@ __all__ = ["f", "g", "A"]
 a, b = 1, 2
 def f(
     x:Tensor,       # volumes
-    y:np.ndarray,   # b c z y x
+    y:np.ndarray,   # b c z y x, as `x`
     *,
     z:Tensor=None,  # a mask of some volumes
     text:str="# n", # no array
@@ -93,7 +98,7 @@ class A:
 
 def test_faults_are_found():
     found, symbols, count = faults(BAD)
-    assert [f.split(":")[0] for f in found] == ["f", "f(x)", "f(z)", "f(->)", "g(x)", "g(y)", "A", "A(field)", "A.forward(x)", "A.forward(->)", "A.of", "A.p", "A.p(->)"]
+    assert [f.split(":")[0] for f in found] == ["f", "f(x)", "f(z)", "f(->)", "f", "g(x)", "g(y)", "A", "A(field)", "A.forward(x)", "A.forward(->)", "A.of", "A.p", "A.p(->)"]
     assert symbols == 7 and count == 10
 
 

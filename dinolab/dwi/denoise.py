@@ -146,7 +146,7 @@ def denoise(
     method:str="blend",       # a key of METHODS
     mask=None,                # x y z, counts where it is not 0; None: found from the volumes without weighting
     b0_threshold:float=50.,   # s/mm², up to which a volume has no weighting
-    **options,                # of `denoise_series`
+    **options,                # of denoise_series
 )->Denoised:
     "Denoise an array."
     if np.ndim(data) != 4: raise InputError(f"an image of shape {np.shape(data)}: expected four axes, x y z and volumes")

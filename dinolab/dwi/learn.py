@@ -133,7 +133,7 @@ def similar_volumes(
 def blind_channels(
     series:Series,
     start:np.ndarray,   # x y z v, predicted without the fold of each volume
-    folds:list,         # index arrays, as in `deal`
+    folds:list,         # index arrays, as of deal
     scale:float,        # the unit
 )->Channels:            # 10 of them
     "Channels that have not seen the noisy volume; the first is the start."
@@ -199,7 +199,7 @@ def estimates(
                 tissue=fit_tissue(series, folds=folds, blind="voxel" if few else blind).fitted)
 
 def blend(
-    found:dict,       # as `estimates` gives them
+    found:dict,       # as of estimates
     series:Series,
 )->np.ndarray:        # x y z v
     "The weighted mean of the estimates; a single volume without weighting, which has no linear one, is the mean of the others."
@@ -211,7 +211,7 @@ def blend(
 # %% ../../nbs/api/48_dwi_learn.ipynb #1ff7f617
 def sighted_channels(
     series:Series,
-    found:dict,       # as `estimates` gives them
+    found:dict,       # as of estimates
     sigma,            # of the noise: number or x y z
     scale:float,      # the unit
 )->Channels:          # 9 of them

@@ -483,7 +483,7 @@ class TissueFold:
 # %% ../../nbs/api/31_dwi_linear.ipynb #44e08aa1
 def own_neighbours(
     averages:Averages,
-    x:Tensor,            # m 2 r, as `averages` gives them
+    x:Tensor,            # m 2r, as of averages
     c:Tensor,            # m n: the volumes of the fold, centred
     voxels:Voxels,
 )->Callable:             # slice of the list -> c 27 n

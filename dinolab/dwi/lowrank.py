@@ -150,7 +150,7 @@ def tridiagonal_eigenvectors(
 
 # %% ../../nbs/api/33_dwi_lowrank.ipynb #36088a43
 def rotate_back(
-    A:np.ndarray,      # patch n n, reflectors, as `tridiagonal` leaves them
+    A:np.ndarray,      # patch n n, reflectors, as tridiagonal leaves them
     tau:np.ndarray,    # patch n, their factors
     Z:np.ndarray,      # m n, vectors in the tridiagonal frame: overwritten
     count:np.ndarray,  # one per patch: its vectors, m in all
@@ -223,8 +223,8 @@ def signal_components(
 # %% ../../nbs/api/33_dwi_lowrank.ipynb #090cfbce
 def small_patch_components(
     X:Tensor,            # patch sample v, float64
-    threshold:Callable,  # as of `signal_components`
-)->tuple:                # as of `signal_components`, and means (patch v)
+    threshold:Callable,  # as of signal_components
+)->tuple:                # as of signal_components, and means (patch v)
     "Signal of patches that have fewer voxels than there are volumes."
     samples, mean = X.shape[1], X.mean(1)
     X = X - mean[:, None]
@@ -264,12 +264,12 @@ def recombine(
 
 # %% ../../nbs/api/33_dwi_lowrank.ipynb #6f3f634e
 def denoise_block(
-    data:np.ndarray,     # x y z v: a block of centres and `radius` more on each side
+    data:np.ndarray,     # x y z v: a block of centres and radius more on each side
     active:np.ndarray,   # x y z: centres of the patches wanted, without the border
     radius:tuple,        # of the patches along x, y, z
     offset:np.ndarray,   # v: taken off before sums
-    threshold:Callable,  # as of `components`
-)->np.ndarray:           # x y z v+2, of the data: sums of weighted estimates less `offset`, of weights, of weighted variances
+    threshold:Callable,  # as of components
+)->np.ndarray:           # x y z v+2, of the data: sums of weighted estimates less offset, of weights, of weighted variances
     "Sums over the patches of a block."
     size, dtype = [2 * r + 1 for r in radius], torch.float64 if data.dtype == np.float64 else torch.float32
     x = torch.from_numpy(np.subtract(data, offset, dtype=np.float64, order="C"))
@@ -288,7 +288,7 @@ def denoise_block(
 def blocks_of(
     active:np.ndarray,   # x y z: centres of patches wanted
     size:tuple=(32, 4, 4),
-)->list:                 # starts (x, y, z) and cuts of `active`, trimmed along x
+)->list:                 # starts (x, y, z) and cuts of active, trimmed along x
     "Blocks with at least one patch."
     found = []
     for x, y, z in product(*(range(0, n, s) for n, s in zip(active.shape, size))):
@@ -352,7 +352,7 @@ def denoise_patches(
     data:np.ndarray,     # x y z v
     mask:np.ndarray,     # x y z
     radius:tuple,
-    thresholds:Callable, # slices of a block of centres, its active patches -> threshold, as of `signal_components`
+    thresholds:Callable, # slices of a block of centres, its active patches -> threshold, as of signal_components
     threads:int=None,    # None: as many as torch uses
     quiet:bool=True,     # no bar
     desc:str="",         # of the bar

@@ -313,7 +313,7 @@ class ProgressiveDetailNet(FromStart):
     def forward(self, x:Tensor)->Tensor: return self.stages(x)[1]  # b c z y x -> b out z y x
 
 def progressive_loss(
-    stages:tuple,       # coarse and final result, from `stages`
+    stages:tuple,       # coarse and final result, from stages
     target:Tensor,      # b c z y x
     weight:float=0.5,   # of the coarse stage; let it fall during training: 1 - step / steps
     mask:Tensor=None,   # as in check_pair

@@ -141,7 +141,7 @@ def fit_dti(
 
 # %% ../../nbs/api/35_dwi_scores.ipynb #a5045d39
 def tensor_maps(
-    beta:np.ndarray,   # n 7, see `design_matrix`
+    beta:np.ndarray,   # n 7, see design_matrix
     mask:np.ndarray,   # x y z with n voxels
 )->dict:
     "Maps of the tensor, 0 outside the mask."
@@ -157,7 +157,7 @@ def tensor_maps(
     return {name: put(values) for name, values in maps.items()}
 
 def predict_dti(
-    fit:dict,             # of `fit_dti`
+    fit:dict,             # of fit_dti
     gradients:Gradients,
 )->np.ndarray:            # x y z v, float32
     "Signal of the tensors for other directions."
@@ -167,7 +167,7 @@ def predict_dti(
 def leak_slope(
     x:np.ndarray,         # x y z v, denoised
     noisy:np.ndarray,     # x y z v
-    expected:np.ndarray,  # x y z v: mean of the noisy image, see `rice_mean`
+    expected:np.ndarray,  # x y z v: mean of the noisy image, see rice_mean
     mask:np.ndarray,      # x y z, boolean
 )->float:
     "Share of a volume's own noise in its output."

@@ -49,7 +49,7 @@ def even_directions(
 SCHEMES = {"64": ((0, 4), (1000, 30), (2000, 30)), "10": ((0, 1), (2500, 9)), "multi": ((0, 6), (700, 20), (1500, 45), (3000, 45))}
 
 def make_scheme(
-    scheme="64",  # a key of `SCHEMES`, shells as (s/mm², volumes), or Gradients
+    scheme="64",  # a key of SCHEMES, shells as (s/mm², volumes), or Gradients
     seed:int=0,   # of the directions
 )->Gradients:
     "The table of gradients of a scheme."
@@ -377,9 +377,9 @@ class Phantom:
 def make_phantom(
     seed:int=0,
     shape:tuple=(48, 48, 24),  # voxels along x y z
-    scheme="64",               # a key of `SCHEMES`, or Gradients
+    scheme="64",               # a key of SCHEMES, or Gradients
     b0:float=1000.,            # signal of white matter at b = 0
-    family:str="brain",        # a key of `FAMILIES`
+    family:str="brain",        # a key of FAMILIES
     voxel_size:float=2.,       # mm
     fine:int=2,                # samples per voxel along each axis, for mixtures
 )->Phantom:
