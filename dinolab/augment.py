@@ -97,7 +97,7 @@ class Augment(Strengths):
     def change_intensity(self,
         x:np.ndarray,             # z y x, float in 0..1
         rng:np.random.Generator,  # of this crop
-    )->np.ndarray:                # float32, in 0..1
+    )->np.ndarray:                # z y x, float32, in 0..1
         "The image of a crop, varied."
         x = np.array(x, np.float32)
         if x.size and not -0.01 <= x.min() <= x.max() <= 1.01: raise InputError(f"image from {x.min():g} to {x.max():g}: expected intensities in 0..1")

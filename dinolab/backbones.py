@@ -199,9 +199,9 @@ class PositionedViT(VisionTransformer):
     "timm's ViT with a choice of how learnt positions are resized; the choice is part of the state dict."
     resizing = RESIZING["timm"]
 
-    def get_extra_state(self): return torch.tensor(self.resizing, dtype=torch.float64)
+    def get_extra_state(self): "The choice, as a tensor."; return torch.tensor(self.resizing, dtype=torch.float64)
 
-    def set_extra_state(self, state): self.resizing = (bool(state[0]), float(state[1]))
+    def set_extra_state(self, state): "Take the choice from a state dict."; self.resizing = (bool(state[0]), float(state[1]))
 
     def _pos_embed(self, x):  # b h w c
         prefix = 0 if self.no_embed_class else self.num_prefix_tokens

@@ -58,7 +58,7 @@ def check_aligned(
 class Done:
     "A zarr array with one chunk, hence one file, per block: 1 where the block is written."
     def __init__(self,
-        array,  # from `Done.create`, or opened again
+        array,  # from Done.create, or opened again
     ): self.array = array
 
     @classmethod
@@ -74,7 +74,9 @@ class Done:
 
     def mark(self, block:Block): "Record that `block` is written."; self.array[block.index] = 1
     def has(self, block:Block)->bool: "Whether `block` is written."; return bool(self.array[block.index])
-    def all(self)->np.ndarray: "Boolean array over the grid of blocks."; return self.array[:] == 1
+    def all(self)->np.ndarray:  # *s, boolean, over the grid of blocks
+        "Which blocks are written."
+        return self.array[:] == 1
 
 # %% ../nbs/api/12_blocks.ipynb #4200593d
 _TASK = None  # what this worker process works on

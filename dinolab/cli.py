@@ -27,6 +27,7 @@ app = typer.Typer(help="Dense prediction with foundation features on scientific 
                   context_settings=dict(help_option_names=["-h", "--help"]), add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 def show_version(wanted:bool):
+    "Print the version and stop, where that is wanted."
     if wanted:
         print(__version__)
         raise typer.Exit()
@@ -34,7 +35,7 @@ def show_version(wanted:bool):
 @app.callback()
 def options(
     version:Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version and stop.")]=False,
-): pass
+): "Options before the command."
 
 # %% ../nbs/api/52_cli.ipynb #b00d3127
 def join_pairs(
@@ -50,7 +51,7 @@ def join_pairs(
 # %% ../nbs/api/52_cli.ipynb #6cb08e2c
 class PairCommand(TyperCommand):
     "A command with `-p name value`."
-    def parse_args(self, ctx, args): return super().parse_args(ctx, join_pairs(args))
+    def parse_args(self, ctx, args): "With each pair joined."; return super().parse_args(ctx, join_pairs(args))
 
 # %% ../nbs/api/52_cli.ipynb #bcdc4d82
 @app.command(cls=PairCommand)

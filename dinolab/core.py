@@ -90,7 +90,7 @@ def plain(
 # %% ../nbs/api/00_core.ipynb #58e0ce92
 def write_json(
     path:str|Path,  # file to write
-    o,              # anything that `plain` takes
+    o,              # anything that the function plain takes
 ):
     "Write `o` as JSON, whole or not at all."
     with atomic_write(path) as f: f.write(json.dumps(plain(o), indent=1, ensure_ascii=False) + "\n")
@@ -98,14 +98,14 @@ def write_json(
 # %% ../nbs/api/00_core.ipynb #5b9bc5fb
 def write_yaml(
     path:str|Path,  # file to write
-    o,              # anything that `plain` takes
+    o,              # anything that the function plain takes
 ):
     "Write `o` as YAML, whole or not at all."
     with atomic_write(path) as f: yaml.safe_dump(plain(o), f, sort_keys=False, allow_unicode=True)
 
 # %% ../nbs/api/00_core.ipynb #8812a2e3
 def settings_hash(
-    settings:Mapping,  # anything that `plain` takes
+    settings:Mapping,  # anything that the function plain takes
     length:int=12,     # hexadecimal digits
 )->str:
     "A short hash of settings, independent of their order."
@@ -115,7 +115,7 @@ def settings_hash(
 # %% ../nbs/api/00_core.ipynb #ef106c44
 def progress(
     items:Iterable=None,  # what to go through; None for a bar moved by hand with its update method
-    total:int=None,       # number of items, where `items` cannot tell
+    total:int=None,       # number of items, where items cannot tell
     desc:str="",          # what is done
     unit:str="it",        # what one item is
     initial:int=0,        # items done before, when work is resumed

@@ -292,13 +292,13 @@ class Case:
     labels:Volume=None      # on the target grid
     mask:Volume=None        # on the target grid; labels count where it is not 0
 
-    def image(self, roi:tuple)->np.ndarray:
-        "Raw intensities of a region of the target, in 0..1, float32."
+    def image(self, roi:tuple)->np.ndarray:  # z y x, float32, in 0..1
+        "Raw intensities of a region of the target."
         low, high = self.intensity
         return np.clip((self.raw.sample(self.grid.crop(roi)) - low) / (high - low), 0, 1)
 
-    def valid(self, roi:tuple)->np.ndarray:
-        "Where labels count, boolean."
+    def valid(self, roi:tuple)->np.ndarray:  # z y x, boolean
+        "Where labels count."
         return np.ones([s.stop - s.start for s in roi], bool) if self.mask is None else self.mask.read(roi) != 0
 
 # %% ../nbs/api/43_crops.ipynb #a8474635
@@ -343,7 +343,7 @@ def open_case(
 @dataclass(frozen=True)
 class LabelScan:
     "What the labels of one case hold."
-    counts:np.ndarray   # voxels of each class
+    counts:np.ndarray   # one per class: its voxels
     places:dict         # class -> n 3, some of its voxels, z y x
 
 def scan_labels(
@@ -375,8 +375,12 @@ class ClassTarget:
     @property
     def channels(self)->int: "Logits of the network."; return self.classes
 
-    def __call__(self, labels:np.ndarray, valid:np.ndarray, voxel_size:tuple)->tuple:
-        "z y x, int64, and where it counts."
+    def __call__(self,
+        labels:np.ndarray,  # z y x
+        valid:np.ndarray,   # z y x, boolean
+        voxel_size:tuple,   # nm, z y x
+    )->tuple:               # z y x, int64, and where it counts
+        "The classes of a crop."
         return np.where(valid, labels, 0).astype(np.int64), valid
 
 # %% ../nbs/api/43_crops.ipynb #54b684e1
@@ -389,8 +393,12 @@ class InstanceTarget:
     @property
     def channels(self)->int: "Logits of the network."; return len(self.offsets) + 10 * bool(self.sigma)
 
-    def __call__(self, labels:np.ndarray, valid:np.ndarray, voxel_size:tuple)->tuple:
-        "c z y x, float32, and where it counts: both ends of an affinity must be valid, descriptors only count inside objects."
+    def __call__(self,
+        labels:np.ndarray,  # z y x
+        valid:np.ndarray,   # z y x, boolean
+        voxel_size:tuple,   # nm, z y x
+    )->tuple:               # c z y x, float32, and where it counts
+        "Affinities, then descriptors: both ends of an affinity must be valid, descriptors only count inside objects."
         labels = np.where(valid, labels, 0)
         affs, there = affinities(labels, self.offsets)
         both = there & valid & affinities(valid.astype(np.uint8), self.offsets)[0].astype(bool)
@@ -466,8 +474,8 @@ class KeptImage(Case):
     "A case whose image on the target grid stays in memory, from its first use on."
     kept:dict=field(default_factory=dict)  # whole -> z y x
 
-    def image(self, roi:tuple)->np.ndarray:
-        "Raw intensities of a region of the target, in 0..1, float32."
+    def image(self, roi:tuple)->np.ndarray:  # z y x, float32, in 0..1
+        "Raw intensities of a region of the target."
         if "whole" not in self.kept: self.kept["whole"] = super().image(tuple(slice(0, n) for n in self.grid.shape))
         return self.kept["whole"][roi]
 
@@ -548,7 +556,9 @@ class CropDataset:
 
     def __len__(self): return self.length
     @property
-    def counts(self)->np.ndarray: "Labelled voxels of each class, over all volumes."; return sum(s.counts for s in self.scans)
+    def counts(self)->np.ndarray:  # one per class
+        "Labelled voxels of each class, over all volumes."
+        return sum(s.counts for s in self.scans)
 
     def item(self,
         index:int,  # of the crop in its epoch; only the seed matters

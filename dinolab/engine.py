@@ -301,7 +301,7 @@ def _length(batch):
 
 # %% ../nbs/api/40_engine.ipynb #a28166fb
 def check_finite_loss(
-    loss:Tensor,   # of a batch
+    loss:Tensor,   # scalar, of a batch
     batch,         # with names, if it has any
     step:int,      # optimiser steps done
     save:Callable, # keeps the state
@@ -314,11 +314,11 @@ def check_finite_loss(
 
 # %% ../nbs/api/40_engine.ipynb #bf212b7e
 def check_finite_gradient(
-    norm:Tensor,   # of all gradients, before clipping
+    norm:Tensor,   # scalar, of all gradients, before clipping
     step:int,      # optimiser steps done
     scaler,        # of fp16, which expects such gradients and leaves the step out; or None
     save:Callable, # keeps the state
-)->Tensor:         # the same norm
+)->Tensor:         # likewise
     "Stop before a gradient that is not finite reaches the weights."
     if scaler is not None or torch.isfinite(norm): return norm
     raise InputError(f"gradient {norm.item()} at step {step + 1} while the loss is finite: the weights before it are in {save()}; lower lr, or set precision=no")
@@ -442,7 +442,7 @@ class Saver(TrainLog):
         self.facts, self.names, self.scaler, self.divided = training_facts(model, args, facts), trained_names(model), None, None
 
     @property
-    def folder(self)->Path: return self.run.path/"checkpoints"
+    def folder(self)->Path: "Where checkpoints are written."; return self.run.path/"checkpoints"
 
     def save(self, at:Position, name:str="last")->Path:
         "Write a checkpoint; best keeps only the weights that were validated."

@@ -85,7 +85,7 @@ def intensity_range(
 def check_finite(
     x:np.ndarray,  # z y x
     name:str,      # for the message
-    roi:tuple=None,# where `x` begins in the volume, three slices
+    roi:tuple=None,# where x begins in the volume, three slices
 ):
     "Raise `InputError` when `x` holds NaN, infinity, or no numbers at all."
     if x.dtype.kind == "c": raise InputError(f"{name} is complex: expected real intensities; take the magnitude")
@@ -186,7 +186,7 @@ def slice_weights(
     dst:Grid,    # target block
     axis:int,    # of the normal
     stride:int=1,# take one in this many
-)->np.ndarray:   # target planes × raw slices, rows sum to 1
+)->np.ndarray:   # n_out x n_in: target planes from raw slices, rows sum to 1
     "Weights of the raw slices in each target plane."
     one = lambda g: (g.shape[axis], g.voxel_size[axis], g.corner[axis])
     n, step, corner = one(src)
@@ -332,7 +332,7 @@ def raw_region(
 # %% ../nbs/api/42_features.ipynb #3c0306ed
 @torch.inference_mode()
 def extract_block(
-    data:np.ndarray,     # z y x, raw voxels of `region`
+    data:np.ndarray,     # z y x, raw voxels of region
     region:Grid,         # their grid
     dst:Grid,            # target block
     plan:Plan,           # what to extract
@@ -396,7 +396,7 @@ class PatchMean(nn.Module):
         super().__init__()
         self.spec = FeatureSpec((3,), (stride,))
 
-    def forward(self, images:Tensor)->list: return [nn.functional.avg_pool2d(images, self.spec.strides[0])]
+    def forward(self, images:Tensor)->list: return [nn.functional.avg_pool2d(images, self.spec.strides[0])]  # b 3 h w -> one map b 3 h w
 
 # %% ../nbs/api/42_features.ipynb #dd1a02ad
 def make_plan(

@@ -38,7 +38,7 @@ UNIT_NM = {
 # %% ../nbs/api/10_formats.ipynb #09c44fb7
 def to_nm(
     value:float,  # a length, or an array of lengths
-    unit:str,     # a name or symbol in `UNIT_NM`
+    unit:str,     # a name or symbol in UNIT_NM
 )->float:         # the same length in nanometres
     "Convert a length to nanometres."
     name = str(unit).strip()
@@ -90,15 +90,15 @@ class LazyArray:
     "A sliceable thing with its axes in another order and its values in another type; only what is asked for is read."
     def __init__(self,
         data,         # has shape, dtype and takes a tuple of slices, one per axis
-        order:tuple,  # axis i of the result is axis `order[i]` of `data`
-        dtype=None,   # type of the values; None for that of `data`, in the byte order of this machine
+        order:tuple,  # axis i of the result is axis order[i] of data
+        dtype=None,   # type of the values; None for that of data, in the byte order of this machine
     ):
         self.data, self.order = data, tuple(order)
         self.shape = tuple(data.shape[i] for i in self.order)
         self.dtype = np.dtype(dtype or data.dtype).newbyteorder("=")
 
     @property
-    def ndim(self): return len(self.shape)
+    def ndim(self)->int: "Number of axes."; return len(self.shape)
     def __len__(self): return self.shape[0]
     def __repr__(self): return f"LazyArray(shape={self.shape}, dtype={self.dtype})"
     def __array__(self, dtype=None, copy=None): return self[...].astype(dtype or self.dtype, copy=False)
@@ -175,7 +175,7 @@ def _short(x)->float: return float(str(np.float32(x)))
 
 # %% ../nbs/api/10_formats.ipynb #a1f7cafc
 def affine_grid(
-    affine:np.ndarray,  # 4x4, voxel index i j k -> right, anterior, superior
+    affine:np.ndarray,  # 4 4, voxel index i j k -> right, anterior, superior
 )->tuple:               # voxel size i j k, origin i j k (None where sheared), the axes' directions, e.g. RAS
     "Split an affine into voxel size and origin along its own axes, in its own unit."
     size = np.sqrt((affine[:3, :3] ** 2).sum(0))
@@ -251,7 +251,7 @@ def stack_pages(
     page:tuple,  # shape of a page
     dtype,       # of a page
     key:tuple,   # a slice for every axis of lead + page
-)->np.ndarray:
+)->np.ndarray:   # *s, one axis per slice
     "The part `key` of a stack of pages; reads only the pages it touches."
     numbers = np.arange(np.prod(lead, dtype=int)).reshape(lead)[key[:len(lead)]]
     inner = key[len(lead):]
@@ -300,6 +300,7 @@ class TiffData:
         self.page, self.count = self.series.keyframe.shape, len(self.tif.series)
 
     def read_page(self, number):
+        "One page, by its place in the series."
         with self.lock, reading(self.path, "TIFF"): return self.series.pages[int(number)].asarray()
 
     def __getitem__(self, key):
@@ -345,6 +346,7 @@ class TiffFolder:
         self.shape, self.axes, self.count = (len(self.files), *self.page), "ZYX", 1
 
     def read_page(self, number):
+        "One slice, by its place among the files."
         file = self.files[number]
         with reading(file, "TIFF"), tifffile.TiffFile(file) as tif: page = tif.pages[0].asarray()
         if page.shape == self.page and page.dtype == self.dtype: return page

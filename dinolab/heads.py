@@ -28,7 +28,7 @@ from .upsample import create_upsampler, resize
 # %% ../nbs/api/25_heads.ipynb #2dd2ba0c
 class BatchNorm(nn.BatchNorm2d):
     "Batch norm that uses its running statistics where a channel has a single value."
-    def forward(self, x:Tensor)->Tensor:
+    def forward(self, x:Tensor)->Tensor:  # b c h w -> b c h w
         if not self.training or x.numel() > x.shape[1]: return super().forward(x)
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0., self.eps)
 
@@ -65,7 +65,7 @@ class LinearHead(nn.Module):
         self.stride = spec.strides[0]
         self.layers = replace_norms(nn.Sequential(nn.BatchNorm2d(sum(spec.channels)), nn.Dropout2d(dropout), nn.Conv2d(sum(spec.channels), num_classes, 1)), norm)
 
-    def forward(self, maps:list)->Tensor: return self.layers(torch.cat([resize(m, maps[0].shape[2:]) for m in maps], 1))
+    def forward(self, maps:list)->Tensor: return self.layers(torch.cat([resize(m, maps[0].shape[2:]) for m in maps], 1))  # b n h w, logits
 
 # %% ../nbs/api/25_heads.ipynb #64f0231f
 class UperNetHead(nn.Module):
@@ -83,7 +83,7 @@ class UperNetHead(nn.Module):
         config = UperNetConfig(num_labels=num_classes, hidden_size=hidden_size, pool_scales=list(pool_scales), use_auxiliary_head=False)
         self.decoder = replace_norms(UperNetDecoder(config, list(spec.channels)), norm)
 
-    def forward(self, maps:list)->Tensor: return self.decoder(maps)
+    def forward(self, maps:list)->Tensor: return self.decoder(maps)  # b n h w, logits
 
 # %% ../nbs/api/25_heads.ipynb #af514cd8
 class SegFormerHead(nn.Module):
@@ -101,7 +101,7 @@ class SegFormerHead(nn.Module):
         config = SegformerConfig(num_labels=num_classes, hidden_sizes=list(spec.channels), num_encoder_blocks=len(spec), decoder_hidden_size=hidden_size, classifier_dropout_prob=dropout)
         self.decoder = replace_norms(SegformerDecodeHead(config), norm)
 
-    def forward(self, maps:list)->Tensor: return self.decoder(maps)
+    def forward(self, maps:list)->Tensor: return self.decoder(maps)  # b n h w, logits
 
 # %% ../nbs/api/25_heads.ipynb #8f625523
 class DPTHead(nn.Module):
@@ -126,7 +126,7 @@ class DPTHead(nn.Module):
         if not self.one_stride: self.neck.reassemble_stage = None
         self.stride = spec.strides[0] / (16 if self.one_stride else 4)
 
-    def forward(self, maps:list)->Tensor:
+    def forward(self, maps:list)->Tensor:  # b n h w, logits
         size = maps[0].shape[2:]
         if self.one_stride: maps = [F.pad(m.flatten(2).mT, (0, 0, 1, 0)) for m in maps]  # the place of the class token, which is ignored
         return self.decoder(self.neck(maps, *size))
@@ -150,7 +150,7 @@ def create_head(
 # %% ../nbs/api/25_heads.ipynb #dc62cda7
 class ChannelNorm(nn.LayerNorm):
     "Layer norm over the channels of b c h w."
-    def forward(self, x:Tensor)->Tensor: return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+    def forward(self, x:Tensor)->Tensor: return super().forward(x.movedim(1, -1)).movedim(-1, 1)  # b c h w -> b c h w
 
 class Pyramid(nn.Module):
     "Maps of one stride s to strides s/4, s/2, s, 2s: a simple feature pyramid (Li et al. 2022, section 3), one layer of the ViT per level."
@@ -165,7 +165,7 @@ class Pyramid(nn.Module):
         self.levels = nn.ModuleList([nn.Sequential(up(c[0], c[0] // 2), ChannelNorm(c[0] // 2), nn.GELU(), up(c[0] // 2, c[0] // 4)), up(c[1], c[1] // 2), nn.Identity(), nn.MaxPool2d(2, 2, ceil_mode=True)])
         self.spec = FeatureSpec((c[0] // 4, c[1] // 2, c[2], c[3]), (s / 4, s / 2, s, 2 * s))
 
-    def forward(self, maps:list, image:Tensor=None)->list:
+    def forward(self, maps:list, image:Tensor=None)->list:  # maps, image (b c h w, not used) -> maps
         return [level(maps[max(0, i - 4 + len(maps))]) for i, level in enumerate(self.levels)]
 
 # %% ../nbs/api/25_heads.ipynb #d8c880c3
@@ -190,7 +190,7 @@ class WithImage(nn.Module):
         inner = spec if neck is None else neck.spec
         self.spec = FeatureSpec((channels or in_channels, *inner.channels), (1, *inner.strides))
 
-    def forward(self, maps:list, image:Tensor)->list: return [self.stem(image), *(maps if self.neck is None else self.neck(maps, image))]
+    def forward(self, maps:list, image:Tensor)->list: return [self.stem(image), *(maps if self.neck is None else self.neck(maps, image))]  # maps, image (b c h w) -> maps
 
 # %% ../nbs/api/25_heads.ipynb #43f19ef4
 class Fine(nn.Module):
@@ -212,7 +212,7 @@ class Fine(nn.Module):
         self.fuse = nn.Sequential(nn.Conv2d(channels + spec.channels[0], channels, 3, padding=1), group_norm(channels), nn.GELU()) if join else None
         self.classifier = nn.Conv2d(channels, num_classes, 1)
 
-    def forward(self, maps:list)->Tensor:
+    def forward(self, maps:list)->Tensor:  # b n h w, logits
         fine, maps = maps[0], maps[1:]
         size = covered(maps[0].shape[2:], self.inner_spec.strides[0])
         guide = F.pad(fine, (0, size[1] - fine.shape[3], 0, size[0] - fine.shape[2]), mode="replicate")
@@ -239,7 +239,9 @@ class Segmenter(nn.Module):
         self.spec = backbone.spec if neck is None else neck.spec
         self.config = None
 
-    def features(self, image:Tensor)->list:
+    def features(self,
+        image:Tensor,  # b c h w in 0..1
+    )->list:           # of maps b c h w
         "Maps of the backbone; never computed in fp16."
         kind = image.device.type
         if not torch.is_autocast_enabled(kind) or torch.get_autocast_dtype(kind) != torch.float16: return self.backbone(image)

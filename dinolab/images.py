@@ -90,7 +90,7 @@ class Classes:
     def __len__(self): return len(self.names)
 
     def index(self,
-        pixels:np.ndarray,  # as read_pixels gives them
+        pixels:np.ndarray,  # h w, or h w c, as read_pixels gives them
         where="mask",       # for errors
     )->tuple:               # h w uint8: index of the class; h w bool: whether it counts
         "Class of each pixel."
@@ -286,7 +286,11 @@ class ImageDataset:
             self._kept[i], self._bytes = pair, self._bytes + size
         return self._kept[i]
 
-    def item(self, index:int, seed:int)->dict:
+    def item(self,
+        index:int,  # of the picture, modulo their number
+        seed:int,   # everything random follows from it
+    )->dict:        # image c h w in 0..1, target h w, mask h w, name
+        "One crop, or one whole picture."
         rng = np.random.default_rng(seed)
         i = index % len(self.pictures)
         image, label, valid = self._read(i) if self.whole else self._crop(*self._read(i), rng)

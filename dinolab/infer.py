@@ -44,7 +44,7 @@ def axis_weight(
     place:slice,        # of the tile on an axis
     length:int,         # voxels of the axis
     sigma:float=0.125,  # standard deviation, shares of the tile
-)->np.ndarray:          # float64, from 1e-3 to 1
+)->np.ndarray:          # n, float64, from 1e-3 to 1
     "Gaussian about the middle of a tile, 1 from the middle to an edge of the volume."
     n = place.stop - place.start
     x = np.arange(n) - (n - 1) / 2
@@ -56,7 +56,7 @@ def tile_weight(
     tile:tuple,         # slices
     shape:tuple,        # voxels of the volume
     sigma:float=0.125,  # standard deviation, shares of the tile
-)->np.ndarray:          # float32, the product of one factor per axis
+)->np.ndarray:          # *s, float32, the product of one factor per axis
     "Importance of the voxels of a tile. The floor is on each axis, not on the product, which keeps its shape in corners."
     one = [axis_weight(s, n, sigma) for s, n in zip(tile, shape)]
     return math.prod(o.reshape([-1 if b == a else 1 for b in range(len(tile))]) for a, o in enumerate(one)).astype(np.float32)

@@ -120,7 +120,7 @@ def boundary_weight(
     voxel_size=1.,        # nm per axis, or one number
     sigma:float=20.,      # nm, reach of the weight
     height:float=4.,      # weight on a border above that elsewhere
-)->np.ndarray:            # like labels, float32, 1 to 1 + height
+)->np.ndarray:            # as in labels, float32, 1 to 1 + height
     "Weight of each voxel by its distance from the nearest change of label."
     labels = np.asarray(labels)
     size = np.broadcast_to(np.asarray(voxel_size, float), labels.ndim)
@@ -261,7 +261,7 @@ WEIGHTINGS = dict(
 def class_weights(
     counts,                   # voxels of each class
     how:str="inverse_sqrt",   # none, inverse, inverse_sqrt or effective
-)->np.ndarray:                # per class, mean 1 over those that occur
+)->np.ndarray:                # one per class, mean 1 over those that occur
     "Weights that make rare classes count."
     counts, there = np.asarray(counts, float), np.asarray(counts) > 0
     if not there.any(): raise InputError("class counts are all 0: expected at least one labelled voxel")

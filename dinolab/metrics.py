@@ -21,9 +21,9 @@ from .show import new_figure
 
 # %% ../nbs/api/16_metrics.ipynb #a2688b5b
 def as_integers(
-    x,         # array or tensor of integers or booleans
+    x,         # any shape: array or tensor of integers or booleans
     what:str,  # for the error
-)->np.ndarray:
+)->np.ndarray: # likewise
     "Labels as an array of integers."
     x = x.detach().cpu().numpy() if hasattr(x, "detach") else np.asarray(x)
     if x.dtype.kind not in "iub": raise InputError(f"{what} holds {x.dtype}: expected integer labels; take the argmax first")
@@ -136,8 +136,8 @@ def per_image_mean(
 
 # %% ../nbs/api/16_metrics.ipynb #ee9042a2
 def border(
-    on:np.ndarray,  # boolean, 2D or 3D
-)->np.ndarray:      # boolean
+    on:np.ndarray,  # z y x or y x, boolean
+)->np.ndarray:      # likewise
     "Voxels of an object with a face neighbour outside it; the edge of the image is no border."
     inner = np.ones_like(on)
     for a in range(on.ndim):

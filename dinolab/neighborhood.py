@@ -31,7 +31,7 @@ class GuideEncoder(nn.Module):
         same = lambda c, step: conv(c, dim, 3, padding=step, dilation=step, padding_mode="replicate")
         self.conv1, self.conv2, self.conv3 = same(guide_channels, 1), same(dim, 2), same(dim, 1)
 
-    def forward(self, x:Tensor)->Tensor:
+    def forward(self, x:Tensor)->Tensor:  # b g *s -> b dim *s
         x = self.conv1(x - 0.5)
         x = x + self.conv2(F.gelu(x))
         return x + self.conv3(F.gelu(x))
@@ -57,15 +57,15 @@ class NeighborhoodFilter(Guided):
         self.gain, self.reach = nn.Parameter(torch.zeros(heads)), nn.Parameter(torch.zeros(heads))
         self.floor = nn.Parameter(torch.full((heads,), -4.))
 
-    def scratch(self)->int: return 6 * self.config["dim"]
+    def scratch(self)->int: "Numbers per fine voxel held at once."; return 6 * self.config["dim"]
 
-    def encode(self, guide:Tensor)->Tensor:
-        "b g *s -> b dim *s."
+    def encode(self, guide:Tensor)->Tensor:  # b g *s -> b dim *s
+        "What says which voxels are alike."
         if guide.shape[1] != self.config["guide_channels"]: raise InputError(f"guide of {guide.shape[1]} channels: expected {self.config['guide_channels']}")
         return self.encoder(guide.to(self.query.weight.dtype))
 
-    def weigh(self, fine:Tensor, coarse:Tensor, distance:list)->Tensor:
-        "b cells P e, b cells W e -> b cells P W."
+    def weigh(self, fine:Tensor, coarse:Tensor, distance:list)->Tensor:  # b cells P e, b cells W e -> b cells P W
+        "Weight of each cell of the window, mean over the heads."
         split = lambda x: F.normalize(x.unflatten(-1, (self.heads, -1)).movedim(-2, 1).float(), dim=-1)  # b heads cells .. e
         alike = split(self.query(fine)) @ split(self.key(coarse)).mT                                     # b heads cells P W
         shape = (-1,) + (1,) * (alike.ndim - 2)

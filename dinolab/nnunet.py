@@ -49,7 +49,7 @@ class FromPlans(nn.Module):
         for name, values, neutral in (("scale", model.backbone.std, 1.), ("shift", model.backbone.mean, 0.)):
             self.register_buffer(name, torch.tensor([neutral if u else v for u, v in zip(unit, values)]).view(-1, 1, 1), persistent=False)
 
-    def forward(self, x:Tensor)->Tensor: return self.model(x * self.scale + self.shift)
+    def forward(self, x:Tensor)->Tensor: return self.model(x * self.scale + self.shift)  # b c h w -> b n h w, logits
 
 # %% ../nbs/api/51_nnunet.ipynb #09fb416b
 def build_network(
@@ -87,6 +87,7 @@ class EpochSchedule:
         self.optimizer, self.loop = optimizer, loop
 
     def step(self, epoch:int):
+        "Set the rate of an epoch, counted from 0."
         from dinolab.engine import lr_factor
         factor = lr_factor(epoch, self.loop["epochs"], self.loop["warmup"], self.loop["schedule"])
         for g in self.optimizer.param_groups: g["lr"] = self.loop["lr"] * g["lr_scale"] * max(factor, 1e-3)
@@ -123,7 +124,7 @@ def train_batch(
     half=None,          # torch type of autocast; None: single precision
     scaler=None,        # of fp16
     clip:float=0.,      # largest norm of the gradient; 0: no limit
-)->Tensor:              # loss
+)->Tensor:              # scalar, the loss
     "One step of the optimiser on one batch."
     optimizer.zero_grad(set_to_none=True)
     with torch.autocast(data.device.type, half) if half else nullcontext(): found = loss(network(data), target)

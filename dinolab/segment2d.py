@@ -233,8 +233,8 @@ class BandPredictor:
         self.model, self.image, self.device = model.eval(), image, next(model.parameters()).device
 
     @torch.inference_mode()
-    def __call__(self, region:tuple)->np.ndarray:
-        "n 1 h w, float32."
+    def __call__(self, region:tuple)->np.ndarray:  # n 1 h w, float32
+        "Probabilities of a region."
         logits = self.model(torch.from_numpy(np.ascontiguousarray(self.image[(slice(None), *region[1:])]))[None].to(self.device)).float()
         p = logits.softmax(1) if logits.shape[1] > 1 else torch.cat([1 - logits.sigmoid(), logits.sigmoid()], 1)
         return p.transpose(0, 1).cpu().numpy()

@@ -423,8 +423,8 @@ class TilePredictor:
         self.model.load_state_dict(torch.load(io.BytesIO(weights), weights_only=True))
 
     @torch.inference_mode()
-    def __call__(self, region:tuple)->np.ndarray:
-        "n z y x, float32."
+    def __call__(self, region:tuple)->np.ndarray:  # n z y x, float32
+        "Probabilities of a region."
         steps = self.case.features.layout.step
         wide = tuple(slice(s.start // k * k, -(-s.stop // k) * k) for s, k in zip(region, steps))
         item = read_crop(self.case, wide, None, context_scale=self.scale)

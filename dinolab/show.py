@@ -22,7 +22,7 @@ from .core import InputError, atomic_write
 # %% ../nbs/api/02_show.ipynb #045dfa63
 def as_array(
     x,                # NumPy array, torch tensor on any device, or a list
-)->np.ndarray:
+)->np.ndarray:        # of the same shape
     "NumPy view of `x` where there is one; bfloat16 becomes float32."
     if hasattr(x, "detach"):
         x = x.detach().cpu()
@@ -208,7 +208,7 @@ def intensity_limits(
 
 def gray_rgb(
     image,              # h w (any type) or h w 3 (uint8, or floats in 0..1)
-    limits:tuple=None,  # values shown black and white; None for `intensity_limits`
+    limits:tuple=None,  # values shown black and white; None for intensity_limits
 )->np.ndarray:          # h w 3, uint8
     "An image as RGB; colour images stay as they are."
     image = as_array(image)
@@ -220,7 +220,7 @@ def gray_rgb(
 # %% ../nbs/api/02_show.ipynb #614e97e8
 def paint(
     labels,         # h w, integers
-    classes,        # see `label_colors`; None gives each value a colour
+    classes,        # see label_colors; None gives each value a colour
 )->np.ndarray:      # h w 3, uint8
     "Labels as colours."
     labels = as_array(labels)
@@ -231,7 +231,7 @@ def paint(
 def overlay_labels(
     image,            # h w or h w 3
     labels,           # h w, integers; 0 is left as it is
-    classes=None,     # see `label_colors`; None gives each value a colour
+    classes=None,     # see label_colors; None gives each value a colour
     alpha:float=0.4,  # strength of the tint, 0..1
 )->np.ndarray:        # h w 3, uint8
     "Tint the regions of an image and draw their boundaries."
@@ -370,10 +370,10 @@ def _as_fine(labels, shape):
 # %% ../nbs/api/02_show.ipynb #423c30ec
 @style()
 def show_planes(
-    volume,                 # z y x, or z y x 3; with `classes` and no `labels` it is itself a volume of labels
+    volume,                 # z y x, or z y x 3; with classes and no labels it is itself a volume of labels
     labels=None,            # z y x integers, drawn over the volume; any number of voxels on the same box
     *,
-    classes=None,           # names and colours of the labels, see `label_colors`
+    classes=None,           # names and colours of the labels, see label_colors
     at:tuple=None,          # the voxel where the planes meet, z y x; None for the middle
     voxel_size:tuple=None,  # z y x, nm; None measures in voxels
 ):                          # matplotlib figure
@@ -417,8 +417,8 @@ def show_features(
     raw,                    # z y x
     features,               # c z y x on the same box, of any number of voxels; or several: name -> c z y x, with the same channels
     *,
-    at:tuple=None,          # the voxel of `raw` to look at and to compare with, z y x; None for the middle
-    voxel_size:tuple=None,  # of `raw`, z y x, nm; None measures in voxels
+    at:tuple=None,          # the voxel of raw to look at and to compare with, z y x; None for the middle
+    voxel_size:tuple=None,  # of raw, z y x, nm; None measures in voxels
     pca:Pca=None,           # colours; None fits them to the first features
 ):                          # matplotlib figure
     "An image, its features as colours, and the similarity to one voxel, on three planes."

@@ -299,8 +299,8 @@ def fractal(
 def look_up(
     tile:np.ndarray,  # size size, repeats
     y:np.ndarray,     # any shape, in tiles
-    x:np.ndarray,     # the same shape, in tiles
-)->np.ndarray:        # the same shape, float32
+    x:np.ndarray,     # likewise, in tiles
+)->np.ndarray:        # likewise, float32
     "Values of a repeating tile, linear between its points."
     return map_coordinates(tile, [y * len(tile), x * len(tile)], order=1, mode="grid-wrap")
 
@@ -330,7 +330,7 @@ def lines(
     return (distance < np.maximum(width, pixel) / 2) * np.minimum(1, width / pixel)
 
 def crumple(
-    tile:np.ndarray,     # from fractal
+    tile:np.ndarray,     # size size, from fractal
     along:np.ndarray,    # n, in radii
     across:np.ndarray,   # n, in radii
     face:np.ndarray,     # n; each has its own part of the tile
@@ -350,7 +350,7 @@ def shade(
     sun:np.ndarray,      # 3, direction to the sun
     ambient:np.ndarray,  # r g b, light from everywhere
     tint:np.ndarray,     # materials 3, colour of each in this scene
-    tile:np.ndarray,     # from fractal
+    tile:np.ndarray,     # size size, from fractal
 )->np.ndarray:           # n 3, radiance; 1 is a white face in full sun
     "Light from the satellite."
     kind, normals = mesh.material[face], normals_of(mesh.corners)

@@ -33,7 +33,7 @@ def wait_for_all():
 
 def sum_over_all(
     values:Tensor,  # of any shape
-)->Tensor:          # the sums, in every process
+)->Tensor:          # likewise: the sums, in every process
     "Add up over all processes."
     if place()[1] == 1: return values
     total = values.to("cuda" if dist.get_backend() == "nccl" else "cpu")

@@ -32,15 +32,15 @@ LABELS = {name: value for value, (name, _) in EM_CLASSES.items()}
 # %% ../nbs/api/13_synth.ipynb #f6c3f953
 class EMVolume(NamedTuple):
     "A volume and its truth, all z y x."
-    raw:np.ndarray        # uint8
-    labels:np.ndarray     # uint8, keys of `EM_CLASSES`
-    instances:np.ndarray  # uint16, 0 where nothing countable is
+    raw:np.ndarray        # z y x, uint8
+    labels:np.ndarray     # z y x, uint8, keys of `EM_CLASSES`
+    instances:np.ndarray  # z y x, uint16, 0 where nothing countable is
     voxel_size:tuple      # nm
 
 # %% ../nbs/api/13_synth.ipynb #4d048fee
 def class_histograms(
     volume:EMVolume,
-)->np.ndarray:  # class, grey value: voxel counts
+)->np.ndarray:  # k 256: voxel counts, a row per class
     "Histogram of the grey values of each class."
     return np.stack([np.bincount(volume.raw[volume.labels == k], minlength=256) for k in EM_CLASSES])
 
@@ -90,7 +90,7 @@ def smooth_noise(
     spacing:float,  # nm, lattice spacing; blobs are about twice as large
     axes:tuple,     # three arrays of coordinates z y x, nm
     half,           # nm, half the size of the box along z y x
-)->np.ndarray:      # float64 on the grid of `axes`, mean 0, standard deviation about 1
+)->np.ndarray:      # z y x, float64 on the grid of the axes, mean 0, standard deviation about 1
     "A smooth random field, the same at a point whatever the sampling."
     first, weights = zip(*(spline_weights(a, spacing) for a in axes))
     low = [-int(np.ceil(h / spacing)) - 2 for h in half]
@@ -109,7 +109,7 @@ class Body:
     "A flattened, bent capsule."
     kind:str           # a key of `KINDS`
     centre:np.ndarray  # nm, z y x
-    frame:np.ndarray   # rows are unit vectors: along the axis, across, across and flattened
+    frame:np.ndarray   # 3 3, rows are unit vectors: along the axis, across, across and flattened
     radius:float       # nm
     length:float       # nm between the centres of the two end caps
     flat:float         # thickness of the third direction relative to the second
@@ -152,7 +152,7 @@ KINDS = {"mitochondrion": Kind(3, 7, (95, 150), (0, 520), 0.8), "lysosome": Kind
 # %% ../nbs/api/13_synth.ipynb #634ad5ae
 def draw_body(
     rng:np.random.Generator,
-    kind:str,           # a key of `KINDS`
+    kind:str,           # a key of KINDS
     centre:np.ndarray,  # nm, z y x
     size:float=1.,      # scales radius and length
 )->Body:
@@ -167,10 +167,10 @@ def draw_body(
 class Scene:
     "What is where, in nanometres, before the warp."
     seed:int
-    half:np.ndarray            # half of the box, z y x
+    half:np.ndarray            # half of the box, nm, z y x
     size:float                 # scale of organelles, 1 in boxes of 0.9 um and more
-    nucleus_centre:np.ndarray
-    cell_centre:np.ndarray
+    nucleus_centre:np.ndarray  # nm, z y x
+    cell_centre:np.ndarray     # nm, z y x
     nucleolus:tuple            # centre and radius, or None
     bodies:list
     nucleus_radius:float = 1900.
@@ -214,11 +214,14 @@ class Crowd:
     ):
         self.cell, self.cells = cell, defaultdict(list)
 
-    def add(self, points:np.ndarray, radius:float):
-        "Put a sphere at each point (z y x)."
+    def add(self,
+        points:np.ndarray,  # n 3, z y x, nm
+        radius:float,       # nm
+    ):
+        "Put a sphere at each point."
         for p in points: self.cells[tuple(np.floor(p / self.cell).astype(int))].append((*p, radius))
 
-    def near(self, points:np.ndarray)->np.ndarray:  # sphere, (z y x radius)
+    def near(self, points:np.ndarray)->np.ndarray:  # n 3 -> m 4, z y x and radius of each
         "Spheres that could touch one at any of the points."
         around = np.indices((3, 3, 3)).reshape(3, -1).T - 1
         keys = {tuple(k) for p in points for k in (np.floor(p / self.cell).astype(int) + around).tolist()}
@@ -289,12 +292,12 @@ class Slab:
         self.p = [g + d for g, d in zip(np.meshgrid(*axes, indexing="ij", sparse=True), self.shift)]
         self.tone, self.code, self.clear = np.zeros(self.shape), np.zeros(self.shape, "u4"), np.full(self.shape, np.inf)
 
-    def noise(self, name:str, spacing:float)->np.ndarray:
+    def noise(self, name:str, spacing:float)->np.ndarray:  # z y x
         "The field `name` on the samples; zero where they cannot show it."
         if spacing < 0.8 * self.step: return np.zeros(self.shape)
         return smooth_noise(self.scene.seed, name, spacing, self.axes, self.scene.half)
 
-    def texture(self, name:str)->np.ndarray:
+    def texture(self, name:str)->np.ndarray:  # z y x
         "One of the textures that several things share, computed once."
         spacing = dict(grain=15, fibre=30, lump=60, patch=85)[name]
         if name not in self.fields: self.fields[name] = self.noise(name, spacing)
@@ -339,8 +342,8 @@ def paint_cell(
 # %% ../nbs/api/13_synth.ipynb #16385510
 def pores(
     slab:Slab,
-    d:np.ndarray,  # nm, distance to the nucleus
-)->np.ndarray:     # 0..1, like `d`
+    d:np.ndarray,  # z y x, nm, distance to the nucleus
+)->np.ndarray:     # likewise, 0..1
     "Weight of the nuclear pores, cylinders of about 80 nm across the envelope."
     scene, weight = slab.scene, np.zeros(slab.shape)
     band = (d > -60) & (d < scene.envelope + 30)
@@ -360,9 +363,9 @@ def pores(
 # %% ../nbs/api/13_synth.ipynb #95e73d6a
 def nucleoplasm(
     slab:Slab,
-    d:np.ndarray,     # nm, distance to the nucleus
-    pore:np.ndarray,  # 0..1, weight of the pores
-)->np.ndarray:        # tone inside the nucleus
+    d:np.ndarray,     # z y x, nm, distance to the nucleus
+    pore:np.ndarray,  # z y x, 0..1, weight of the pores
+)->np.ndarray:        # z y x, tone inside the nucleus
     "Chromatin and nucleolus."
     grain, fibre, patch = map(slab.texture, ("grain", "fibre", "patch"))
     rim = (1 - pore) / (1 + (np.minimum(d, 0) / 65)**2)
@@ -396,9 +399,9 @@ def cristae(
     rng:np.random.Generator,
     radius:float,       # nm, of the body
     t, a, c,            # nm, coordinates of the body: along, across, across
-    shake:np.ndarray,   # standard normal field
+    shake:np.ndarray,   # z y x, standard normal field
     line,               # profile of a membrane, as the slab draws it
-)->np.ndarray:          # amount of stain, 0 to about 1
+)->np.ndarray:          # z y x, amount of stain, 0 to about 1
     "Parallel sheets of double membrane across a mitochondrion."
     gap, tilt, cup = rng.uniform(34, 44), rng.uniform(-0.4, 0.4), rng.uniform(-0.25, 0.25)
     n = 128  # more sheets than any body has
@@ -416,9 +419,9 @@ def paint_mitochondrion(
     slab:Slab,
     body:Body,
     roi:tuple,         # slices of the slab around the body
-    tone:np.ndarray,   # what is there
+    tone:np.ndarray,   # z y x, what is there
     d, t, a, c,        # nm, from the body's local method
-)->np.ndarray:         # new tone
+)->np.ndarray:         # z y x, new tone
     "Double membrane, matrix, cristae."
     rng = keyed(slab.scene.seed, "mitochondrion", body.key)
     grain, fibre, lump = (slab.texture(name)[roi] for name in ("grain", "fibre", "lump"))
@@ -481,7 +484,7 @@ def paint_bodies(
 # %% ../nbs/api/13_synth.ipynb #26b228c2
 def er_distance(
     slab:Slab,
-)->np.ndarray:  # nm, negative inside
+)->np.ndarray:  # z y x, nm, negative inside
     "Distance to the surface of the ER: sheets and tubules, clear of everything else."
     outside = slab.nucleus - slab.scene.envelope
     height = outside + 34 * slab.noise("er wave", 210)
@@ -506,7 +509,7 @@ def paint_er(
 # %% ../nbs/api/13_synth.ipynb #b609fa5d
 def subdivision(
     voxel_size,   # nm, z y x
-)->np.ndarray:    # samples per voxel along z y x
+)->np.ndarray:    # 3, samples per voxel along z y x
     "How finely a voxel is sampled: about 8 nm, at most eight samples."
     n = np.maximum(1, np.round(np.asarray(voxel_size) / 8)).astype(int)
     while n.prod() > 8: n[n.argmax()] -= 1
@@ -522,9 +525,9 @@ def split_voxels(
     return x.reshape(z, n[0], y, n[1], x_, n[2]).transpose(1, 3, 5, 0, 2, 4).reshape(-1, z, y, x_)
 
 def majority(
-    codes:np.ndarray,      # sample, voxels
-    eligible=True,         # bool like `codes`: which samples may win
-)->np.ndarray:             # voxels
+    codes:np.ndarray,      # n *s, the samples of each voxel
+    eligible=True,         # n *s, boolean: which samples may win; True: all
+)->np.ndarray:             # *s
     "The most frequent eligible code of each voxel; the smallest one in a tie."
     best, votes = codes[0].copy(), np.zeros(codes.shape[1:], int)
     for code, may in zip(codes, np.broadcast_to(eligible, codes.shape)):
@@ -557,7 +560,7 @@ def render(
 def drift_walk(
     rng:np.random.Generator,
     slices:int,
-)->np.ndarray:  # slice, (contrast, brightness); standard deviation about 1
+)->np.ndarray:  # n 2: contrast and brightness of each slice; standard deviation about 1
     "A slow random walk that returns to zero."
     walk = rng.standard_normal((slices, 2))
     for i in range(1, slices): walk[i] = 0.85 * walk[i - 1] + 0.53 * walk[i]

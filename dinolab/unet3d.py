@@ -79,7 +79,7 @@ class UNet3D(nn.Module):
 
     def forward(self,
         x:Tensor,           # b c z y x
-        bottom:Tensor=None, # b bottom_channels, any size: joins at the coarsest level
+        bottom:Tensor=None, # b k z y x of any size: joins at the coarsest level
     )->list:                # maps, finest first, without the coarsest
         skips = []
         for i, block in enumerate(self.down):
@@ -195,7 +195,7 @@ class Surroundings(nn.Module):
         self.scale, self.step = scale, halvings(size, 2)[0]
         self.first, self.unet = nn.Conv3d(channels, out, 3, padding=1), UNet3D(out, 2, size=size, norm=norm)
 
-    def forward(self, view:Tensor)->Tensor:
+    def forward(self, view:Tensor)->Tensor:  # b g Z Y X -> b c z y x
         x = self.unet(self.first(F.max_pool3d(view, (k := possible(self.step, view.shape[2:])), k, ceil_mode=True)))[0]
         keep = [max(1, round(n / self.scale)) for n in x.shape[2:]]
         return x[(..., *(slice((n - k) // 2, (n - k) // 2 + k) for n, k in zip(x.shape[2:], keep)))]
@@ -269,7 +269,7 @@ class DINOv3UNet3D(LiftedUNet):
 # %% ../nbs/api/24_unet3d.ipynb #ae517bf7
 @torch.no_grad()
 def standardise(
-    model:nn.Module,  # with `project`: plane -> 1³ convolution
+    model:nn.Module,  # with project: plane -> 1³ convolution
     mean:dict,        # plane -> c
     std:dict,         # plane -> c
 ):
@@ -305,8 +305,13 @@ class VoxelLinear(nn.Module):
         self.config = dict(input_channels=input_channels, num_classes=num_classes, input_size=self.input_size, dinov3_feature_size=self.sizes)
         self.project = nn.ModuleDict({p: nn.Conv3d(input_channels, num_classes, 1) for p in self.sizes})
 
-    def forward(self, features, guide:Tensor=None, context:Tensor=None, size:tuple=None)->Tensor:
-        "Logits b n Z Y X; guide and context are not used."
+    def forward(self,
+        features,             # plane -> b c z y x, or one array
+        guide:Tensor=None,    # b g Z Y X, not used
+        context:Tensor=None,  # b g Z Y X, not used
+        size:tuple=None,      # of the result; None: input_size
+    )->Tensor:                # b n Z Y X, logits
+        "Logits of all planes, averaged."
         features = by_plane(features, self.sizes, self.config["input_channels"])
         size = target_size(features, self.sizes, self.input_size) if size is None else _three(size, "size")
         return sum(resize(self.project[p](f.to(self.project[p].weight.dtype)), size) for p, f in features.items()) / len(features)

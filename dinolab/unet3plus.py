@@ -27,7 +27,7 @@ def shifted_matrices(
     covered:int,  # pixels that the cells cover
     dtype:torch.dtype,
     device:str,
-)->Tensor:        # pixels, 3 cells
+)->Tensor:        # pixels x 3 cells
     "Bilinear upsampling of one axis, for the taps at -1, 0 and 1 beside each other; zero where a tap falls outside what is kept."
     with torch.inference_mode(False):  # a tensor made in inference mode cannot be used in training
         m = F.interpolate(torch.eye(cells, dtype=torch.float64)[:, None], size=covered, mode="linear", align_corners=False)[:, 0].T
@@ -99,7 +99,7 @@ class Branch(nn.Module):
         super().__init__()
         self.conv, self.norm = UpsampledConv(channels, out), BatchNorm(out)
 
-    def forward(self, x:Tensor, size:tuple=None, ratio:int=1)->Tensor: return F.relu(self.norm(self.conv(x, size, ratio)))
+    def forward(self, x:Tensor, size:tuple=None, ratio:int=1)->Tensor: return F.relu(self.norm(self.conv(x, size, ratio)))  # b c h w -> b o *size
 
 # %% ../nbs/api/26_unet3plus.ipynb #4b975c66
 def check_pyramid(
@@ -169,7 +169,7 @@ class SimpleDecoder(nn.Module):
 
 # %% ../nbs/api/26_unet3plus.ipynb #0093c270
 class Presence(nn.Module):
-    "Which foreground classes an image has, from its coarsest map: b c h w -> logits b n."
+    "Which foreground classes an image has, from its coarsest map: b c h w -> logits b n - 1 (b 1 for one class)."
     def __init__(self,
         channels:int,     # of the map
         num_classes:int,  # of the segmentation; the first of two or more is the background
@@ -177,7 +177,7 @@ class Presence(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(nn.Dropout(0.5), nn.Conv2d(channels, max(1, num_classes - 1), 1), nn.AdaptiveMaxPool2d(1), nn.Flatten())
 
-    def forward(self, x:Tensor)->Tensor: return self.layers(x)
+    def forward(self, x:Tensor)->Tensor: return self.layers(x)  # b c h w -> b n-1, logits
 
 def gate(
     logits:Tensor,    # b n h w

@@ -42,7 +42,7 @@ class Interpolate(nn.Module):
         super().__init__()
         self.out_channels = in_channels
 
-    def forward(self, x:Tensor, size:tuple, guide:Tensor=None)->Tensor: return resize(x, size)
+    def forward(self, x:Tensor, size:tuple, guide:Tensor=None)->Tensor: return resize(x, size)  # b c *small, guide (b g *size, not used) -> b c *size
 
 # %% ../nbs/api/22_upsample.ipynb #69411372
 def cell_tables(
@@ -111,7 +111,7 @@ def window_distance(
 # %% ../nbs/api/22_upsample.ipynb #a0bb0838
 def sum_axes(
     parts:list,  # per axis: n m w
-)->Tensor:       # n1..nd P W
+)->Tensor:       # *n P W: cells n1..nd, positions, window
     "A quantity that adds up over the axes, for every cell, position and window cell."
     d, total = len(parts), 0
     for a, p in enumerate(parts):
@@ -160,9 +160,15 @@ class GuidedTile(nn.Module):
     needs_guide = True
     halo = 0  # fine voxels of the guide that `encode` sees around a tile
 
-    def encode(self, guide:Tensor)->Tensor: raise NotImplementedError  # b g *s -> b e *s, from at most `halo` voxels around
-    def weigh(self, fine:Tensor, coarse:Tensor, distance:list)->Tensor: raise NotImplementedError  # b cells P e, b cells W e -> b cells P W
-    def scratch(self)->int: return 1  # numbers per fine voxel that `encode` and `weigh` hold at once
+    def encode(self, guide:Tensor)->Tensor:  # b g *s -> b e *s
+        "What says which voxels are alike, from at most `halo` voxels around."
+        raise NotImplementedError
+
+    def weigh(self, fine:Tensor, coarse:Tensor, distance:list)->Tensor:  # b cells P e, b cells W e -> b cells P W
+        "Weight of each cell of the window for each fine voxel."
+        raise NotImplementedError
+
+    def scratch(self)->int: "Numbers per fine voxel that `encode` and `weigh` hold at once."; return 1
 
     def _codes(self, guide, tile):
         "The encoding of the fine voxels of a tile, from those and a halo."
@@ -200,7 +206,7 @@ class Guided(GuidedTile):
         x:Tensor,      # b c *small
         size:tuple,    # of the result
         guide:Tensor=None,  # b g *size, in 0..1
-        codes:Tensor=None,  # `encode(guide)`, where several features share a guide
+        codes:Tensor=None,  # b e *size: encode(guide), where several features share a guide
     )->Tensor:         # b c *size, dtype of x
         "The features at the voxels of the guide."
         size = tuple(size)
@@ -232,9 +238,12 @@ class JointBilateral(Guided):
         if min(spatial, intensity) <= 0: raise InputError(f"joint bilateral with spatial {spatial}, intensity {intensity}: expected positive numbers")
         self.spatial, self.intensity = spatial, intensity
 
-    def encode(self, guide:Tensor)->Tensor: return guide.float()
+    def encode(self, guide:Tensor)->Tensor:  # b g *s -> b g *s
+        "The image itself."
+        return guide.float()
 
-    def weigh(self, fine:Tensor, coarse:Tensor, distance:list)->Tensor:
+    def weigh(self, fine:Tensor, coarse:Tensor, distance:list)->Tensor:  # b cells P g, b cells W g -> b cells P W
+        "Near and alike counts."
         near = -0.5 * sum_axes([torch.square(t / self.spatial) for t in distance])
         alike = -0.5 * torch.square((fine[..., :, None, :] - coarse[..., None, :, :]) / self.intensity).sum(-1)
         return torch.softmax(near + alike, -1)
@@ -270,7 +279,7 @@ class Transpose(nn.Module):
     def forward(self,
         x:Tensor,          # b c *small
         size:tuple,        # of the result
-        guide:Tensor=None, # not used
+        guide:Tensor=None, # b g *size, not used
     )->Tensor:             # b c *size
         "Fewer steps than were built use the last ones, more repeat the first."
         if x.shape[2:] == tuple(size): return x

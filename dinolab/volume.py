@@ -138,7 +138,7 @@ def resample_matrix(
     n_out:int,       # samples wanted
     step_out:float,  # their size, nm
     corner_out:float,# edge of the first, nm
-)->np.ndarray:       # n_out n_in, float32, rows sum to 1
+)->np.ndarray:       # n_out x n_in, float32, rows sum to 1
     "Weights of the input samples in each output sample: mean where coarser, linear where finer, mirrored outside."
     ratio = step_out / step_in
     low = np.round((corner_out - corner_in) / step_in + np.arange(n_out) * ratio, 6)  # in input samples, edges are integers
@@ -173,7 +173,7 @@ def with_mirror(
 
 # %% ../nbs/api/11_volume.ipynb #2c5bd052
 def is_identity(
-    matrix:np.ndarray,  # from `resample_matrix`: rows sum to 1
+    matrix:np.ndarray,  # n_out x n_in, from resample_matrix
 )->bool:
     "Whether a resampling changes nothing, so that it can be left out."
     return matrix.shape[0] == matrix.shape[1] and bool((np.diagonal(matrix) == 1).all())
@@ -181,7 +181,7 @@ def is_identity(
 # %% ../nbs/api/11_volume.ipynb #db92b375
 def apply_matrices(
     x:np.ndarray,        # z y x
-    matrices:Sequence,   # three, as from `axis_matrices`
+    matrices:Sequence,   # three, as from axis_matrices
 )->np.ndarray:           # z y x, float32
     "Multiply each axis of `x` with its matrix, the one that shrinks most first."
     x = np.asarray(x, dtype=np.float32)
@@ -268,7 +268,7 @@ class Volume:
     def sample(self,
         grid:Grid,          # where values are wanted
         mode:str="linear",  # "linear" (mean where coarser), "nearest", or "majority" for labels
-    )->np.ndarray:          # z y x on `grid`; float32 when linear, else as stored
+    )->np.ndarray:          # z y x on grid; float32 when linear, else as stored
         "Values on any grid within the volume; what `check_inside` lets reach out of it is mirrored."
         if mode not in ("linear", "nearest", "majority"): raise InputError(f"sampling mode {mode!r}: expected linear, nearest or majority")
         check_inside(grid, self.grid, self.name)
@@ -318,7 +318,7 @@ def _exists(array, chunk):
 def check_present(
     array,            # zarr array
     index:tuple,      # that was read
-    data:np.ndarray,  # what it gave
+    data:np.ndarray,  # *s, what it gave
     name:str,         # for the error
 ):
     "Raise `InputError` when a chunk of the data is not in the store."
@@ -619,9 +619,9 @@ def _single(path, kind, voxel_size=None, origin=None, channel=None, time=None, u
 
 # %% ../nbs/api/11_volume.ipynb #7db3c73b
 def open_volume(
-    source,    # anything that `open_levels` takes
+    source,    # anything that the function open_levels takes
     level=0,   # index (0 is the finest), or the last part of the level's path
-    **options, # of `open_levels`
+    **options, # of open_levels
 )->Volume:
     "Open one volume, lazily where the format allows it."
     return _pick_level(open_levels(source, **options), level)

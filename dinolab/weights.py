@@ -31,7 +31,7 @@ def trained_names(
 def save_weights(
     path,              # a new .safetensors file
     model:nn.Module,   # with the weights
-    names:list=None,   # which; None: those of `trained_names`
+    names:list=None,   # which; None: those of trained_names
     about:dict=None,   # texts kept in the file
 ):
     "Write weights; the caller cares for names and half-written files."
@@ -42,7 +42,7 @@ def save_weights(
 def load_weights(
     path,             # a .safetensors file
     model:nn.Module,  # of the same architecture
-    names:list=None,  # which must be there; None: those of `trained_names`
+    names:list=None,  # which must be there; None: those of trained_names
 ):
     "Load weights into a model; `InputError` when the file is damaged or of another architecture."
     if not Path(path).is_file(): raise MissingError(f"no weights at {str(path)!r}: expected a file model.safetensors of a checkpoint")

@@ -26,9 +26,13 @@ class Gradients:
 
     def __len__(self): return len(self.bvals)
     @property
-    def is_b0(self)->np.ndarray: "v, boolean."; return self.bvals <= self.b0_threshold
+    def is_b0(self)->np.ndarray:  # v, boolean
+        "Which volumes have no weighting."
+        return self.bvals <= self.b0_threshold
     @property
-    def shells(self)->np.ndarray: "v: b-value rounded to 100, 0 for volumes without weighting."; return np.where(self.is_b0, 0, np.maximum(100, np.round(self.bvals / 100) * 100)).astype(int)
+    def shells(self)->np.ndarray:  # v, s/mm²
+        "b-values rounded to 100, 0 for volumes without weighting."
+        return np.where(self.is_b0, 0, np.maximum(100, np.round(self.bvals / 100) * 100)).astype(int)
 
     def __getitem__(self, index)->"Gradients":
         "The table of some volumes."
@@ -75,7 +79,9 @@ class Series:
     mask:np.ndarray=None    # x y z, boolean; None: everywhere
 
     @property
-    def inside(self)->np.ndarray: "x y z, boolean."; return np.ones(self.data.shape[:3], bool) if self.mask is None else self.mask
+    def inside(self)->np.ndarray:  # x y z, boolean
+        "The mask, everywhere where there is none."
+        return np.ones(self.data.shape[:3], bool) if self.mask is None else self.mask
 
 def check_series(
     data,                  # x y z v

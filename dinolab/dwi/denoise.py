@@ -74,7 +74,9 @@ class Denoised:
     about:dict          # method, options, notes
 
     @property
-    def residual(self)->np.ndarray: "x y z v: noisy minus denoised."; return self.series.data - self.data
+    def residual(self)->np.ndarray:  # x y z v
+        "Noisy minus denoised."
+        return self.series.data - self.data
 
 # %% ../../nbs/api/49_dwi_denoise.ipynb #e22b3c20
 BLIND_METHODS = ("loo_linear", "p2s", "tissue_linear", "tissue", "spatial_linear", "spatial", "qnet")  # each volume without itself
@@ -144,7 +146,7 @@ def denoise(
     method:str="blend",       # a key of METHODS
     mask=None,                # x y z, counts where it is not 0; None: found from the volumes without weighting
     b0_threshold:float=50.,   # s/mm², up to which a volume has no weighting
-    **options,                # of `denoise_series`
+    **options,                # of denoise_series
 )->Denoised:
     "Denoise an array."
     if np.ndim(data) != 4: raise InputError(f"an image of shape {np.shape(data)}: expected four axes, x y z and volumes")

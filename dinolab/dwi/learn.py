@@ -33,11 +33,13 @@ class Channels:
     maps:list  # of (stack x y z k, index v): channel of volume v is stack[..., index[v]]
 
     def __len__(self): return len(self.maps)
-    def __call__(self, v:int, roi=(slice(None),) * 3)->np.ndarray:
-        "Channels of volume v in a region: c x y z, float32."
+    def __call__(self, v:int, roi=(slice(None),) * 3)->np.ndarray:  # c x y z, float32
+        "Channels of volume v in a region."
         return np.stack([stack[(*roi, index[v])] for stack, index in self.maps]).astype(np.float32, copy=False)
 
-def each(stack:np.ndarray)->tuple:
+def each(
+    stack:np.ndarray,  # x y z v
+)->tuple:              # the stack, and v indices into it
     "A channel that is volume v itself."
     return stack, np.arange(stack.shape[-1])
 
@@ -45,11 +47,17 @@ def constant(values, shape:tuple)->tuple:
     "A channel with one number per volume."
     return each(np.broadcast_to(np.asarray(values, np.float32), (*shape, len(values))))
 
-def shared(image:np.ndarray, count:int)->tuple:
+def shared(
+    image:np.ndarray,  # x y z
+    count:int,         # volumes
+)->tuple:              # a stack x y z 1, and its index for each volume
     "A channel that is the same map for all volumes."
     return image[..., None], np.zeros(count, int)
 
-def of_shell(stack:np.ndarray, gradients:Gradients)->tuple:
+def of_shell(
+    stack:np.ndarray,     # x y z v
+    gradients:Gradients,  # of the v volumes
+)->tuple:                 # a stack x y z k of means, and v indices into it
     "A channel that is the mean of the shell of v."
     shells, index = np.unique(gradients.shells, return_inverse=True)
     return np.stack([stack[..., index == i].mean(-1) for i in range(len(shells))], -1), index
@@ -63,7 +71,11 @@ class Patches:
     count:int=2400    # crops per epoch
 
     def __len__(self): return self.count
-    def item(self, index, seed)->dict:
+    def item(self,
+        index,   # of the crop in its epoch; only the seed matters
+        seed,    # everything random follows from it
+    )->dict:     # x c x y z, y 1 x y z, weight 1 x y z
+        "One crop."
         rng = np.random.default_rng(seed)
         channels, target, weight, volumes = self.cases[rng.integers(len(self.cases))]
         v = volumes[rng.integers(len(volumes))]
@@ -121,7 +133,7 @@ def similar_volumes(
 def blind_channels(
     series:Series,
     start:np.ndarray,   # x y z v, predicted without the fold of each volume
-    folds:list,         # index arrays, as in `deal`
+    folds:list,         # index arrays, as of deal
     scale:float,        # the unit
 )->Channels:            # 10 of them
     "Channels that have not seen the noisy volume; the first is the start."
@@ -187,7 +199,7 @@ def estimates(
                 tissue=fit_tissue(series, folds=folds, blind="voxel" if few else blind).fitted)
 
 def blend(
-    found:dict,       # as `estimates` gives them
+    found:dict,       # as of estimates
     series:Series,
 )->np.ndarray:        # x y z v
     "The weighted mean of the estimates; a single volume without weighting, which has no linear one, is the mean of the others."
@@ -199,7 +211,7 @@ def blend(
 # %% ../../nbs/api/48_dwi_learn.ipynb #1ff7f617
 def sighted_channels(
     series:Series,
-    found:dict,       # as `estimates` gives them
+    found:dict,       # as of estimates
     sigma,            # of the noise: number or x y z
     scale:float,      # the unit
 )->Channels:          # 9 of them

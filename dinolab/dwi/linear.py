@@ -45,10 +45,10 @@ class Voxels:
     box:tuple         # shape of the box around the mask, and flat index of the voxels in it
 
     def __len__(self): return len(self.where)
-    def rows(self, data)->Tensor:
-        "Values of the voxels: m v."
+    def rows(self, data)->Tensor:  # m v
+        "Values of the voxels."
         return torch.from_numpy(np.ascontiguousarray(data.reshape(-1, data.shape[-1])[self.where], np.float32))
-    def fill(self, rows, data)->np.ndarray:
+    def fill(self, rows, data)->np.ndarray:  # x y z v
         "A copy of `data` (x y z v) with other values in the voxels."
         out = np.array(data, np.float32, order="C")  # nibabel's arrays lie the other way round, and reshape would copy them
         out.reshape(-1, data.shape[-1])[self.where] = rows
@@ -87,8 +87,8 @@ def ridge_solve(
     return torch.from_numpy(np.linalg.solve((xx + torch.diag_embed(penalty)).numpy(), xy.numpy()))
 
 def others(
-    sums:Tensor,  # part first
-)->Tensor:        # for each part, the sum of all others
+    sums:Tensor,  # parts *s
+)->Tensor:        # likewise: for each part, the sum of all others
     "Leave one part out."
     return sums.sum(0) - sums if len(sums) > 1 else sums
 
@@ -129,13 +129,13 @@ class LooLinear:
     mean:Tensor     # v
     weights:Tensor  # parts v v
 
-    def predict(self, data)->np.ndarray:
+    def predict(self, data)->np.ndarray:  # x y z v
         "Predict each volume of `data` (x y z v) from the others."
         c = self.voxels.rows(data) - self.mean
         return self.voxels.fill(apply_parts(lambda rows: c[rows], self.weights, self.voxels) + self.mean, data)
 
-def alone(gradients:Gradients)->np.ndarray:
-    "v, boolean: the only volume without weighting, which nothing predicts well."
+def alone(gradients:Gradients)->np.ndarray:  # v, boolean
+    "The only volume without weighting, which nothing predicts well."
     return gradients.is_b0 & (gradients.is_b0.sum() == 1)
 
 def fit_loo(
@@ -189,18 +189,18 @@ def principal(
 @dataclass(frozen=True)
 class Scores:
     "Maps of the visible volumes of a fold, with fixed means and basis."
-    visible:np.ndarray  # volumes
-    mean:Tensor         # of each
+    visible:np.ndarray  # n, indices of volumes
+    mean:Tensor         # n, of each
     basis:Tensor        # visible x rank
 
-    def __call__(self, y:Tensor)->Tensor:
-        "Components of the voxels (m v), with a row of zeros for what lies outside: m + 1, rank."
+    def __call__(self, y:Tensor)->Tensor:  # m v -> m+1 r
+        "Components of the voxels, with a row of zeros for what lies outside."
         maps = (y[:, self.visible] - self.mean) @ self.basis
         return torch.cat([maps, maps.new_zeros(1, maps.shape[1])])
 
 def fit_scores(
     y:Tensor,             # m v
-    visible:np.ndarray,   # volumes
+    visible:np.ndarray,   # n, indices of volumes
     rank:int,             # components, at most
 )->Scores:
     "Means and principal components of the volumes that a fold may see."
@@ -217,8 +217,11 @@ def taps(
 # %% ../../nbs/api/31_dwi_linear.ipynb #460cb4ef
 AROUND = [i for i in range(27) if i != 13]  # the neighbours of a voxel, without itself
 
-def own_taps(c:Tensor, near:Tensor)->Callable:
-    "The 26 neighbours in the own volumes (m + 1, n): slice of the list -> c 26 n."
+def own_taps(
+    c:Tensor,     # m + 1, n, a row of zeros last
+    near:Tensor,  # m 27, as in Voxels
+)->Callable:      # slice of the list -> c 26 n
+    "The 26 neighbours in the own volumes."
     return lambda r: c[near[r][:, AROUND]]
 
 def fit_own(
@@ -244,20 +247,20 @@ def fit_own(
     xx = others(xx)
     return ridge_solve(xx, others(xy), penalty(xx))[..., 0].mT.float()
 
-def apply_own(shared, around, weights, voxels)->Tensor:
-    "Predictions with the weights of `fit_own`: m n."
+def apply_own(shared, around, weights, voxels)->Tensor:  # m n
+    "Predictions with the weights of `fit_own`."
     def predict(part, rows):
         f = shared(rows)
         return f @ weights[part][:f.shape[1]] + torch.einsum("cjn,jn->cn", around(rows), weights[part][f.shape[1]:])
     return torch.cat([predict(part, rows) for part, rows in voxels.chunks(4096)])
 
 # %% ../../nbs/api/31_dwi_linear.ipynb #73bdd5e4
-def fit_either(shared, around, targets, voxels, penalty)->Tensor:
+def fit_either(shared, around, targets, voxels, penalty)->Tensor:  # parts k n
     "`fit_own`, or `fit_parts` where there are no regressors of its own."
     return fit_parts(shared, targets, voxels, penalty) if around is None else fit_own(shared, around, targets, voxels, penalty)
 
-def apply_either(shared, around, weights, voxels)->Tensor:
-    "Predictions with the weights of `fit_either`: m n."
+def apply_either(shared, around, weights, voxels)->Tensor:  # m n
+    "Predictions with the weights of `fit_either`."
     return apply_parts(shared, weights, voxels) if around is None else apply_own(shared, around, weights, voxels)
 
 # %% ../../nbs/api/31_dwi_linear.ipynb #4ce76877
@@ -266,19 +269,22 @@ BLIND = dict(volume=False, voxel=True)  # what a prediction does not see: the wh
 @dataclass(frozen=True)
 class SpatialFold:
     "Predicts the volumes of one fold from maps of the others."
-    targets:np.ndarray  # volumes
+    targets:np.ndarray  # n, indices of volumes
     scores:Scores
-    mean:Tensor         # of the targets
-    weights:Tensor      # parts k targets
+    mean:Tensor         # n, of the targets
+    weights:Tensor      # parts k n
     own:bool            # neighbours in the own volume are regressors too
 
-    def predict(self, y:Tensor, voxels:Voxels)->Tensor:
-        "Voxels (m v) -> the targets: m n."
+    def predict(self, y:Tensor, voxels:Voxels)->Tensor:  # m v -> m n
+        "The targets at the voxels."
         maps = self.scores(y)
         near = own_taps(centred(y[:, self.targets], self.mean), voxels.near) if self.own else None
         return self.mean + apply_either(lambda r: taps(maps, voxels.near[r]), near, self.weights, voxels)
 
-def centred(y:Tensor, mean)->Tensor:
+def centred(
+    y:Tensor,  # m n
+    mean,      # n, or a number
+)->Tensor:     # m + 1, n
     "Minus the mean, with a row of zeros for what lies outside."
     return torch.cat([y - mean, y.new_zeros(1, y.shape[1])])
 
@@ -286,12 +292,12 @@ def centred(y:Tensor, mean)->Tensor:
 def fit_spatial_fold(
     y:Tensor,              # m v
     voxels:Voxels,
-    targets:np.ndarray,    # volumes of the fold
-    visible:np.ndarray,    # volumes that it may see
-    rank:int,
-    ridge:float,
-    own:bool,
-)->tuple:                # SpatialFold; and its prediction of the same data, m n
+    targets:np.ndarray,    # n, volumes of the fold
+    visible:np.ndarray,    # k, volumes that it may see
+    rank:int,              # components, at most
+    ridge:float,           # times the mean of the diagonal
+    own:bool,              # neighbours in the own volume are regressors too
+)->tuple:                  # SpatialFold; and its prediction of the same data, m n
     "Fit one fold."
     scores, mean = fit_scores(y, visible, rank), y[:, targets].mean(0)
     maps, c = scores(y), centred(y[:, targets], mean)
@@ -350,20 +356,25 @@ class Averages:
     guides:int       # components that say what is similar
     radius:int       # of the ball, voxels
 
-    def __call__(self, y:Tensor, voxels:Voxels)->Tensor:
-        "Voxels (m v) -> m, 2 r: components, then means."
+    def __call__(self, y:Tensor, voxels:Voxels)->Tensor:  # m v -> m 2r
+        "Components of the voxels, then their means."
         maps = self.scores(y)[:-1]
         return torch.cat([maps, self.means(maps, maps, voxels)], 1)
 
-    def means(self, rows:Tensor, maps:Tensor, voxels:Voxels, itself:float=1.)->Tensor:
-        "Means of `rows` (m n) over voxels whose components (m r) are similar: m n."
+    def means(self,
+        rows:Tensor,       # m n
+        maps:Tensor,       # m r, components
+        voxels:Voxels,
+        itself:float=1.,   # weight of the voxel itself
+    )->Tensor:             # m n
+        "Means of `rows` over voxels whose components are similar."
         found = similar_means(on_box(rows, voxels), on_box(rows.new_ones(len(rows), 1), voxels), on_box(maps[:, :self.guides] / self.noise, voxels), self.radius, itself)
         return found.flatten(1)[:, voxels.box[1]].T.contiguous()
 
 # %% ../../nbs/api/31_dwi_linear.ipynb #656c5e58
 def fit_averages(
     y:Tensor,             # m v
-    visible:np.ndarray,   # volumes
+    visible:np.ndarray,   # n, indices of volumes
     rank:int,             # components, at most
     guides:int,           # components that say what is similar
     radius:int,           # of the ball, voxels
@@ -381,8 +392,8 @@ class Kinds:
     scale:float           # unit
     centres:np.ndarray    # kinds x components
 
-    def __call__(self, x:Tensor)->Tensor:
-        "Kind of each voxel, from its mean components (m k): m."
+    def __call__(self, x:Tensor)->Tensor:  # m k -> m
+        "Kind of each voxel, from its mean components."
         return torch.from_numpy(vq(x.numpy() / self.scale, self.centres)[0].astype(np.int64))
 
 def fit_kinds(
@@ -405,7 +416,11 @@ def in_kinds(
     "The voxels of a slice, kind by kind."
     for k in range(count): yield k, rows.start + torch.nonzero(kind[rows] == k)[:, 0]
 
-def with_one(x:Tensor)->Tensor: return torch.cat([x, x.new_ones(len(x), 1)], 1)
+def with_one(
+    x:Tensor,  # m k
+)->Tensor:     # m k+1
+    "A constant beside the regressors."
+    return torch.cat([x, x.new_ones(len(x), 1)], 1)
 
 # %% ../../nbs/api/31_dwi_linear.ipynb #c802e4b1
 def fit_per_kind(
@@ -445,16 +460,20 @@ def apply_per_kind(
 @dataclass(frozen=True)
 class TissueFold:
     "Predicts the volumes of one fold from averages of the others, with weights per kind of tissue."
-    targets:np.ndarray  # volumes
+    targets:np.ndarray  # n, indices of volumes
     averages:Averages
-    mean:Tensor         # of the targets
-    common:Tensor       # parts k targets
+    mean:Tensor         # n, of the targets
+    common:Tensor       # parts k n
     kinds:Kinds
-    special:Tensor      # parts kinds k' + 1 targets
+    special:Tensor      # parts kinds k' + 1 n
     own:bool            # neighbours in the own volume are regressors too
 
-    def predict(self, y:Tensor, voxels:Voxels, x:Tensor=None)->Tensor:
-        "Voxels (m v), and averages where they are known -> the targets: m n."
+    def predict(self,
+        y:Tensor,       # m v
+        voxels:Voxels,
+        x:Tensor=None,  # m 2r, the averages where they are known
+    )->Tensor:          # m n
+        "The targets at the voxels."
         x = self.averages(y, voxels) if x is None else x
         means = x[:, x.shape[1] // 2:]
         near = own_neighbours(self.averages, x, y[:, self.targets] - self.mean, voxels) if self.own else None
@@ -464,7 +483,7 @@ class TissueFold:
 # %% ../../nbs/api/31_dwi_linear.ipynb #44e08aa1
 def own_neighbours(
     averages:Averages,
-    x:Tensor,            # m 2 r, as `averages` gives them
+    x:Tensor,            # m 2r, as of averages
     c:Tensor,            # m n: the volumes of the fold, centred
     voxels:Voxels,
 )->Callable:             # slice of the list -> c 27 n
@@ -476,9 +495,9 @@ def own_neighbours(
 def fit_tissue_fold(
     y:Tensor,              # m v
     voxels:Voxels,
-    targets:np.ndarray,    # volumes of the fold
+    targets:np.ndarray,    # n, volumes of the fold
     averages:Averages,
-    kinds:int,
+    kinds:int,             # how many
     ridge:float,           # of the common weights
     kind_ridge:float,      # of those per kind
     own:bool,
@@ -502,7 +521,7 @@ class FoldLinear:
     folds:list       # of SpatialFold or TissueFold
     fitted:np.ndarray=None  # x y z v: the prediction of the data it was fitted to
 
-    def predict(self, data)->np.ndarray:
+    def predict(self, data)->np.ndarray:  # x y z v
         "Predict each volume of `data` (x y z v)."
         y = self.voxels.rows(data)
         out = y.clone()

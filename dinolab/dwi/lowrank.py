@@ -24,9 +24,9 @@ from ..core import InputError, progress
 
 # %% ../../nbs/api/33_dwi_lowrank.ipynb #62e05952
 def noise_variance(
-    values:np.ndarray,  # patch, eigenvalue: ascending
-    samples:int,        # n, voxels of a patch
-)->np.ndarray:          # patch
+    values:np.ndarray,  # patch n, ascending
+    samples:int,        # voxels of a patch
+)->np.ndarray:          # one per patch
     "Variance of the noise from the eigenvalues of covariances (Veraart et al. 2016)."
     values = values[:, max(0, values.shape[1] - (samples - 1)):]
     count = np.arange(1, values.shape[1] + 1)
@@ -57,7 +57,7 @@ class Scratch:
         for name, o in self.kept.items(): setattr(self, name, ctypes.addressof(o))
 
     @property
-    def failed(self)->bool: return self.kept["info"].value != 0
+    def failed(self)->bool: "Whether the last routine reported an error."; return self.kept["info"].value != 0
 
 def tridiagonal(
     A:np.ndarray,  # patch n n, symmetric, float64, contiguous: overwritten by the reflectors
@@ -100,7 +100,7 @@ def pivots(
 def twisted_vectors(
     d:np.ndarray,       # patch n
     e:np.ndarray,       # patch n
-    values:np.ndarray,  # m eigenvalues
+    values:np.ndarray,  # m, eigenvalues
     owner:np.ndarray,   # m: patch of each
 )->tuple:               # m n unit vectors, m residuals |T z - λ z|
     "Eigenvectors of tridiagonal matrices to given eigenvalues."
@@ -120,7 +120,7 @@ def twisted_vectors(
 # %% ../../nbs/api/33_dwi_lowrank.ipynb #bd70ffae
 def pad(
     rows:np.ndarray,   # m n, those of a patch together
-    count:np.ndarray,  # patch: rows of each, their sum is m
+    count:np.ndarray,  # one per patch: its rows, m in all
 )->np.ndarray:         # patch max(count) n, zeros behind
     "Rows by patch, as one array."
     index = np.arange(len(rows)) - np.repeat(np.cumsum(count) - count, count)
@@ -132,7 +132,7 @@ def tridiagonal_eigenvectors(
     d:np.ndarray,       # patch n
     e:np.ndarray,       # patch n
     values:np.ndarray,  # patch n, ascending
-    count:np.ndarray,   # patch: vectors wanted, to the largest eigenvalues
+    count:np.ndarray,   # one per patch: vectors wanted, to the largest eigenvalues
 )->np.ndarray:          # m n, patch by patch, descending eigenvalues
     "Eigenvectors of tridiagonal matrices to their largest eigenvalues."
     owner, n = np.repeat(np.arange(len(count)), count), d.shape[1]
@@ -150,10 +150,10 @@ def tridiagonal_eigenvectors(
 
 # %% ../../nbs/api/33_dwi_lowrank.ipynb #36088a43
 def rotate_back(
-    A:np.ndarray,      # patch n n, reflectors, as `tridiagonal` leaves them
+    A:np.ndarray,      # patch n n, reflectors, as tridiagonal leaves them
     tau:np.ndarray,    # patch n, their factors
     Z:np.ndarray,      # m n, vectors in the tridiagonal frame: overwritten
-    count:np.ndarray,  # patch: vectors of each
+    count:np.ndarray,  # one per patch: its vectors, m in all
 )->np.ndarray:         # m n, in the frame of the matrices
     "Eigenvectors of the matrices from those of their tridiagonal forms."
     n, s = A.shape[1], Scratch(A.shape[1])
@@ -223,8 +223,8 @@ def signal_components(
 # %% ../../nbs/api/33_dwi_lowrank.ipynb #090cfbce
 def small_patch_components(
     X:Tensor,            # patch sample v, float64
-    threshold:Callable,  # as of `signal_components`
-)->tuple:                # as of `signal_components`, and means (patch v)
+    threshold:Callable,  # as of signal_components
+)->tuple:                # as of signal_components, and means (patch v)
     "Signal of patches that have fewer voxels than there are volumes."
     samples, mean = X.shape[1], X.mean(1)
     X = X - mean[:, None]
@@ -247,8 +247,8 @@ def recombine(
     active:Tensor,  # x column: patches
     vectors:Tensor, # patch k v
     mean:Tensor,    # patch v
-    theta:Tensor,   # patch: weights
-    variance:Tensor,# patch: of the noise
+    theta:Tensor,   # one per patch: weight
+    variance:Tensor,# one per patch: of the noise
 )->Tensor:          # x column sample v+2: sums of weighted estimates, weights, weighted variances
     "What the patches in a row along x say about the voxels of each plane they share."
     n, (inner, columns), width = planes.shape[0], active.shape, planes.shape[0] - active.shape[0] + 1
@@ -264,12 +264,12 @@ def recombine(
 
 # %% ../../nbs/api/33_dwi_lowrank.ipynb #6f3f634e
 def denoise_block(
-    data:np.ndarray,     # x y z v: a block of centres and `radius` more on each side
+    data:np.ndarray,     # x y z v: a block of centres and radius more on each side
     active:np.ndarray,   # x y z: centres of the patches wanted, without the border
     radius:tuple,        # of the patches along x, y, z
     offset:np.ndarray,   # v: taken off before sums
-    threshold:Callable,  # as of `components`
-)->np.ndarray:           # x y z v+2, of the data: sums of weighted estimates less `offset`, of weights, of weighted variances
+    threshold:Callable,  # as of components
+)->np.ndarray:           # x y z v+2, of the data: sums of weighted estimates less offset, of weights, of weighted variances
     "Sums over the patches of a block."
     size, dtype = [2 * r + 1 for r in radius], torch.float64 if data.dtype == np.float64 else torch.float32
     x = torch.from_numpy(np.subtract(data, offset, dtype=np.float64, order="C"))
@@ -288,7 +288,7 @@ def denoise_block(
 def blocks_of(
     active:np.ndarray,   # x y z: centres of patches wanted
     size:tuple=(32, 4, 4),
-)->list:                 # starts (x, y, z) and cuts of `active`, trimmed along x
+)->list:                 # starts (x, y, z) and cuts of active, trimmed along x
     "Blocks with at least one patch."
     found = []
     for x, y, z in product(*(range(0, n, s) for n, s in zip(active.shape, size))):
@@ -352,7 +352,7 @@ def denoise_patches(
     data:np.ndarray,     # x y z v
     mask:np.ndarray,     # x y z
     radius:tuple,
-    thresholds:Callable, # slices of a block of centres, its active patches -> threshold, as of `signal_components`
+    thresholds:Callable, # slices of a block of centres, its active patches -> threshold, as of signal_components
     threads:int=None,    # None: as many as torch uses
     quiet:bool=True,     # no bar
     desc:str="",         # of the bar

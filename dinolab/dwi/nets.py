@@ -28,13 +28,13 @@ def correlate3(
     x:Tensor,    # *s
     axis:int,    # of at least 3 voxels
     taps:tuple,  # at -1, 0 and 1
-)->Tensor:       # axis shorter by 2
+)->Tensor:       # *s, the axis shorter by 2
     "Three taps along an axis, where they fit."
     return sum(t * x.narrow(axis, k, x.shape[axis] - 2) for k, t in enumerate(taps) if t)
 
 def pad_short(
     x:Tensor,  # b c z y x
-)->Tensor:
+)->Tensor:     # likewise, no axis below 3 voxels
     "Axes of one or two voxels with their ends repeated once."
     return F.pad(x, [k for n in reversed(x.shape[2:]) for k in (int(n < 3),) * 2], mode="replicate") if min(x.shape[2:]) < 3 else x
 
@@ -68,7 +68,7 @@ def check_pair(
 # %% ../../nbs/api/32_dwi_nets.ipynb #f6101074
 def mean_where(
     x:Tensor,     # any shape
-    mask:Tensor,  # that broadcasts to it
+    mask:Tensor,  # any shape that broadcasts to it
 )->Tensor:        # scalar; 0 where the mask is empty
     "Mean over the mask."
     return (x * mask).sum() / mask.expand_as(x).sum().clamp_min(1)
@@ -83,11 +83,19 @@ def masked_mse(
     return mean_where((p - t).square(), m)
 
 # %% ../../nbs/api/32_dwi_nets.ipynb #2653bf8f
-def vector_difference(p:Tensor, t:Tensor, eps:float)->Tensor:
-    "Squared length of the difference of gradients: b c z y x."
+def vector_difference(
+    p:Tensor,   # b c z y x
+    t:Tensor,   # b c z y x
+    eps:float,  # not used
+)->Tensor:      # b c z y x, where the filter fits
+    "Squared length of the difference of gradients."
     return sobel_gradient(p - t).square().sum(2)
 
-def magnitude_difference(p:Tensor, t:Tensor, eps:float)->Tensor:
+def magnitude_difference(
+    p:Tensor,   # b c z y x
+    t:Tensor,   # b c z y x
+    eps:float,  # gradient that counts as none, per voxel
+)->Tensor:      # b c z y x, where the filter fits
     "Squared difference of their lengths."
     a, b = ((sobel_gradient(v).square().sum(2) + eps**2).sqrt() for v in (p, t))
     return (a - b).square()
@@ -148,7 +156,7 @@ class GatedBlock(nn.Module):
         super().__init__()
         self.conv = factorised_conv(channels, 2 * channels, kernel)
 
-    def forward(self, x:Tensor)->Tensor:
+    def forward(self, x:Tensor)->Tensor:  # b c z y x -> b c z y x
         h, g = self.conv(x).chunk(2, 1)
         return x + h * g.sigmoid()
 
@@ -179,7 +187,7 @@ class CBAM3d(nn.Module):
         self.channel = nn.Sequential(nn.Conv3d(channels, hidden, 1), nn.ReLU(), nn.Conv3d(hidden, channels, 1))
         self.voxel = nn.Conv3d(2, 1, kernel, padding=kernel // 2)
 
-    def forward(self, x:Tensor)->Tensor:
+    def forward(self, x:Tensor)->Tensor:  # b c z y x -> b c z y x
         pooled = box_pool(x, self.window) if self.window else (x.mean((2, 3, 4), keepdim=True), x.amax((2, 3, 4), keepdim=True))
         x = x * sum(self.channel(v) for v in pooled).sigmoid()
         return x * self.voxel(torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)).sigmoid()
@@ -197,7 +205,7 @@ class AdaptiveSkipConnection(nn.Module):
         self.gate = nn.Sequential(nn.Conv3d(both, max(1, both // 4), 1), nn.PReLU(), nn.Conv3d(max(1, both // 4), 1, 1), nn.Sigmoid())
         self.join = nn.Conv3d(both, out_channels, 1)
 
-    def forward(self, x:Tensor, skip:Tensor)->Tensor:
+    def forward(self, x:Tensor, skip:Tensor)->Tensor:  # b c *s, b skip z y x -> b out z y x
         x = resize(x, skip.shape[2:])
         return self.join(torch.cat([x, skip * self.gate(torch.cat([x, skip], 1))], 1))
 
@@ -269,7 +277,7 @@ class MultiScaleDetailNet(FromStart):
         self.full, self.pooled = conv_path(in_channels, fine, fine), conv_path(in_channels, base_filters, base_filters)
         self.fuse = self.last(fine + base_filters)
 
-    def forward(self, x:Tensor)->Tensor:
+    def forward(self, x:Tensor)->Tensor:  # b c z y x -> b out z y x
         start = self.start(x)
         return start + self.fuse(torch.cat([self.full(x), grow(self.pooled(halve(x)), x.shape[2:])], 1))
 
@@ -302,10 +310,10 @@ class ProgressiveDetailNet(FromStart):
         coarse = low_pass(start) + correction
         return coarse, start + correction + self.detail(torch.cat([x, coarse.to(x.dtype)], 1))
 
-    def forward(self, x:Tensor)->Tensor: return self.stages(x)[1]
+    def forward(self, x:Tensor)->Tensor: return self.stages(x)[1]  # b c z y x -> b out z y x
 
 def progressive_loss(
-    stages:tuple,       # coarse and final result, from `stages`
+    stages:tuple,       # coarse and final result, from stages
     target:Tensor,      # b c z y x
     weight:float=0.5,   # of the coarse stage; let it fall during training: 1 - step / steps
     mask:Tensor=None,   # as in check_pair
@@ -317,7 +325,10 @@ def progressive_loss(
     return masked_mse(final, target, mask) + weight * mean_where((c - low_pass(t)).square(), whole)
 
 # %% ../../nbs/api/32_dwi_nets.ipynb #4baa0001
-def fft_low(x:Tensor, cutoff:float)->Tensor:
+def fft_low(
+    x:Tensor,      # b c z y x
+    cutoff:float,  # share of the highest frequency
+)->Tensor:         # likewise
     "Low band by a radial mask on the spectrum: 1 up to 3/4 of the cutoff, then a cosine to 0."
     z, y, n = x.shape[2:]
     f = [2 * make(k, device=x.device, dtype=x.dtype) / cutoff for make, k in ((torch.fft.fftfreq, z), (torch.fft.fftfreq, y), (torch.fft.rfftfreq, n))]
@@ -325,7 +336,10 @@ def fft_low(x:Tensor, cutoff:float)->Tensor:
     gain = (1 + torch.cos(math.pi * (4 * radius - 3).clamp(0, 1))) / 2
     return torch.fft.irfftn(torch.fft.rfftn(x, dim=(2, 3, 4)) * gain, s=x.shape[2:], dim=(2, 3, 4))
 
-def gaussian_low(x:Tensor, cutoff:float)->Tensor:
+def gaussian_low(
+    x:Tensor,      # b c z y x
+    cutoff:float,  # share of the highest frequency
+)->Tensor:         # likewise
     "Low band by a Gaussian whose response is 1/20 at the cutoff; borders repeated."
     sigma = math.sqrt(2 * math.log(20)) / (math.pi * cutoff)
     reach = math.ceil(3 * sigma)
@@ -365,7 +379,7 @@ class FrequencyDomainNet(FromStart):
         self.low, self.high = conv_path(in_channels, base_filters, base_filters), conv_path(in_channels, fine, fine)
         self.fuse = self.last(base_filters + fine)
 
-    def forward(self, x:Tensor)->Tensor:
+    def forward(self, x:Tensor)->Tensor:  # b c z y x -> b out z y x
         start, (low, high) = self.start(x), split_bands(x, self.cutoff, self.kind)
         return start + self.fuse(torch.cat([grow(self.low(halve(low)), x.shape[2:]), self.high(high)], 1))
 
@@ -391,7 +405,7 @@ class SinusoidalVolumeEncoder(nn.Module):
     def forward(self,
         x:Tensor,    # b c z y x, or b v c z y x
         ids:Tensor,  # b, or v, or b v: index of each volume
-    )->Tensor:       # as x
+    )->Tensor:       # likewise
         "Features that say of which volume they are."
         ids, c = torch.as_tensor(ids, device=x.device), self.project.out_features
         if x.ndim not in (5, 6) or ids.ndim < 1 or ids.shape != x.shape[:-4][-ids.ndim:] or x.shape[-4] != c: raise InputError(f"indices {tuple(ids.shape)} for features {tuple(x.shape)}: expected b and b {c} z y x, or v and b v {c} z y x")
@@ -430,7 +444,7 @@ class GroupedDetail(nn.Module):
         self.detail = nn.Conv3d(num_volumes, filters * num_volumes, 3, padding=1, groups=num_volumes)
         self.act, self.fuse = nn.PReLU(), nn.Conv3d(filters * num_volumes, out_channels, 1)
 
-    def forward(self, x:Tensor, ids=None)->Tensor:
+    def forward(self, x:Tensor, ids=None)->Tensor:  # b v z y x, v indices (None: all in order) -> b out z y x
         ids = torch.as_tensor(range(self.num_volumes) if ids is None else ids, device=x.device)
         if ids.shape != x.shape[1:2] or ids.is_floating_point() or ids.min() < 0 or ids.max() >= self.num_volumes: raise InputError(f"volumes {ids.tolist()} for an input {tuple(x.shape)}: expected {x.shape[1]} indices of 0 to {self.num_volumes - 1}")
         own = lambda p, axis=0: p.unflatten(axis, (self.num_volumes, self.filters)).index_select(axis, ids).flatten(axis, axis + 1)
@@ -449,7 +463,7 @@ class ConditionedDetail(nn.Module):
         self.encoding, self.filter, self.fuse = encoding, nn.Conv3d(1, filters, 3, padding=1), nn.Conv3d(filters, out_channels, 1)
         self.condition, self.act = nn.Sequential(nn.Linear(encoding, 32), nn.SiLU(), nn.Linear(32, 2 * filters)), nn.PReLU(filters)
 
-    def forward(self, x:Tensor, encoding:Tensor)->Tensor:
+    def forward(self, x:Tensor, encoding:Tensor)->Tensor:  # b v z y x, v d or b v d -> b out z y x
         b, v = x.shape[:2]
         if encoding is None or encoding.shape[-2:] != (v, self.encoding): raise InputError(f"encodings {None if encoding is None else tuple(encoding.shape)} for an input {tuple(x.shape)}: expected {v} {self.encoding}, as from gradient_encoding")
         scale, shift = self.condition(encoding.to(x.device, self.filter.weight.dtype))[..., None, None, None].chunk(2, -4)

@@ -22,7 +22,7 @@ from .synth import Phantom
 def rice_mean(
     signal,        # without noise, 0 or more
     sigma,         # of the normal noise; broadcast against the signal
-)->np.ndarray:
+)->np.ndarray:     # any shape: of both, broadcast
     "Mean of the magnitude."
     signal, sigma = np.asarray(signal, float), np.asarray(sigma, float)
     x = (signal / np.where(sigma > 0, sigma, 1)) ** 2 / 2
@@ -38,7 +38,7 @@ def _rice_table():
 def debias(
     magnitude,       # denoised, x y z v
     sigma,           # of the normal noise: a number, or x y z
-)->np.ndarray:       # as the magnitude, float32
+)->np.ndarray:       # likewise, float32
     "Signal whose mean magnitude is what was found; 0 at the floor and below."
     magnitude, sigma = np.asarray(magnitude, np.float32), np.asarray(sigma, np.float32)
     if not (np.isfinite(sigma).all() and (sigma >= 0).all()): raise InputError(f"sigma from {sigma.min():g} to {sigma.max():g}: expected numbers of 0 or more")
@@ -141,7 +141,7 @@ def fit_dti(
 
 # %% ../../nbs/api/35_dwi_scores.ipynb #a5045d39
 def tensor_maps(
-    beta:np.ndarray,   # n 7, see `design_matrix`
+    beta:np.ndarray,   # n 7, see design_matrix
     mask:np.ndarray,   # x y z with n voxels
 )->dict:
     "Maps of the tensor, 0 outside the mask."
@@ -157,7 +157,7 @@ def tensor_maps(
     return {name: put(values) for name, values in maps.items()}
 
 def predict_dti(
-    fit:dict,             # of `fit_dti`
+    fit:dict,             # of fit_dti
     gradients:Gradients,
 )->np.ndarray:            # x y z v, float32
     "Signal of the tensors for other directions."
@@ -167,7 +167,7 @@ def predict_dti(
 def leak_slope(
     x:np.ndarray,         # x y z v, denoised
     noisy:np.ndarray,     # x y z v
-    expected:np.ndarray,  # x y z v: mean of the noisy image, see `rice_mean`
+    expected:np.ndarray,  # x y z v: mean of the noisy image, see rice_mean
     mask:np.ndarray,      # x y z, boolean
 )->float:
     "Share of a volume's own noise in its output."

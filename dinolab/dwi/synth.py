@@ -49,7 +49,7 @@ def even_directions(
 SCHEMES = {"64": ((0, 4), (1000, 30), (2000, 30)), "10": ((0, 1), (2500, 9)), "multi": ((0, 6), (700, 20), (1500, 45), (3000, 45))}
 
 def make_scheme(
-    scheme="64",  # a key of `SCHEMES`, shells as (s/mm², volumes), or Gradients
+    scheme="64",  # a key of SCHEMES, shells as (s/mm², volumes), or Gradients
     seed:int=0,   # of the directions
 )->Gradients:
     "The table of gradients of a scheme."
@@ -89,13 +89,19 @@ class FineGrid(NamedTuple):
     fine:int            # samples per voxel along each axis
 
     @property
-    def half(self)->np.ndarray: "Half the box, mm."; return np.array(self.shape) * self.voxel_size / 2
+    def half(self)->np.ndarray:  # 3, mm, x y z
+        "Half the box."
+        return np.array(self.shape) * self.voxel_size / 2
     def axes(self, fine=1)->tuple: "Coordinates of the centres of samples, mm."; return tuple((np.arange(n * fine) + 0.5) * self.voxel_size / fine - h for n, h in zip(self.shape, self.half))
     def points(self, fine=1)->list: "x y z coordinates, each of the full shape."; return [p.astype(np.float32) for p in np.meshgrid(*self.axes(fine), indexing="ij")]
-    def field(self, seed, name, spacing, fine=1)->np.ndarray: "A smooth random field, mean 0, deviation 1."; return smooth_noise(seed, name, spacing, self.axes(fine), self.half).astype(np.float32)
-    def mean(self, x)->np.ndarray: "Samples averaged to voxels."; return x.reshape([k for n in self.shape for k in (n, self.fine)]).mean((1, 3, 5), dtype=np.float32)
+    def field(self, seed, name, spacing, fine=1)->np.ndarray:  # x y z of samples
+        "A smooth random field, mean 0, deviation 1."
+        return smooth_noise(seed, name, spacing, self.axes(fine), self.half).astype(np.float32)
+    def mean(self, x)->np.ndarray:  # x y z of voxels
+        "Samples averaged to voxels."
+        return x.reshape([k for n in self.shape for k in (n, self.fine)]).mean((1, 3, 5), dtype=np.float32)
 
-    def fractions(self, labels, count)->np.ndarray:
+    def fractions(self, labels, count)->np.ndarray:  # x y z count
         "Share of the labels 1..count in each voxel; voxels with half or more outside (0) are left empty."
         f = np.stack([self.mean(labels == k) for k in range(1, count + 1)], -1)
         total = f.sum(-1, keepdims=True)
@@ -105,7 +111,7 @@ class FineGrid(NamedTuple):
 class Head(NamedTuple):
     "Coordinates of the bent ellipsoid."
     p:list            # three arrays, mm
-    semi:np.ndarray   # semi-axes, mm
+    semi:np.ndarray   # 3, semi-axes along x y z, mm
     scale:float       # 1 for a brain of 84 mm width
 
 def make_head(
@@ -147,7 +153,7 @@ def _ellipsoid(p, centre, semi): return sum(((q - c) / s) ** 2 for q, c, s in zi
 def brain_labels(
     seed:int,
     grid:FineGrid,
-)->np.ndarray:   # samples along x y z, uint8: 0 outside, then 1 + index in `TISSUES`
+)->np.ndarray:   # x y z of samples, uint8: 0 outside, then 1 + index in TISSUES
     "Tissue of each sample."
     rng, head = keyed(seed, "inside"), make_head(seed, grid, grid.fine)
     depth, fluid = cortex_distance(seed, head, grid.voxel_size / grid.fine)
@@ -358,7 +364,9 @@ class Phantom:
     family:str
 
     @property
-    def white(self)->np.ndarray: "x y z, boolean: where fibres fill most of the voxel."; return self.shares.sum(-1) > 0.6
+    def white(self)->np.ndarray:  # x y z, boolean
+        "Where fibres fill most of the voxel."
+        return self.shares.sum(-1) > 0.6
     def sigma(self,
         snr:float,   # mean signal of white matter at b = 0, divided by sigma
     )->float:
@@ -369,9 +377,9 @@ class Phantom:
 def make_phantom(
     seed:int=0,
     shape:tuple=(48, 48, 24),  # voxels along x y z
-    scheme="64",               # a key of `SCHEMES`, or Gradients
+    scheme="64",               # a key of SCHEMES, or Gradients
     b0:float=1000.,            # signal of white matter at b = 0
-    family:str="brain",        # a key of `FAMILIES`
+    family:str="brain",        # a key of FAMILIES
     voxel_size:float=2.,       # mm
     fine:int=2,                # samples per voxel along each axis, for mixtures
 )->Phantom:
