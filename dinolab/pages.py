@@ -89,9 +89,8 @@ def in_package(
     symbol:Callable,
 )->Callable:
     "The same symbol of the installed package; itself where there is none."
-    from dinolab._modidx import d
     name = symbol.__qualname__
-    for module, known in d["syms"].items():
+    for module, known in import_module("dinolab._modidx").d["syms"].items():
         if f"{module}.{name}" not in known: continue
         try: found = reduce(getattr, name.split("."), import_module(module))
         except (ImportError, AttributeError): continue

@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path, PurePosixPath
 
 import yaml
@@ -204,8 +205,7 @@ def own_symbols(
     page:str,  # path of a page
 )->set:
     "The symbols that a page documents."
-    from dinolab._modidx import d
-    return {full[len(module) + 1:] for module, known in d["syms"].items() for full, (where, _) in known.items() if where.startswith(page.removesuffix(".ipynb") + ".html")}
+    return {full[len(module) + 1:] for module, known in import_module("dinolab._modidx").d["syms"].items() for full, (where, _) in known.items() if where.startswith(page.removesuffix(".ipynb") + ".html")}
 
 # %% ../nbs/api/55_site.ipynb #fd0f09a0
 def write_book(
