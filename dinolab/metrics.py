@@ -112,6 +112,7 @@ class ConfusionMatrix(ClassCounts):
         share = self.matrix / np.maximum(self.matrix.sum(1, keepdims=True), 1)
         n = len(self.classes)
         fig = new_figure(1.6 + 0.55 * n, 1.2 + 0.5 * n)
+        fig.set_layout_engine("constrained")
         ax = fig.add_subplot()
         ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
         for (i, j), v in np.ndenumerate(share):
