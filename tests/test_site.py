@@ -1,15 +1,43 @@
 "The front page and the README."
+import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
-def test_readme_is_the_front_page():
+@pytest.mark.parametrize("name, page", dict({"README.md": "index", "CONTRIBUTING.md": "contribute"}).items())
+def test_files_of_the_root_are_pages(name, page):
     from dinolab.docs import readme
-    assert (ROOT/"README.md").read_text(encoding="utf-8") == readme(ROOT/"nbs/index.ipynb"), "run make readme"
+    assert (ROOT/name).read_text(encoding="utf-8") == readme(ROOT/f"nbs/{page}.ipynb"), "run make readme"
+
+
+def test_results_are_those_of_the_summaries(tmp_path, monkeypatch):
+    "The committed page is what make results writes, plots included."
+    from dinolab.docs import write_results
+    page = ROOT/"nbs/results.ipynb"
+    shutil.copy(page, tmp_path/"results.ipynb")
+    monkeypatch.chdir(ROOT)
+    write_results("nbs/results", tmp_path/"results.ipynb")
+    assert (tmp_path/"results.ipynb").read_text() == page.read_text(), "run make results"
+    experiments = {p.stem for p in (ROOT/"nbs/experiments").glob("*.ipynb")}
+    kept = {p.stem for p in (ROOT/"nbs/results").glob("*.json")}
+    assert kept == experiments, f"without a kept run: {experiments - kept}; without an experiment: {kept - experiments}"
+
+
+def test_formulas_can_be_drawn():
+    "Each formula becomes MathML; commands have one backslash (two break the line and print the name)."
+    from latex2mathml.converter import convert
+    found = [m for p in (ROOT/"nbs").rglob("*.ipynb") for c in json.loads(p.read_text())["cells"] if c["cell_type"] == "markdown" for m in re.findall(r"\$\$?([^$\n]+)\$\$?", re.sub(r"```.*?```|`[^`]*`", "", "".join(c["source"]), flags=re.S))]
+    assert len(found) > 50
+    for formula in found:
+        assert not re.search(r"\\\\[A-Za-z]", formula), formula
+        assert "<math" in convert(formula)
 
 
 def test_links_and_pictures_exist():
