@@ -1,6 +1,7 @@
 "The experiments run from any folder, in their quick mode."
 import importlib.util
 import json
+import os
 
 import pytest
 
@@ -54,6 +55,26 @@ def test_unet3plus(name, keys, figures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = run_experiment(name, dict(smoke="true"))
     assert run.status == "done" and all(run.metrics()[k] is not None for k in keys) and {p.name for p in (run.path/"figures").iterdir()} == figures
+
+
+def test_benchmark(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = run_experiment("benchmark", dict(smoke="true"))
+    metrics = run.metrics()
+    ratios = {k.removeprefix("benchmark/ratio/"): v for k, v in metrics.items() if k.startswith("benchmark/ratio/")}
+    assert run.status == "done" and {k.split("/")[0] for k in ratios} == {"features", "inference", "heads", "upsampling", "engine", "losses", "metrics", "io", "diffusion"}
+    assert all(v > 0 and metrics[f"benchmark/low/{k}"] <= v <= metrics[f"benchmark/high/{k}"] for k, v in ratios.items())
+    assert metrics["benchmark/limit/matmul_gflops"] > 1 and {p.name for p in (run.path/"figures").iterdir()} == {"ratios.png"}
+
+
+def test_benchmark_without_peers(tmp_path, monkeypatch):
+    "A peer that is not installed gets a row that says so."
+    for name in ("monai", "torchmetrics"): (tmp_path/f"{name}.py").write_text("raise ImportError")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.chdir(tmp_path)
+    run = run_experiment("benchmark", dict(smoke="true", parts="['losses', 'metrics']"))
+    assert run.status == "done" and not any("MONAI" in k for k in run.metrics())
+    assert "not installed" in (run.path/"notebook.ipynb").read_text()
 
 
 def test_benchmark_training(tmp_path, monkeypatch):
