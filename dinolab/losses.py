@@ -27,22 +27,21 @@ def check_target(
 )->Tensor:             # b *s, boolean
     "The mask, after shapes, label values and the mask itself were checked."
     if logits.shape[0] != target.shape[0] or logits.shape[2:] != target.shape[1:]: raise InputError(f"logits {tuple(logits.shape)}, labels {tuple(target.shape)}: expected b n *s and b *s")
-    mask = torch.ones_like(target, dtype=torch.bool) if mask is None else mask.bool()
+    whole, classes = mask is None, max(2, logits.shape[1])
+    mask = target.new_ones((), dtype=torch.bool).expand(target.shape) if whole else mask.bool()
     if mask.shape != target.shape: raise InputError(f"mask {tuple(mask.shape)}, labels {tuple(target.shape)}: expected the same shape")
-    classes, zero = max(2, logits.shape[1]), target.new_zeros(())
-    inside = torch.where(mask, target, zero)
-    low, high, count = torch.stack([inside.min(), inside.max(), mask.sum().to(inside.dtype)]).tolist()
-    if not count: raise InputError("the mask is empty: expected at least one labelled voxel; draw crops with a minimum of them")
+    low, high, some = torch.stack([*(target if whole else torch.where(mask, target, 0)).aminmax(), mask.any().to(target.dtype)]).tolist()
+    if not some: raise InputError("the mask is empty: expected at least one labelled voxel; draw crops with a minimum of them")
     if low < 0 or high >= classes: raise InputError(f"labels from {low} to {high}, {classes} classes: expected 0 to {classes - 1}; mask the others")
     return mask
 
 # %% ../nbs/api/15_losses.ipynb #84af2a02
 def _prepare(logits, target, mask):
-    "Logits of all classes and labels as n rows, only where the mask is on."
-    mask = check_target(logits, target, mask)
-    logits = logits.float()
-    if logits.shape[1] == 1: logits = torch.cat([torch.zeros_like(logits), logits], 1)  # softmax of (0, x) is the sigmoid of x
-    return logits.movedim(1, -1)[mask], target[mask].long(), mask
+    "Logits of all classes, labels, and the mask or None; logits and labels are 0 where it is off."
+    on, x = check_target(logits, target, mask), logits.float()
+    if x.shape[1] == 1: x = torch.cat([torch.zeros_like(x), x], 1)  # softmax of (0, x) is the sigmoid of x
+    if mask is None: return x, target.long(), None
+    return torch.where(on[:, None], x, 0), torch.where(on, target, 0).long(), on
 
 def _on(weight, x):
     "Class weights beside `x`."
@@ -61,8 +60,9 @@ def cross_entropy(
     "Mean cross-entropy over the labelled voxels."
     x, y, on = _prepare(logits, target, mask)
     weight = _on(weight, x)
-    if voxel_weight is None: return F.cross_entropy(x, y, weight, label_smoothing=label_smoothing)
-    each = voxel_weight[on].float() * (1 if weight is None else weight[y])
+    if voxel_weight is None: return F.cross_entropy(x, y if on is None else torch.where(on, y, -100), weight, label_smoothing=label_smoothing)  # -100 is left out
+    each = voxel_weight.float() * (1 if weight is None else weight[y])
+    if on is not None: each = torch.where(on, each, 0)
     return (each * F.cross_entropy(x, y, label_smoothing=label_smoothing, reduction="none")).sum() / each.sum().clamp_min(1e-12)
 
 # %% ../nbs/api/15_losses.ipynb #912f20ea
@@ -78,12 +78,13 @@ def tversky_loss(
     gamma:float=1.,      # exponent of 1 - index; > 1 turns to the classes that are worst
 )->Tensor:               # scalar in 0..1
     "One minus the Tversky index, averaged over the classes that occur; for one channel over class 1 alone."
-    x, y, _ = _prepare(logits, target, mask)
-    p, t = x.softmax(-1), F.one_hot(y, x.shape[-1]).float()
-    hit, false, miss = (p * t).sum(0), (p * (1 - t)).sum(0), ((1 - p) * t).sum(0)
-    index = (hit + smooth) / (hit + alpha * false + beta * miss + smooth)
+    x, y, on = _prepare(logits, target, mask)
+    p, t = x.softmax(1), y[:, None] == torch.arange(x.shape[1], device=x.device).view(-1, *[1] * (y.ndim - 1))
+    if on is not None: p, t = p * on[:, None], t & on[:, None]
+    hit, guessed, true = (v.transpose(0, 1).flatten(1).sum(1) for v in (p * t, p, t))
+    index = (hit + smooth) / (hit + alpha * (guessed - hit) + beta * (true - hit) + smooth)
     weight = _on(weight, x)
-    share = (t.sum(0) > 0).float() * (1 if weight is None else weight)
+    share = (true > 0).float() * (1 if weight is None else weight)
     if logits.shape[1] == 1: share = share.new_tensor([0., 1.])  # of the two classes only one has a channel
     return ((1 - index).clamp_min(0) ** gamma * share).sum() / share.sum().clamp_min(1e-12)
 
@@ -108,11 +109,11 @@ def focal_loss(
     gamma:float=2.,    # 0 is the cross-entropy
 )->Tensor:             # scalar
     "Mean over the labelled voxels of w (1 - p)^γ (-log p), divided by the mean weight."
-    x, y, _ = _prepare(logits, target, mask)
-    log_p = x.log_softmax(-1).gather(-1, y[:, None])[:, 0]
-    weight = _on(weight, x)
-    each = torch.ones_like(log_p) if weight is None else weight[y]
-    return (each * (1 - log_p.exp()).clamp_min(0) ** gamma * -log_p).sum() / each.sum().clamp_min(1e-12)
+    x, y, on = _prepare(logits, target, mask)
+    minus_log_p, weight = F.cross_entropy(x, y, reduction="none"), _on(weight, x)
+    each = torch.ones_like(minus_log_p) if weight is None else weight[y]
+    if on is not None: each = torch.where(on, each, 0)
+    return (each * (1 - (-minus_log_p).exp()).clamp_min(0) ** gamma * minus_log_p).sum() / each.sum().clamp_min(1e-12)
 
 # %% ../nbs/api/15_losses.ipynb #ddf8e68b
 def boundary_weight(
