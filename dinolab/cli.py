@@ -197,10 +197,10 @@ def features(
     rgb:Annotated[bool, typer.Option(help="Also write the picture of principal components.")]=True,
 ):
     "Extract features of a volume into a zarr store, in constant memory; run again to go on after an interruption."
+    jobs = find_cluster(cluster, workers, job, job_script)
     import torch
     from dinolab.backbones import create_backbone
     from dinolab.features import extract_to_zarr, timing_table
-    jobs = find_cluster(cluster, workers, job, job_script)
     volume = open_source(source, voxel_size=numbers(source_voxel_size, "--source-voxel-size"), channel=channel, time=time, unit=unit, axes=axes, missing=missing)
     torch.manual_seed(seed)
     model = create_backbone(backbone, size, weights=weights, layers=whole_numbers(layers, "--layers"))
@@ -234,7 +234,7 @@ def start_recipe(
 def train(pairs:Pairs=None, config:Config=None, keys:Keys=False):
     "Train a network on volumes or pictures with labels; prints the folder of the run."
     done = start_recipe("train", config, pairs, keys)
-    if done: print(done.run.path)
+    if done and os.environ.get("RANK", "0") == "0": print(done.run.path)  # once, where torchrun started many
 
 @app.command()
 def evaluate(pairs:Pairs=None, config:Config=None, keys:Keys=False):

@@ -7,13 +7,14 @@ __all__ = ['JOB_ONLY', 'MEMORY', 'QUEUES', 'CLUSTERS', 'LOST', 'seconds_of', 'by
            'start_local', 'lifetime', 'slurm_job', 'lsf_job', 'start_jobs', 'job_script', 'open_cluster', 'use_client',
            'spread_work', 'cluster_of']
 
-# %% ../nbs/api/05_cluster.ipynb #17afd580
+# %% ../nbs/api/05_cluster.ipynb #33c3666e
 import logging
 import math
 import os
 import pickle
 import re
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -93,16 +94,19 @@ def _share(cluster):
     mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return cluster.cores or int(os.environ.get("OMP_NUM_THREADS") or max(1, mine // cluster.workers))
 
-# %% ../nbs/api/05_cluster.ipynb #ba804dd1
+# %% ../nbs/api/05_cluster.ipynb #ceb4ba6f
 MEMORY = {f"distributed.worker.memory.{k}": False for k in ("target", "spill", "pause")}
 
 def _need(module):
-    "Import a module of the extra."
+    "Import a module of the extra; Ctrl-C goes on to mean what it meant."
     import importlib
+    before = signal.getsignal(signal.SIGINT)
     try: return importlib.import_module(module)
     except ImportError: raise ImportError(f"a cluster needs {module.split('.')[0].replace('_', '-')}; install the extra: pip install 'dinolab[cluster]'") from None
+    finally:
+        if signal.getsignal(signal.SIGINT) is not before: signal.signal(signal.SIGINT, before)
 
-# %% ../nbs/api/05_cluster.ipynb #13a1049e
+# %% ../nbs/api/05_cluster.ipynb #1686bc14
 def _gpus():
     "What CUDA_VISIBLE_DEVICES may hold here, one by one."
     seen = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -117,7 +121,7 @@ def start_local(
         env = thread_variables(_share(cluster)) | (dict(CUDA_VISIBLE_DEVICES=gpus[i % len(gpus)]) if gpus else {})
         options = dict(nthreads=1, env=env, memory_limit=bytes_of(cluster.memory) if cluster.memory else 0, host="127.0.0.1", dashboard=False, silence_logs=logging.CRITICAL)
         return dict(cls=distributed.Nanny, options=options)
-    scheduler = dict(cls=distributed.Scheduler, options=dict(host="127.0.0.1", port=0, dashboard=False))
+    scheduler = dict(cls=distributed.Scheduler, options=dict(host="127.0.0.1", port=0, dashboard=False, dashboard_address=":0"))
     with dask.config.set(MEMORY): return distributed.SpecCluster({i: worker(i) for i in range(cluster.workers)}, scheduler, silence_logs=logging.ERROR)
 
 # %% ../nbs/api/05_cluster.ipynb #a97e1994
@@ -160,7 +164,7 @@ def lsf_job(
     if cluster.gpus: options["job_extra_directives"].insert(0, f"-gpu num={cluster.gpus}")
     return _need("dask_jobqueue.lsf").LSFJob, options | dict(project=cluster.account, ncpus=cluster.cores or 4, walltime=f"{s // 60:02}:{s % 60:02}")
 
-# %% ../nbs/api/05_cluster.ipynb #1330f05d
+# %% ../nbs/api/05_cluster.ipynb #c7885acc
 def _noting(job):
     "The class of a job, which keeps why it was refused."
     class Job(job):
@@ -168,7 +172,7 @@ def _noting(job):
         async def start(self):
             try: await super().start()
             except Exception as e:
-                self.refused = " ".join(str(e).split("stderr:")[-1].split()) or type(e).__name__
+                self.refused, self.status = " ".join(str(e).split("stderr:")[-1].split()) or type(e).__name__, _need("distributed").Status.failed
                 raise
     return Job
 
@@ -180,7 +184,7 @@ def start_jobs(
     if not shutil.which(job.submit_command): raise InputError(f"no command {job.submit_command} here: expected a machine that may submit to {cluster.kind}; --cluster local needs none")
     try: _logs(cluster).mkdir(parents=True, exist_ok=True)
     except OSError as e: raise InputError(f"logs {_logs(cluster)} cannot be written ({e.strerror}): expected a folder that jobs may write to") from None
-    made = _need("dask_jobqueue.core").JobQueueCluster(job_cls=_noting(job), scheduler_options=dict(dashboard=False, dashboard_address=None), silence_logs="error", **options)
+    made = _need("dask_jobqueue.core").JobQueueCluster(job_cls=_noting(job), scheduler_options=dict(dashboard=False, dashboard_address=":0"), silence_logs="error", **options)
     made.scale(jobs=cluster.workers)
     return made
 

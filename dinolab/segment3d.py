@@ -37,6 +37,7 @@ from .manifest import load_manifest
 from .metrics import BoundaryF, ConfusionMatrix, adapted_rand, variation_of_information
 from .run import Run
 from .show import overlay_labels, show_images
+from .spread import from_first, in_turn, launched
 from .unet3d import DINOv3UNet3D, feature_bytes, load_filter, standardise
 from .upsample import resize
 from .volume import Volume, triple, write_multiscale
@@ -327,7 +328,7 @@ def run_of_settings(
     if s.run is not None: return s.run if isinstance(s.run, Run) else Run.open(s.run)
     values = {k: asdict(v) if is_dataclass(v) else v for k, v in vars(s).items() if k not in ("run", "out")}
     kept = {k: v for k, v in values.items() if isinstance(v, (str, int, float, bool, list, tuple, dict, type(None)))}
-    return Run.create(experiment, kept, s.out, None if s.manifest is None else load_manifest(s.manifest))
+    return Run.open(from_first(lambda: str(Run.create(experiment, kept, s.out, None if s.manifest is None else load_manifest(s.manifest)).path)))
 
 # %% ../nbs/api/44_segment3d.ipynb #55efb7be
 def train_unet3d(
@@ -382,23 +383,23 @@ def train_unet3d(
 def _train(s)->Trained:
     "The order of things."
     pick(dict.fromkeys(TARGETS), s.targets, "targets"); pick(dict.fromkeys(("cached", "live")), s.features, "features")
-    s.crop = tuple(int(n) for n in triple(s.crop, "crop (voxels)"))
+    s.crop, first = tuple(int(n) for n in triple(s.crop, "crop (voxels)")), launched()[0] == 0
     train, valid = _open_cases(s)
     names, colours = class_names(s.classes, s.manifest, train) if s.targets == "classes" else (None, None)
     target = ClassTarget(len(names)) if names else InstanceTarget(sigma=s.lsd_sigma)
     backbone, about = find_backbone(s.backbone, s.backbone_size, s.weights, s.layers, s.train.seed)
     extraction = Extraction(backbone.to("cuda" if s.train.device != "cpu" and torch.cuda.is_available() else "cpu"), s.planes, s.pixel_size, bool(s.learn_upsampling))
     extraction = replace(extraction, pixel_size=extraction.pixel(train[0].raw.grid, train[0].grid))
-    crops, grid = _datasets(s, train, valid, extraction, target)
+    crops, grid = in_turn(lambda: _datasets(s, train, valid, extraction, target))
     model = _network(s, crops.cases[0].features.layout, extraction.channels, target.channels)
     standardise(model, *feature_statistics(crops))
     step, run = _make_step(s, names, crops, target), run_of_settings("unet3d", s)
-    save_description(run, _describe(s, names, colours, target, extraction, about, model, train[0]), backbone)
+    if first: save_description(run, _describe(s, names, colours, target, extraction, about, model, train[0]), backbone)
     rows = memory_rows(crops.cases[0].features.layout, extraction.channels, crops.cases + (grid.cases if grid else []))
-    print(format_table(rows, digits=3))
+    if first: print(format_table(rows, digits=3))
     done = fit(model, step, crops, Validation(grid, step, names, s.train.batch_size) if grid else None, s.train, run)
-    run.figure(training_curves(done.history), "curves")
-    run.metrics({"train/seconds": done.seconds, "train/steps": done.step, "valid/best": done.best, "memory/crop_mb": rows[0]["as_trained"], "memory/crop_at_every_voxel_mb": rows[0]["at_every_voxel"]})
+    if first: run.figure(training_curves(done.history), "curves")
+    if first: run.metrics({"train/seconds": done.seconds, "train/steps": done.step, "valid/best": done.best, "memory/crop_mb": rows[0]["as_trained"], "memory/crop_at_every_voxel_mb": rows[0]["at_every_voxel"]})
     return load_trained(run, "best", s.backbone if isinstance(s.backbone, nn.Module) else None, next(extraction.backbone.parameters(), torch.empty(0)).device)
 
 # %% ../nbs/api/44_segment3d.ipynb #e021b635
