@@ -20,6 +20,7 @@ from typing import Callable
 
 import numpy as np
 
+from .cluster import spread_work, use_client
 from .core import InputError, progress
 
 # %% ../nbs/api/12_blocks.ipynb #c3b29d93
@@ -135,19 +136,13 @@ def _processes(task, blocks, done, workers, restarts=3):
     for b in left.values(): yield b, RuntimeError("its worker was killed again and again; is there enough memory, and is the task in a module that workers can import?")
 
 # %% ../nbs/api/12_blocks.ipynb #cff7d030
-def _dask(task, blocks, done, client, rounds=3):
-    "On a dask client; work lost with a worker is given out again."
-    try: from distributed import as_completed
-    except ImportError: raise ImportError("a dask client needs distributed; install the extra: pip install 'dinolab[cluster]'") from None
-    left = {b.index: b for b in blocks}
-    for _ in range(rounds):
-        there = client.scatter(task, broadcast=True, hash=False)
-        futures = {client.submit(_work, b, done, there, pure=False): b for b in left.values()}
-        for f in as_completed(futures, raise_errors=False):
-            if f.status == "cancelled" or type(f.exception()).__name__ in ("KilledWorker", "FutureCancelledError", "CancelledError"): continue
-            yield left.pop(futures[f].index), f.exception()
-        if not left: return
-    for b in left.values(): yield b, RuntimeError("its worker died again and again; is there enough memory?")
+def _on_worker(block, shared): return _work(block, shared[1], shared[0])
+
+def _dask(task, blocks, done, client):
+    "On a dask client, or a cluster that is started for it."
+    if not blocks: return
+    with use_client(client) as opened:
+        for i, _, error in spread_work(opened, _on_worker, blocks, (task, done)): yield blocks[i], error
 
 # %% ../nbs/api/12_blocks.ipynb #dd532182
 def run_blocks(
@@ -156,7 +151,7 @@ def run_blocks(
     done:Done,       # record of what is written
     *,
     workers:int=1,   # processes on this machine
-    client=None,     # a dask client instead
+    client=None,     # a dask client, or a Cluster, instead
     desc:str="blocks",  # for the progress bar
 )->dict:             # number of blocks "done" now and "skipped"
     "Run `task` on every block that is not done; raises if any failed, after the others are finished."

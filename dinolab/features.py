@@ -6,8 +6,8 @@
 __all__ = ['PLANES', 'PARTIAL', 'plane_axes', 'check_planes', 'spread', 'intensity_range', 'check_finite', 'Plan',
            'default_pixel', 'tile_span', 'slice_weights', 'PlanePass', 'add_plane', 'auto_batch', 'auto_precision',
            'Compute', 'raw_region', 'extract_block', 'run_backbone', 'PatchMean', 'make_plan', 'extract_features_3d',
-           'count_images', 'report', 'timing_table', 'native_grid', 'extract_native', 'model_identity',
-           'extract_to_zarr', 'source_identity', 'Features', 'open_features']
+           'count_images', 'report', 'timing_table', 'native_grid', 'extract_native', 'model_identity', 'worker_device',
+           'extract_to_zarr', 'source_identity', 'Features', 'open_features', 'estimate_extraction']
 
 # %% ../nbs/api/42_features.ipynb #2a78480e
 import copy
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from .backbones import FeatureSpec, state_hash
 from .blocks import Done, check_aligned, lock_folder, make_blocks, run_blocks
+from .cluster import spread_work, use_client
 from .core import InputError, Stages, format_table, memory_mb, pick, plain, progress, settings_hash
 from .show import Pca, fit_pca
 from .volume import (Grid, Volume, check_inside, check_roi, check_same_box, create_array, create_multiscale, fill_pyramid, is_identity, mirror, open_group, open_levels,
@@ -496,7 +497,9 @@ def count_images(
     dst:Grid=None,    # part of the target; None for all of it as one block
 )->int:
     "Images that the backbone will see."
-    return sum(int(slice_weights(plan.src, dst or plan.dst, plane_axes(p)[0], plan.slice_stride).any(0).sum()) for p in plan.planes)
+    return sum(_count_slices(plan, dst or plan.dst, p) for p in plan.planes)
+
+def _count_slices(plan, dst, plane): return int(slice_weights(plan.src, dst, plane_axes(plane)[0], plan.slice_stride).any(0).sum())
 
 # %% ../nbs/api/42_features.ipynb #f3bd159d
 def report(
@@ -579,11 +582,17 @@ def model_identity(
     return dict(model=recipe, weights_hash=getattr(backbone, "weights_hash", None) or state_hash(backbone.state_dict()), spec=asdict(backbone.spec))
 
 # %% ../nbs/api/42_features.ipynb #f35e2feb
+def worker_device(
+    device:str,  # cpu, cuda ..., or auto
+)->str:
+    "The device of this process: for auto a GPU, where it has one."
+    return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
 class _Extraction:
     "Task of `run_blocks`: extract one target block and write it. Travels to workers once."
-    def __init__(self, volume, array, plan, backbone, compute, pca=None):
+    def __init__(self, volume, array, plan, backbone, compute, pca=None, device=None):
         self.volume, self.array, self.plan, self.backbone, self.compute, self.pca = volume, array, plan, backbone, compute, pca
-        self.device, self.stages, self.images = str(_device(backbone)), _stages(backbone, True), 0
+        self.device, self.stages, self.images = device or str(_device(backbone)), _stages(backbone, True), 0
 
     def __getstate__(self): return {**self.__dict__, "backbone": copy.deepcopy(self.backbone).cpu(), "stages": None}  # ours stays where it is
 
@@ -593,20 +602,27 @@ class _Extraction:
         self.images += count_images(self.plan, dst)
         roi = raw_region(self.plan, dst)
         with self.stages("read"): data = _read_finite(self.volume, roi)
-        return extract_block(data, self.volume.grid.crop(roi), dst, self.plan, self.backbone.to(self.device), self.compute, self.stages).cpu().numpy()
+        return extract_block(data, self.volume.grid.crop(roi), dst, self.plan, self.backbone.to(worker_device(self.device)), self.compute, self.stages).cpu().numpy()
 
     def __call__(self, block):
         x = self.features(block.write)
         with self.stages("write"): self.array[block.write] = (x if self.pca is None else self.pca.transform(x)).astype(self.array.dtype)
 
 # %% ../nbs/api/42_features.ipynb #27df6392
-def _fit_projection(task, blocks, n_components, seed=0):
+def _sample_block(block, task):
+    "Feature vectors from one block."
+    x = task.features(block.write).reshape(-1, task.plan.channels(task.backbone.spec))
+    return x[spread(len(x), 10000, 0)]
+
+def _fit_projection(task, blocks, n_components, client=None, seed=0):
     "PCA of the features of four blocks spread over the volume."
     chosen = [blocks[i] for i in spread(len(blocks), 4, seed)]
-    def sample(block):
-        x = task.features(block.write).reshape(-1, task.plan.channels(task.backbone.spec))
-        return x[spread(len(x), 10000, seed)]
-    return fit_pca(np.concatenate([sample(b) for b in progress(chosen, desc="projection", unit="block")]), n_components)
+    def one_by_one(): yield from ((i, _sample_block(b, task), None) for i, b in enumerate(chosen))
+    found, results = {}, one_by_one() if client is None else spread_work(client, _sample_block, chosen, task)
+    for i, x, error in progress(results, total=len(chosen), desc="projection", unit="block"):
+        if error is not None: raise error
+        found[i] = x
+    return fit_pca(np.concatenate([x for _, x in sorted(found.items())]), n_components)
 
 # %% ../nbs/api/42_features.ipynb #20afb01a
 class _Paint:
@@ -647,7 +663,8 @@ def extract_to_zarr(
     rgb:bool=True,              # also write the picture of principal components
     resume:bool=True,           # go on with an unfinished store of the same settings
     workers:int=1,              # processes on this machine
-    client=None,                # a dask client instead
+    client=None,                # a dask client, or a Cluster, instead
+    device:str=None,            # where blocks are computed: cpu, cuda, or auto: a GPU where a worker has one; None: where the backbone is
 )->"Features":
     "Features of a volume of any size, in constant memory; a run that was killed goes on where it was."
     before, store, volume = memory_mb()[0], plain_path(store), _raw_level(source, voxel_size if grid is None else grid.voxel_size, raw_resolution)
@@ -657,17 +674,18 @@ def extract_to_zarr(
     known = intensity if intensity is not None else _stored_intensity(store)
     plan = make_plan(volume.grid, backbone.spec, intensity_range(volume) if known is None else known, dst=dst, planes=planes, pixel=pixel_size, fusion=fusion, neighbours=neighbours,
                      slice_stride=slice_stride, halo=halo, block=_block_size(block, chunk, dst.shape))
-    compute, channels = Compute(batch_size, precision), _stored_channels(plan.channels(backbone.spec), n_components, rgb)
-    settings = dict(plan=asdict(plan), n_components=n_components, rgb=rgb, chunk=chunk, precision=_stored_precision(precision, backbone), source=source_identity(volume), **model_identity(backbone))
-    with _open_store(store, resume) as group:
+    compute, channels, device = Compute(batch_size, precision), _stored_channels(plan.channels(backbone.spec), n_components, rgb), device or str(_device(backbone))
+    with _open_store(store, resume) as group, use_client(None if group.attrs.get("status") == "complete" else client) as client:
+        compute = replace(compute, precision=_settled_precision(precision, group, client, device))
+        settings = dict(plan=asdict(plan), n_components=n_components, rgb=rgb, chunk=chunk, precision=compute.precision, source=source_identity(volume), **model_identity(backbone))
         array, pca = _prepare(group, store, settings, plan, channels, chunk, str(getattr(backbone, "recipe", {}).get("weights")))
         blocks = make_blocks(dst.shape, plan.block)
         check_aligned(array, plan.block)
-        task = _Extraction(volume, array, plan, backbone.eval(), compute)
-        if n_components and pca is None: pca = _keep_pca(group, "projection", _fit_projection(task, blocks, n_components))
+        task = _Extraction(volume, array, plan, backbone.eval(), compute, device=device)
+        if n_components and pca is None: pca = _keep_pca(group, "projection", _fit_projection(task, blocks, n_components, client))
         task.pca = pca
         run_blocks(task, blocks, Done.create(group, blocks), workers=workers, client=client, desc=_about(plan, blocks))
-        if rgb and group.attrs["status"] != "complete": _write_rgb(group, store, array, plan.dst, blocks)
+        if rgb and group.attrs["status"] != "complete": _write_rgb(group, store, array, plan.dst, blocks, client)
         group.attrs["status"] = "complete"
     return Features(open_group(store), store, report(plan, task.stages, math.prod(array.shape) * 2, before, task.images))
 
@@ -707,7 +725,13 @@ def _stored_intensity(store):
     try: return open_group(store).attrs.get("intensity")
     except InputError: return None
 
-def _stored_precision(precision, backbone): return auto_precision(_device(backbone)) if precision == "auto" else precision
+def _worker_precision(device): return auto_precision(worker_device(device))
+
+def _settled_precision(precision, group, client, device):
+    "For auto what the store was begun with, else what suits the device of the first worker: one store has one precision."
+    if precision != "auto": return precision
+    if "settings" in group.attrs: return group.attrs["settings"]["precision"]
+    return _worker_precision(device) if client is None else client.submit(_worker_precision, device, pure=False).result()
 
 # %% ../nbs/api/42_features.ipynb #7b0cd2b8
 @contextmanager
@@ -766,12 +790,12 @@ def _keep_pca(group, name, pca):
     return Pca.from_dict(group.attrs[name])  # as a resumed run will see it
 
 # %% ../nbs/api/42_features.ipynb #22840f70
-def _write_rgb(group, store, array, dst, blocks):
+def _write_rgb(group, store, array, dst, blocks, client=None):
     "The picture: three principal components of the stored features as an OME-Zarr pyramid."
     if "rgb_pca" not in group.attrs: _keep_pca(group, "rgb_pca", fit_pca(_sample_features(array), 3))
     if "done_rgb" not in group: create_multiscale(f"{store}/rgb", dst, "u1", chunk=max(b.stop - b.start for b in blocks[0].write), rgb=True, name="features (three principal components)")
     rgb = open_or_create_group(f"{store}/rgb")
-    run_blocks(_Paint(array, writable(rgb, "s0"), Pca.from_dict(group.attrs["rgb_pca"])), blocks, Done.create(group, blocks, "done_rgb"), desc="picture")
+    run_blocks(_Paint(array, writable(rgb, "s0"), Pca.from_dict(group.attrs["rgb_pca"])), blocks, Done.create(group, blocks, "done_rgb"), client=client, desc="picture")
     fill_pyramid(rgb)
 
 # %% ../nbs/api/42_features.ipynb #2c711350
@@ -807,3 +831,52 @@ def open_features(
     if group.attrs.get("status") != "complete" and not partial:
         raise InputError(f"{path} is unfinished: run the same extraction again to go on, or open it with partial=True")
     return Features(group, path)
+
+# %% ../nbs/api/42_features.ipynb #37d0eb8e
+def _axis_blocks(plan, axis):
+    "The targets of the first row of blocks along an axis."
+    rest = [slice(0, min(b, n)) for b, n in zip(plan.block, plan.dst.shape)]
+    starts = range(0, plan.dst.shape[axis], plan.block[axis])
+    return [plan.dst.crop(tuple(slice(i, min(i + plan.block[axis], plan.dst.shape[axis])) if a == axis else r for a, r in enumerate(rest))) for i in starts]
+
+def _image_shapes(plan):
+    "Pixels of an image of each plane."
+    first = _axis_blocks(plan, 0)[0]
+    return {p: tuple(tile_span(plan, first, a)[1] * plan.stride for a in plane_axes(p)[1:]) for p in plan.planes}
+
+def _raw_counts(plan, rows):
+    "Raw voxels that all blocks read, and that the largest reads."
+    lengths = [[(r := raw_region(plan, g)[a]).stop - r.start for g in row] for a, row in enumerate(rows)]
+    return math.prod(map(sum, lengths)), math.prod(map(max, lengths))
+
+# %% ../nbs/api/42_features.ipynb #e5af62f6
+def estimate_extraction(
+    grid:Grid,                  # of the raw level that is read
+    backbone,                   # from create_backbone, or only its FeatureSpec
+    *,
+    voxel_size=None,            # as in extract_to_zarr, and so are the next
+    planes=("xy", "xz", "yz"),
+    pixel_size:float=None,
+    block:int=64,
+    halo:int=4,
+    chunk:int=16,
+    n_components:int=None,
+    fusion:str="mean",
+    neighbours:bool=False,
+    slice_stride:int=1,
+    batch_size:int=16,          # images
+    raw_bytes:int=1,            # of a raw voxel
+    images_per_second:float=None,  # of one worker, measured on its own hardware; None: no hours
+    workers:int=1,              # at the same time
+)->dict:                        # counts, sizes in bytes, hours
+    "What an extraction will take."
+    spec, dst = getattr(backbone, "spec", backbone), grid if voxel_size is None else grid.with_voxel_size(voxel_size)
+    plan = make_plan(grid, spec, (0, 1), dst=dst, planes=planes, pixel=pixel_size, fusion=fusion, neighbours=neighbours, slice_stride=slice_stride, halo=halo, block=_block_size(block, chunk, dst.shape))
+    rows, shapes, channels = [_axis_blocks(plan, a) for a in range(3)], _image_shapes(plan), plan.channels(spec)
+    blocks, (raw, largest), voxels = math.prod(map(len, rows)), _raw_counts(plan, rows), math.prod(plan.block)
+    images = {p: sum(_count_slices(plan, g, p) for g in rows[n]) * blocks // len(rows[n]) for p in plan.planes for n in [plane_axes(p)[0]]}
+    cells = max(sum(c * math.prod(n // s for n in shape) for c, s in zip(spec.channels, spec.strides)) / len(spec.channels) for shape in shapes.values())
+    weights = sum(t.numel() * t.element_size() for t in backbone.parameters()) if isinstance(backbone, nn.Module) else 0
+    return dict(blocks=blocks, images=sum(images.values()), image_shapes=shapes, patches=sum(k * math.prod(shapes[p]) // plan.stride**2 for p, k in images.items()),
+                raw_read=raw * raw_bytes, stored=math.prod(dst.shape) * (n_components or channels) * 2, worker_memory=int(largest * raw_bytes + voxels * channels * 6 + batch_size * cells * 160 + weights),
+                hours=None if images_per_second is None else sum(images.values()) / images_per_second / workers / 3600)

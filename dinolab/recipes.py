@@ -134,7 +134,9 @@ def run_recipe(
     command:str,    # train, evaluate or predict
     path=None,      # of a YAML file; None: only overrides
     pairs:list=(),  # of key=value
+    **objects,      # arguments that no file can hold, such as client
 ):                  # what the recipe returns
     "Run a recipe with the arguments from a file and overrides."
     function, config = recipe_of(command, path, pairs)
-    return function(**arguments(function, config))
+    if odd := [k for k in objects if k not in inspect.signature(function).parameters]: raise InputError(f"{function.__name__} takes no {', '.join(odd)}: expected a recipe that does, such as unet3d; leave it out (client is --cluster)")
+    return function(**arguments(function, config) | objects)

@@ -33,6 +33,7 @@ from .metrics import BoundaryF, ConfusionMatrix
 from .run import Run
 from .segment3d import hold_out, predicted_classes, remake_backbone, run_of_settings
 from .show import overlay_labels, rgb_table, show_images
+from .spread import launched
 
 # %% ../nbs/api/46_segment2d.ipynb #1d0ace69
 @dataclass
@@ -203,13 +204,14 @@ def _train(s)->TrainedSegmenter:
     model, about = _network(s, known, crop)
     step = SegStep(make_loss(s.loss, class_weights(counts.sum(0), s.weighting)))
     run = run_of_settings("segmenter", s)
-    write_json(run.path/"model.json", about)
+    first = launched()[0] == 0
+    if first: write_json(run.path/"model.json", about)
     free = s.lora is None and not s.freeze_backbone
     scales = {f"backbone.{k}": v for k, v in layer_scales(model.backbone, s.layer_decay).items()} if free else None
     args = s.train if valid else TrainArgs(**asdict(s.train) | dict(monitor="loss", mode="min"))
     done = fit(model, step, crops, PictureValidation(valid, known, step, crop, s.in_channels, s.white) if valid else None, args, run, scales)
-    run.figure(training_curves(done.history), "curves")
-    run.metrics({"train/seconds": done.seconds, "train/steps": done.step, "valid/best": done.best})
+    if first: run.figure(training_curves(done.history), "curves")
+    if first: run.metrics({"train/seconds": done.seconds, "train/steps": done.step, "valid/best": done.best})
     return load_segmenter(run, "best", next(model.parameters()).device)
 
 def _network(s, classes, crop)->tuple:
@@ -221,6 +223,7 @@ def _network(s, classes, crop)->tuple:
     model = create_segmentation_model(net, lora=s.lora, **network)
     kept = dict(kind="segmenter", network=network, lora=s.lora and asdict(s.lora), backbone=about, classes=asdict(classes), crop=crop, in_channels=s.in_channels, white=s.white)
     return model, kept
+
 
 
 # %% ../nbs/api/46_segment2d.ipynb #184a7f54

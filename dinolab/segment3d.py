@@ -29,7 +29,7 @@ from .core import InputError, MissingError, atomic_write, format_table, pick, pr
 from .crops import Case, CellFeatures, ClassTarget, CropDataset, Extraction, GridDataset, InstanceTarget, Layout, LiveFeatures, cache_features, open_case, read_crop
 from .data import open_volumes
 from .engine import TrainArgs, fit, load_checkpoint, training_curves
-from .features import model_identity
+from .features import model_identity, worker_device
 from .infer import Prediction, predict_to_zarr
 from .instances import segment_affinities
 from .losses import affinity_loss, class_weights, descriptor_loss, make_loss, resize_labels
@@ -37,6 +37,7 @@ from .manifest import load_manifest
 from .metrics import BoundaryF, ConfusionMatrix, adapted_rand, variation_of_information
 from .run import Run
 from .show import overlay_labels, show_images
+from .spread import from_first, in_turn, launched
 from .unet3d import DINOv3UNet3D, feature_bytes, load_filter, standardise
 from .upsample import resize
 from .volume import Volume, triple, write_multiscale
@@ -327,7 +328,7 @@ def run_of_settings(
     if s.run is not None: return s.run if isinstance(s.run, Run) else Run.open(s.run)
     values = {k: asdict(v) if is_dataclass(v) else v for k, v in vars(s).items() if k not in ("run", "out")}
     kept = {k: v for k, v in values.items() if isinstance(v, (str, int, float, bool, list, tuple, dict, type(None)))}
-    return Run.create(experiment, kept, s.out, None if s.manifest is None else load_manifest(s.manifest))
+    return Run.open(from_first(lambda: str(Run.create(experiment, kept, s.out, None if s.manifest is None else load_manifest(s.manifest)).path)))
 
 # %% ../nbs/api/44_segment3d.ipynb #55efb7be
 def train_unet3d(
@@ -382,23 +383,23 @@ def train_unet3d(
 def _train(s)->Trained:
     "The order of things."
     pick(dict.fromkeys(TARGETS), s.targets, "targets"); pick(dict.fromkeys(("cached", "live")), s.features, "features")
-    s.crop = tuple(int(n) for n in triple(s.crop, "crop (voxels)"))
+    s.crop, first = tuple(int(n) for n in triple(s.crop, "crop (voxels)")), launched()[0] == 0
     train, valid = _open_cases(s)
     names, colours = class_names(s.classes, s.manifest, train) if s.targets == "classes" else (None, None)
     target = ClassTarget(len(names)) if names else InstanceTarget(sigma=s.lsd_sigma)
     backbone, about = find_backbone(s.backbone, s.backbone_size, s.weights, s.layers, s.train.seed)
     extraction = Extraction(backbone.to("cuda" if s.train.device != "cpu" and torch.cuda.is_available() else "cpu"), s.planes, s.pixel_size, bool(s.learn_upsampling))
     extraction = replace(extraction, pixel_size=extraction.pixel(train[0].raw.grid, train[0].grid))
-    crops, grid = _datasets(s, train, valid, extraction, target)
+    crops, grid = in_turn(lambda: _datasets(s, train, valid, extraction, target))
     model = _network(s, crops.cases[0].features.layout, extraction.channels, target.channels)
     standardise(model, *feature_statistics(crops))
     step, run = _make_step(s, names, crops, target), run_of_settings("unet3d", s)
-    save_description(run, _describe(s, names, colours, target, extraction, about, model, train[0]), backbone)
+    if first: save_description(run, _describe(s, names, colours, target, extraction, about, model, train[0]), backbone)
     rows = memory_rows(crops.cases[0].features.layout, extraction.channels, crops.cases + (grid.cases if grid else []))
-    print(format_table(rows, digits=3))
+    if first: print(format_table(rows, digits=3))
     done = fit(model, step, crops, Validation(grid, step, names, s.train.batch_size) if grid else None, s.train, run)
-    run.figure(training_curves(done.history), "curves")
-    run.metrics({"train/seconds": done.seconds, "train/steps": done.step, "valid/best": done.best, "memory/crop_mb": rows[0]["as_trained"], "memory/crop_at_every_voxel_mb": rows[0]["at_every_voxel"]})
+    if first: run.figure(training_curves(done.history), "curves")
+    if first: run.metrics({"train/seconds": done.seconds, "train/steps": done.step, "valid/best": done.best, "memory/crop_mb": rows[0]["as_trained"], "memory/crop_at_every_voxel_mb": rows[0]["at_every_voxel"]})
     return load_trained(run, "best", s.backbone if isinstance(s.backbone, nn.Module) else None, next(extraction.backbone.parameters(), torch.empty(0)).device)
 
 # %% ../nbs/api/44_segment3d.ipynb #e021b635
@@ -407,8 +408,11 @@ class TilePredictor:
     def __init__(self,
         trained:Trained,    # network and extraction
         case:Case,          # the volume, with features
+        device=None,        # cpu, cuda, or auto: a GPU where a worker has one; None: where the network is
     ):
-        self.model, self.case, self.scale, self.device = trained.model, case, trained.about["context_scale"], next(trained.model.parameters()).device
+        self.model, self.case, self.scale, self.device = trained.model, case, trained.about["context_scale"], str(device or next(trained.model.parameters()).device)
+        extraction = getattr(getattr(case.features, "live", case.features), "extraction", None)  # None where features are stored
+        self.backbone = extraction and extraction.backbone
         self.exclusive = trained.about["targets"] == "classes" and trained.model.num_classes > 1
 
     def __getstate__(self):
@@ -425,12 +429,14 @@ class TilePredictor:
     @torch.inference_mode()
     def __call__(self, region:tuple)->np.ndarray:  # n z y x, float32
         "Probabilities of a region."
+        device = worker_device(self.device)
+        if self.backbone is not None: self.backbone.to(device)
         steps = self.case.features.layout.step
         wide = tuple(slice(s.start // k * k, -(-s.stop // k) * k) for s, k in zip(region, steps))
         item = read_crop(self.case, wide, None, context_scale=self.scale)
-        to = lambda x: x[None].to(self.device)
+        to = lambda x: x[None].to(device)
         batch = dict(raw=to(item["raw"]), features={p: to(x) for p, x in item["features"].items()}, **({"context": to(item["context"])} if self.scale else {}))
-        logits = run_model(self.model.to(self.device).eval(), batch)[0].float()
+        logits = run_model(self.model.to(device).eval(), batch)[0].float()
         p = logits.softmax(0) if self.exclusive else logits.sigmoid()
         return p[(slice(None), *(slice(s.start - w.start, s.stop - w.start) for s, w in zip(region, wide)))].cpu().numpy()
 
@@ -450,14 +456,14 @@ def predict_unet3d(
     min_size=0,             # voxels, of instances
     backbone=None,          # a module, where it was not made by create_backbone
     workers=1,              # processes
-    client=None,            # a dask client instead
-    device="auto",          # auto, cpu or cuda
+    client=None,            # a dask client, or a Cluster, instead
+    device="auto",          # auto, cpu or cuda; with a client, of each worker
 )->Prediction:              # labels, probabilities
     "Segment a volume of any size; an interrupted prediction goes on."
-    trained = load_trained(run, which, backbone, "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    trained = load_trained(run, which, backbone, "cuda" if client is None and device != "cpu" and torch.cuda.is_available() else "cpu")
     about = trained.about
     case = open_case(str(getattr(source, "name", source)), source, voxel_size=voxel_size or about["voxel_size"], raw_resolution=about["raw_resolution"], intensity=intensity)
-    return predict_case(trained, case, store, overlap=overlap, block=block, chunk=chunk, probabilities=probabilities, min_size=min_size, workers=workers, client=client)
+    return predict_case(trained, case, store, overlap=overlap, block=block, chunk=chunk, probabilities=probabilities, min_size=min_size, workers=workers, client=client, device=None if client is None else device)
 
 # %% ../nbs/api/44_segment3d.ipynb #359741b0
 def model_identity_of(model:nn.Module)->str:
@@ -469,13 +475,13 @@ def predict_case(
     case:Case,             # volume; features, if it has any, are used
     store,                 # folder of the new OME-Zarr group
     *,
-    overlap=0.5, block=None, chunk=64, probabilities=False, min_size=0, workers=1, client=None,  # as predict_unet3d
+    overlap=0.5, block=None, chunk=64, probabilities=False, min_size=0, workers=1, client=None, device=None,  # as predict_unet3d
 )->Prediction:
     "Segment one case."
     about, live = trained.about, case.features
     layout = trained.extraction.layout(case.raw.grid, case.grid, trained.crop)
     if live is None: live = CellFeatures(LiveFeatures(trained.extraction, case.raw, case.grid, layout, case.intensity))
-    predict = TilePredictor(trained, replace(case, features=live, labels=None))
+    predict = TilePredictor(trained, replace(case, features=live, labels=None), device)
     settings = dict(weights=model_identity_of(trained.model), backbone=about["backbone"]["weights_hash"], raw=case.name, intensity=case.intensity)
     names = about["classes"] or [f"affinity {tuple(o)}" for o in about["offsets"]] + [f"descriptor {i}" for i in range(trained.model.num_classes - len(about["offsets"]))]
     found = predict_to_zarr(predict, case.grid, store, classes=names, colours=about["colours"], tile=trained.crop, overlap=overlap, step=layout.step, block=block, chunk=chunk,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-GATEWAYS = dict(pydantic="manifest", matplotlib="show", nibabel="formats", tifffile="formats", zarr="volume", dask="blocks", distributed="blocks", timm="backbones",
+GATEWAYS = dict(pydantic="manifest", matplotlib="show", nibabel="formats", tifffile="formats", zarr="volume", dask="cluster", distributed="cluster", dask_jobqueue="cluster", cloudpickle="cluster", timm="backbones",
                 huggingface_hub="backbones", skimage="instances", mwatershed="instances", peft="adapt", transformers="heads", accelerate="engine", omegaconf="recipes",
                 deepspeed="spread", papermill="experiment", nbformat="experiment", jupyter_client="experiment", nnunetv2="nnunet", typer="cli", click="cli")
 NOTEBOOKS = sorted((ROOT/"nbs/api").glob("*.ipynb"))
@@ -52,7 +52,7 @@ def test_light_import():
 
 def test_runtime_requirements_only():
     "Every module imports with none of the development tools and extras at hand."
-    banned = ["nbdev", "fastcore", "execnb", "pytest", "hypothesis", "dask", "distributed", "tensorstore", "ome_zarr", "ngff_zarr", "yaozarrs", "nnunetv2", "dipy", "torchmetrics", "monai", "tensorboard", "mwatershed"]
+    banned = ["nbdev", "fastcore", "execnb", "pytest", "hypothesis", "dask", "distributed", "dask_jobqueue", "tensorstore", "ome_zarr", "ngff_zarr", "yaozarrs", "nnunetv2", "dipy", "torchmetrics", "monai", "tensorboard", "mwatershed"]
     code = f"import sys, importlib\nfor m in {banned}: sys.modules[m] = None\nfor m in {sorted(MODULES)}: importlib.import_module('dinolab.' + m)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-500:]
