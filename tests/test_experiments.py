@@ -77,12 +77,6 @@ def test_benchmark_without_peers(tmp_path, monkeypatch):
     assert "not installed" in (run.path/"notebook.ipynb").read_text()
 
 
-def test_benchmark_training(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    run = run_experiment("benchmark_training", dict(smoke="true"))
-    assert run.status == "done" and run.metrics()["kept_against_live/ratio"] > 1
-
-
 def test_dwi_denoise(tmp_path, monkeypatch):
     pytest.importorskip("dipy")
     monkeypatch.chdir(tmp_path)
