@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SYMBOL', 'NOTEBOOK', 'FENCE', 'SOURCE', 'DIRECTIVE', 'TAGS', 'STYLE', 'page_name', 'relative', 'link_symbol',
            'convert_text', 'symbol_markdown', 'read_directives', 'convert_cell', 'convert_notebook', 'contents',
-           'settings', 'write_formula', 'setup', 'processed', 'own_symbols', 'write_book', 'build']
+           'settings', 'write_formula', 'leave_out_thebe', 'setup', 'processed', 'own_symbols', 'write_book', 'build']
 
 # %% ../nbs/api/55_site.ipynb #1afa2a7f
 import json
@@ -152,7 +152,7 @@ def settings(
 )->dict:
     "Jupyter Book's settings."
     sphinx = dict(html_theme_options=dict(navbar_persistent=[], show_toc_level=2, use_download_button=False, use_fullscreen_button=False, pygments_light_style="a11y-high-contrast-light", pygments_dark_style="a11y-high-contrast-dark"),
-                  html_math_renderer="mathml", html_static_path=["_static"], html_show_copyright=False, suppress_warnings=["mystnb.unknown_mime_type", "myst.header"], language="en")
+                  html_math_renderer="mathml", html_static_path=["_static"], html_show_copyright=False, suppress_warnings=["mystnb.unknown_mime_type", "myst.header", "misc.highlighting_failure"], myst_heading_anchors=4, language="en")  # cells of shell lines are highlighted as far as they can be
     return dict(title=cfg["title"], author=cfg["author"], copyright=cfg["copyright"], logo="", only_build_toc_files=True, execute=dict(execute_notebooks="off"),
                 parse=dict(myst_enable_extensions=["colon_fence", "dollarmath", "deflist", "attrs_inline", "attrs_block"]),
                 html=dict(use_issues_button=False, use_repository_button=True, home_page_in_navbar=True, baseurl=cfg["doc_host"] + cfg["doc_baseurl"], favicon=""),
@@ -167,6 +167,7 @@ a.source-link { font-size: .85rem; display: block; text-align: right; margin-top
 .bd-article div.math { text-align: center; font-size: 1.1em; margin: 1rem 0; overflow-x: auto; }
 .bd-article table { display: block; overflow-x: auto; }
 .bd-article img { max-width: 100%; }
+.bd-main .bd-content .bd-article-container { max-width: 62rem; }
 """
 
 # %% ../nbs/api/55_site.ipynb #b0c84d15
@@ -182,10 +183,15 @@ def write_formula(
     visitor.body.append(f'<div class="math" tabindex="0">{text}</div>' if display == "block" else text)
     raise SkipNode
 
+def leave_out_thebe(app, page:str, template:str, context:dict, doctree):
+    "Jupyter Book's scripts that run cells on a server elsewhere are not loaded."
+    for kind in ("script_files", "css_files"): context[kind] = [f for f in context[kind] if "thebe" not in f"{f.filename} {f.attributes}".lower()]
+
 def setup(
     app,  # of Sphinx
 )->dict:
     "Called by Sphinx."
+    app.connect("html-page-context", leave_out_thebe, priority=900)
     nothing = lambda visitor, node: None
     app.add_html_math_renderer("mathml", (lambda v, n: write_formula(v, n, "inline"), nothing), (lambda v, n: write_formula(v, n, "block"), nothing))
     app.add_css_file("dinolab.css")

@@ -130,7 +130,7 @@ def test_pages_open(address, browser):
     page.on("response", lambda r: r.status >= 400 and wrong.append((page.url, r.url, r.status)))
     for name in PAGES:
         page.goto(address + name, wait_until="load")
-        assert page.locator("h1").count() == 1, name
+        assert page.locator("article h1").count() == 1, name
         width = page.evaluate("document.documentElement.scrollWidth")
         if width > 391: wrong.append((name, f"{width} pixels wide on a phone"))
     page.close()
