@@ -41,7 +41,7 @@ def summary(
     if run.status != "done": raise InputError(f"{run.path} is {run.status}: expected a run that is done")
     if not found: raise InputError(f"{run.path} has no results: expected run.result(name, values) in its notebook")
     return dict(experiment=info["experiment"], run=run.path.name, date=info["started"][:10], minutes=round(info["seconds"] / 60, 1), machine=machine_text(info["machine"]),
-                commit=(info["commit"] or "")[:10] + "+" * bool(info["dirty"]), versions=info["versions"], params=run.params, results=found)
+                commit=(info["commit"] or "")[:10] + "+" * bool(info["dirty"]), versions=info["versions"], params={k: v for k, v in run.params.items() if k not in ("out", "root", "launcher")}, results=found)
 
 # %% ../nbs/api/05_results.ipynb #12095c94
 def keep(
