@@ -10,6 +10,7 @@ __all__ = ['NETWORK', 'SegStep', 'tiled_logits', 'PictureValidation', 'describe_
 # %% ../nbs/api/46_segment2d.ipynb #83551d4d
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -209,9 +210,10 @@ def _train(s)->TrainedSegmenter:
     free = s.lora is None and not s.freeze_backbone
     scales = {f"backbone.{k}": v for k, v in layer_scales(model.backbone, s.layer_decay).items()} if free else None
     args = s.train if valid else TrainArgs(**asdict(s.train) | dict(monitor="loss", mode="min"))
-    done = fit(model, step, crops, PictureValidation(valid, known, step, crop, s.in_channels, s.white) if valid else None, args, run, scales)
-    if first: run.figure(training_curves(done.history), "curves")
-    if first: run.metrics({"train/seconds": done.seconds, "train/steps": done.step, "valid/best": done.best})
+    with run if first else nullcontext():
+        done = fit(model, step, crops, PictureValidation(valid, known, step, crop, s.in_channels, s.white) if valid else None, args, run, scales)
+        if first: run.figure(training_curves(done.history), "curves")
+        if first: run.metrics({"train/seconds": done.seconds, "train/steps": done.step, "valid/best": done.best})
     return load_segmenter(run, "best", next(model.parameters()).device)
 
 def _network(s, classes, crop)->tuple:
