@@ -152,7 +152,7 @@ def settings(
 )->dict:
     "Jupyter Book's settings."
     sphinx = dict(html_theme_options=dict(navbar_persistent=[], show_toc_level=2, use_download_button=False, use_fullscreen_button=False, pygments_light_style="a11y-high-contrast-light", pygments_dark_style="a11y-high-contrast-dark"),
-                  html_math_renderer="mathml", html_static_path=["_static"], html_show_copyright=False, suppress_warnings=["mystnb.unknown_mime_type", "myst.header", "misc.highlighting_failure"], myst_heading_anchors=4, language="en")  # cells of shell lines are highlighted as far as they can be
+                  html_math_renderer="mathml", html_static_path=["_static"], html_show_copyright=False, html_context=dict(default_mode="auto"), suppress_warnings=["mystnb.unknown_mime_type", "myst.header", "misc.highlighting_failure"], myst_heading_anchors=4, language="en")  # cells of shell lines are highlighted as far as they can be
     return dict(title=cfg["title"], author=cfg["author"], copyright=cfg["copyright"], logo="", only_build_toc_files=True, execute=dict(execute_notebooks="off"),
                 parse=dict(myst_enable_extensions=["colon_fence", "dollarmath", "deflist", "attrs_inline", "attrs_block"]),
                 html=dict(use_issues_button=False, use_repository_button=True, home_page_in_navbar=True, baseurl=cfg["doc_host"] + cfg["doc_baseurl"], favicon=""),
@@ -167,6 +167,8 @@ a.source-link { font-size: .85rem; display: block; text-align: right; margin-top
 .bd-article div.math { text-align: center; font-size: 1.1em; margin: 1rem 0; overflow-x: auto; }
 .bd-article table { display: block; overflow-x: auto; }
 .bd-article img { max-width: 100%; }
+.bd-article :is(h1, h2, h3, h4, code) { overflow-wrap: anywhere; }
+.bd-article code .pre { white-space: normal; }
 .bd-main .bd-content .bd-article-container { max-width: 62rem; }
 """
 
