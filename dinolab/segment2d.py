@@ -207,9 +207,10 @@ def _train(s)->TrainedSegmenter:
     free = s.lora is None and not s.freeze_backbone
     scales = {f"backbone.{k}": v for k, v in layer_scales(model.backbone, s.layer_decay).items()} if free else None
     args = s.train if valid else TrainArgs(**asdict(s.train) | dict(monitor="loss", mode="min"))
-    done = fit(model, step, crops, PictureValidation(valid, known, step, crop, s.in_channels, s.white) if valid else None, args, run, scales)
-    run.figure(training_curves(done.history), "curves")
-    run.metrics({"train/seconds": done.seconds, "train/steps": done.step, "valid/best": done.best})
+    with run:
+        done = fit(model, step, crops, PictureValidation(valid, known, step, crop, s.in_channels, s.white) if valid else None, args, run, scales)
+        run.figure(training_curves(done.history), "curves")
+        run.metrics({"train/seconds": done.seconds, "train/steps": done.step, "valid/best": done.best})
     return load_segmenter(run, "best", next(model.parameters()).device)
 
 def _network(s, classes, crop)->tuple:

@@ -396,9 +396,10 @@ def _train(s)->Trained:
     save_description(run, _describe(s, names, colours, target, extraction, about, model, train[0]), backbone)
     rows = memory_rows(crops.cases[0].features.layout, extraction.channels, crops.cases + (grid.cases if grid else []))
     print(format_table(rows, digits=3))
-    done = fit(model, step, crops, Validation(grid, step, names, s.train.batch_size) if grid else None, s.train, run)
-    run.figure(training_curves(done.history), "curves")
-    run.metrics({"train/seconds": done.seconds, "train/steps": done.step, "valid/best": done.best, "memory/crop_mb": rows[0]["as_trained"], "memory/crop_at_every_voxel_mb": rows[0]["at_every_voxel"]})
+    with run:
+        done = fit(model, step, crops, Validation(grid, step, names, s.train.batch_size) if grid else None, s.train, run)
+        run.figure(training_curves(done.history), "curves")
+        run.metrics({"train/seconds": done.seconds, "train/steps": done.step, "valid/best": done.best, "memory/crop_mb": rows[0]["as_trained"], "memory/crop_at_every_voxel_mb": rows[0]["at_every_voxel"]})
     return load_trained(run, "best", s.backbone if isinstance(s.backbone, nn.Module) else None, next(extraction.backbone.parameters(), torch.empty(0)).device)
 
 # %% ../nbs/api/44_segment3d.ipynb #e021b635
