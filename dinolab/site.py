@@ -155,7 +155,7 @@ def settings(
                   html_math_renderer="mathml", html_static_path=["_static"], html_show_copyright=False, html_context=dict(default_mode="auto"), suppress_warnings=["mystnb.unknown_mime_type", "myst.header", "misc.highlighting_failure"], myst_heading_anchors=4, language="en")  # cells of shell lines are highlighted as far as they can be
     return dict(title=cfg["title"], author=cfg["author"], copyright=cfg["copyright"], logo="", only_build_toc_files=True, execute=dict(execute_notebooks="off"),
                 parse=dict(myst_enable_extensions=["colon_fence", "dollarmath", "deflist", "attrs_inline", "attrs_block"]),
-                html=dict(use_issues_button=False, use_repository_button=True, home_page_in_navbar=True, baseurl=cfg["doc_host"] + cfg["doc_baseurl"], favicon=""),
+                html=dict(use_issues_button=False, use_repository_button=True, home_page_in_navbar=True, baseurl=cfg["doc_host"] + cfg["doc_baseurl"], favicon="images/icon.png"),
                 repository=dict(url=cfg["git_url"], branch=cfg["branch"]), launch_buttons=dict(notebook_interface="", thebe=False),
                 sphinx=dict(extra_extensions=["dinolab.site"], recursive_update=True, config=sphinx))
 
