@@ -408,6 +408,7 @@ def fit_kinds(
         warnings.simplefilter("ignore")  # an empty kind keeps its centre
         return Kinds(scale, kmeans2(z, start, iter=15, minit="matrix", missing="warn")[0])
 
+# %% ../../nbs/api/31_dwi_linear.ipynb #ca1c5f97
 def in_kinds(
     kind:Tensor,    # m
     count:int,      # kinds
@@ -488,8 +489,8 @@ def own_neighbours(
     voxels:Voxels,
 )->Callable:             # slice of the list -> c 27 n
     "The 26 neighbours of a voxel in its own volume, and their mean over similar voxels."
-    padded, means = centred(c, 0.), averages.means(c, x, voxels, itself=0.)
-    return lambda r: torch.cat([padded[voxels.near[r][:, AROUND]], means[r][:, None]], 1)
+    near, means = own_taps(centred(c, 0.), voxels.near), averages.means(c, x, voxels, itself=0.)
+    return lambda r: torch.cat([near(r), means[r][:, None]], 1)
 
 # %% ../../nbs/api/31_dwi_linear.ipynb #b5b75d47
 def fit_tissue_fold(
