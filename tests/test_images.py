@@ -160,3 +160,9 @@ def test_scaled_keeps_borders():
     label[:, 10:] = 1
     image, found, valid = scaled(label[None].astype(np.float32), label, np.ones_like(label, bool), (50, 30))
     assert (found[:, :15] == 0).all() and (found[:, 15:] == 1).all() and valid.all() and np.abs(image[0] - found)[:, [0, 5, 24, 29]].max() < 1e-6
+
+
+def test_blue_is_no_ignored_value():
+    "Pure blue is 255 as a number, which means ignored in masks of numbers only."
+    classes = Classes(("a", "b"), colours=("#000000", "#ff0000"))
+    with pytest.raises(InputError, match="#0000ff in 1 pixels"): classes.index(np.array([[[0, 0, 255]]], np.uint8))
