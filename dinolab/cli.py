@@ -6,7 +6,7 @@
 __all__ = ['app', 'SAYS', 'OnCluster', 'Job', 'JobScript', 'Config', 'Pairs', 'Keys', 'unet3plus', 'Flags', 'dwi', 'nnunet',
            'data', 'Manifest', 'Folder', 'Root', 'show_version', 'options', 'join_pairs', 'PairCommand', 'run',
            'gather', 'keep', 'numbers', 'whole_numbers', 'open_source', 'find_device', 'find_cluster', 'features',
-           'start_recipe', 'train', 'evaluate', 'predict', 'name_places', 'flag_of', 'run_flags', 'unet3plus_train',
+           'start_recipe', 'train', 'evaluate', 'name_places', 'predict', 'flag_of', 'run_flags', 'unet3plus_train',
            'unet3plus_eval', 'unet3plus_infer', 'dwi_denoise', 'dwi_phantom', 'dwi_eval', 'nnunet_setup', 'nnunet_path',
            'data_list', 'data_check', 'data_get', 'main']
 
@@ -124,6 +124,7 @@ def whole_numbers(
 
 def _as_tuple(x): return x if isinstance(x, tuple) else () if x is None else (x,)
 
+# %% ../nbs/api/52_cli.ipynb #40afee24
 SAYS = {"voxel_size": "--source-voxel-size", "unit=": "--unit ", "channel=": "--channel ", "time=": "--time ", "axes=": "--axes ", "missing=": "--missing "}
 
 def open_source(
@@ -138,6 +139,7 @@ def open_source(
         for python, option in SAYS.items(): text = text.replace(python, option)
         raise type(e)(text) from None
 
+# %% ../nbs/api/52_cli.ipynb #693b4ea6
 def find_device(
     name:str,        # auto, cpu, cuda, cuda:1 ...
     elsewhere=False, # on workers that may have other devices: only the name is checked
@@ -253,15 +255,7 @@ def evaluate(pairs:Pairs=None, config:Config=None, keys:Keys=False):
     scores = start_recipe("evaluate", config, pairs, keys)
     if scores: print(format_table(dict(score=k, value=v) for k, v in scores.items()))
 
-@app.command()
-def predict(pairs:Annotated[Optional[list[str]], typer.Argument(metavar="[IN]... [OUT] [KEY=VALUE]...", help="What to segment, where to, and keys such as run=runs/segmenter/... overlap=0.25.", show_default=False)]=None, config:Config=None, keys:Keys=False,
-            workers:Annotated[Optional[int], typer.Option(min=1, help="Processes on this machine, or jobs of the cluster; as the key workers.", show_default="1")]=None, cluster:OnCluster=None, job:Job=None, job_script:JobScript=False):
-    "Segment a volume into OME-Zarr, or pictures into masks, of any size; run again to go on after an interruption."
-    jobs, pairs = find_cluster(cluster, workers or 1, job, job_script), name_places(pairs or [])
-    if jobs and any(p.startswith("workers=") for p in pairs): raise InputError("workers= with --cluster: expected --workers")
-    found = start_recipe("predict", config, pairs + [f"workers={workers}"] * (workers is not None and not jobs), keys, **(dict(client=jobs) if jobs else {}))
-    if found: print("\n".join(found.values()) if isinstance(found, dict) else f"{found.path}: {found.labels}")
-
+# %% ../nbs/api/52_cli.ipynb #ca3511a1
 def name_places(
     pairs:list,  # IN ... OUT key=value ...
 )->list:         # key=value
@@ -270,6 +264,16 @@ def name_places(
     if not places: return named
     if len(places) == 1: raise InputError(f"one path, {places[0]}: expected IN and OUT")
     return [f"source={places[0]}" if len(places) == 2 else f"source=[{','.join(places[:-1])}]", f"store={places[-1]}", *named]
+
+# %% ../nbs/api/52_cli.ipynb #d03daf71
+@app.command()
+def predict(pairs:Annotated[Optional[list[str]], typer.Argument(metavar="[IN]... [OUT] [KEY=VALUE]...", help="What to segment, where to, and keys such as run=runs/segmenter/... overlap=0.25.", show_default=False)]=None, config:Config=None, keys:Keys=False,
+            workers:Annotated[Optional[int], typer.Option(min=1, help="Processes on this machine, or jobs of the cluster; as the key workers.", show_default="1")]=None, cluster:OnCluster=None, job:Job=None, job_script:JobScript=False):
+    "Segment a volume into OME-Zarr, or pictures into masks, of any size; run again to go on after an interruption."
+    jobs, pairs = find_cluster(cluster, workers or 1, job, job_script), name_places(pairs or [])
+    if jobs and any(p.startswith("workers=") for p in pairs): raise InputError("workers= with --cluster: expected --workers")
+    found = start_recipe("predict", config, pairs + [f"workers={workers}"] * (workers is not None and not jobs), keys, **(dict(client=jobs) if jobs else {}))
+    if found: print("\n".join(found.values()) if isinstance(found, dict) else f"{found.path}: {found.labels}")
 
 # %% ../nbs/api/52_cli.ipynb #2f6f3084
 def flag_of(
