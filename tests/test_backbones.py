@@ -430,7 +430,7 @@ def test_offline_and_nothing_cached(tmp_path, monkeypatch):
     monkeypatch.setattr(backbones, "get_hf_file_metadata", lambda *a, **k: time.sleep(60))
     start = time.perf_counter()
     with pytest.raises(InputError, match="^[^\n]*$") as e: create_backbone("dinov3", "small", weights="pretrained")
-    assert time.perf_counter() - start < 10  # not the minute that the network would take
+    assert time.perf_counter() - start < 45  # not the minute that the network would take
     for part in ("timm/vit_small_patch16_dinov3.lvd1689m", "HF_HOME", "weights=<file or folder>", "weights=None"):
         assert part in str(e.value)
 
