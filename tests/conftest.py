@@ -1,10 +1,13 @@
 "What the tests share."
 import os
+import signal
 
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest  # noqa: E402
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would the commands that the tests interrupt
 
 
 def pytest_configure(config):
