@@ -7,7 +7,7 @@ __all__ = ['SCHEDULES', 'FREE', 'TrainArgs', 'lr_factor', 'batches_per_epoch', '
            'replace_folder', 'bring_back', 'recover', 'new_checkpoint', 'save_checkpoint', 'load_checkpoint',
            'read_state', 'parameter_groups', 'Average', 'validate', 'check_finite_loss', 'check_finite_gradient',
            'Position', 'rewind_log', 'save_divided', 'TrainLog', 'training_facts', 'check_facts', 'Saver', 'Keeper',
-           'seed_devices', 'make_accelerator', 'accumulate', 'Fit', 'fit', 'training_curves']
+           'seed_devices', 'make_accelerator', 'accumulate', 'Fit', 'fit', 'training_curves', 'fit_run']
 
 # %% ../nbs/api/40_engine.ipynb #2a88e9e5
 import copy
@@ -15,7 +15,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -662,3 +662,18 @@ def training_curves(
         ax.set_xlabel("optimiser step", fontsize=8); ax.tick_params(labelsize=7)
     fig.set_layout_engine("tight")
     return fig
+
+# %% ../nbs/api/40_engine.ipynb #dc61037e
+def fit_run(
+    run:Run,         # new, or one to go on with; done afterwards, or failed
+    *args,           # of fit: model, step, train, valid, args
+    metrics:Mapping=None, # further numbers for metrics.json
+    **options,       # of fit: scales, saved
+)->Fit:
+    "Train a model, and finish the run."
+    if launched()[0] > 0: return fit(*args, run=run, **options)
+    with run:
+        done = fit(*args, run=run, **options)
+        run.figure(training_curves(done.history), "curves")
+        run.metrics({"train/seconds": done.seconds, "train/steps": done.step, "valid/best": done.best} | dict(metrics or {}))
+    return done

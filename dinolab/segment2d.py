@@ -10,7 +10,6 @@ __all__ = ['NETWORK', 'SegStep', 'tiled_logits', 'PictureValidation', 'describe_
 # %% ../nbs/api/46_segment2d.ipynb #83551d4d
 import json
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +23,7 @@ from .adapt import LoraSpec
 from .augment import find_augment
 from .backbones import create_backbone, layer_scales
 from .core import InputError, MissingError, atomic_write, progress, write_json
-from .engine import TrainArgs, fit, load_checkpoint, training_curves
+from .engine import TrainArgs, fit_run, load_checkpoint
 from .features import model_identity
 from .heads import create_segmentation_model
 from .images import Classes, ImageDataset, count_labels, folder_pictures, largest_label, list_images, manifest_classes, manifest_pictures, read_image, read_pair, table_pictures
@@ -205,15 +204,11 @@ def _train(s)->TrainedSegmenter:
     model, about = _network(s, known, crop)
     step = SegStep(make_loss(s.loss, class_weights(counts.sum(0), s.weighting)))
     run = run_of_settings("segmenter", s)
-    first = launched()[0] == 0
-    if first: write_json(run.path/"model.json", about)
+    if launched()[0] == 0: write_json(run.path/"model.json", about)
     free = s.lora is None and not s.freeze_backbone
     scales = {f"backbone.{k}": v for k, v in layer_scales(model.backbone, s.layer_decay).items()} if free else None
     args = s.train if valid else TrainArgs(**asdict(s.train) | dict(monitor="loss", mode="min"))
-    with run if first else nullcontext():
-        done = fit(model, step, crops, PictureValidation(valid, known, step, crop, s.in_channels, s.white) if valid else None, args, run, scales)
-        if first: run.figure(training_curves(done.history), "curves")
-        if first: run.metrics({"train/seconds": done.seconds, "train/steps": done.step, "valid/best": done.best})
+    fit_run(run, model, step, crops, PictureValidation(valid, known, step, crop, s.in_channels, s.white) if valid else None, args, scales=scales)
     return load_segmenter(run, "best", next(model.parameters()).device)
 
 def _network(s, classes, crop)->tuple:

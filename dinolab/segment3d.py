@@ -14,7 +14,6 @@ import io
 import json
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,9 +28,9 @@ from .backbones import create_backbone, state_hash
 from .core import InputError, MissingError, atomic_write, format_table, pick, progress, write_json
 from .crops import Case, CellFeatures, ClassTarget, CropDataset, Extraction, GridDataset, InstanceTarget, Layout, LiveFeatures, cache_features, open_case, read_crop
 from .data import open_volumes
-from .engine import TrainArgs, fit, load_checkpoint, training_curves
+from .engine import TrainArgs, fit_run, load_checkpoint
 from .features import model_identity, worker_device
-from .infer import Prediction, predict_to_zarr
+from .infer import DirectConvolution, Prediction, predict_to_zarr
 from .instances import segment_affinities
 from .losses import affinity_loss, class_weights, descriptor_loss, make_loss, resize_labels
 from .manifest import load_manifest
@@ -398,10 +397,8 @@ def _train(s)->Trained:
     if first: save_description(run, _describe(s, names, colours, target, extraction, about, model, train[0]), backbone)
     rows = memory_rows(crops.cases[0].features.layout, extraction.channels, crops.cases + (grid.cases if grid else []))
     if first: print(format_table(rows, digits=3))
-    with run if first else nullcontext():
-        done = fit(model, step, crops, Validation(grid, step, names, s.train.batch_size) if grid else None, s.train, run)
-        if first: run.figure(training_curves(done.history), "curves")
-        if first: run.metrics({"train/seconds": done.seconds, "train/steps": done.step, "valid/best": done.best, "memory/crop_mb": rows[0]["as_trained"], "memory/crop_at_every_voxel_mb": rows[0]["at_every_voxel"]})
+    memory = {"memory/crop_mb": rows[0]["as_trained"], "memory/crop_at_every_voxel_mb": rows[0]["at_every_voxel"]}
+    fit_run(run, model, step, crops, Validation(grid, step, names, s.train.batch_size) if grid else None, s.train, metrics=memory)
     return load_trained(run, "best", s.backbone if isinstance(s.backbone, nn.Module) else None, next(extraction.backbone.parameters(), torch.empty(0)).device)
 
 # %% ../nbs/api/44_segment3d.ipynb #e021b635
@@ -438,7 +435,7 @@ class TilePredictor:
         item = read_crop(self.case, wide, None, context_scale=self.scale)
         to = lambda x: x[None].to(device)
         batch = dict(raw=to(item["raw"]), features={p: to(x) for p, x in item["features"].items()}, **({"context": to(item["context"])} if self.scale else {}))
-        logits = run_model(self.model.to(device).eval(), batch)[0].float()
+        with DirectConvolution(): logits = run_model(self.model.to(device).eval(), batch)[0].float()
         p = logits.softmax(0) if self.exclusive else logits.sigmoid()
         return p[(slice(None), *(slice(s.start - w.start, s.stop - w.start) for s, w in zip(region, wide)))].cpu().numpy()
 

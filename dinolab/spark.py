@@ -15,7 +15,7 @@ import json
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, redirect_stderr
+from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 import dinolab
 from .augment import find_augment
 from .core import InputError, MissingError, atomic_write, format_table, progress, write_json
-from .engine import Keyed, TrainArgs, bring_back, fit, new_checkpoint, training_curves
+from .engine import Keyed, TrainArgs, bring_back, fit_run, new_checkpoint, training_curves
 from .features import auto_precision
 from .images import Classes, ImageDataset, Picture, list_images, manifest_pictures, read_image, read_mask, read_pair, table_rows
 from .losses import make_loss
@@ -264,13 +264,11 @@ def _train(s)->Path:
     wait_for_run(s.save_path)
     train, valid = _data(s)
     model, config = _network(s)
-    args, loss, first = _settings(s), make_loss(s.loss, side_weight=s.side_weight), launched()[0] == 0
+    args, loss = _settings(s), make_loss(s.loss, side_weight=s.side_weight)
     factor = s.backbone_lr if s.backbone_lr is not None else 0.1 if s.backbone_weights or s.pretrained else 1.
     scales = {f"backbone.{n}": factor for n, _ in model.backbone.named_parameters()}
     run = open_training(s)
-    with run if first else nullcontext():
-        done = fit(model, FullStep(loss), train, WholeValidation(valid, loss, s.batch_size, s.num_workers), args, run, scales, Models(run, config, s.save_every))
-        if first: run.metrics({"train/seconds": done.seconds, "train/steps": done.step, "valid/best_loss": done.best})
+    fit_run(run, model, FullStep(loss), train, WholeValidation(valid, loss, s.batch_size, s.num_workers), args, scales=scales, saved=Models(run, config, s.save_every))
     return run.path
 
 # %% ../nbs/api/47_spark.ipynb #258e9f67
