@@ -13,7 +13,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from dinolab.core import InputError
-from dinolab.infer import all_tiles, axis_weight, blend, open_prediction, predict_to_zarr, sliding_window, tile_starts, tile_weight
+from dinolab.infer import DirectConvolution, all_tiles, axis_weight, blend, open_prediction, predict_to_zarr, sliding_window, tile_starts, tile_weight
 from dinolab.volume import Grid, open_multiscale
 
 SHAPE, TILE = (20, 24, 28), (12, 12, 16)
@@ -134,6 +134,36 @@ def test_sliding_window_of_an_image_smaller_than_the_tile():
     x = torch.randn(1, 1, 5, 6, 7)
     for weights in ("gaussian", "constant"): torch.testing.assert_close(sliding_window(net, x, (8, 8, 8), 0.5, weights), net(x), atol=1e-5, rtol=1e-5)
     with pytest.raises(InputError, match="expected 3 sizes"): sliding_window(net, x, (8, 8))
+
+
+# ---- one image at a time
+
+@given(kernel=st.tuples(*[st.integers(1, 4)] * 3), stride=st.integers(1, 2), padding=st.sampled_from([0, 1, (2, 0, 1), "valid"]), dilation=st.integers(1, 2), channels=st.sampled_from([(1, 4), (3, 2)]), bias=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_direct_convolution_is_that_of_torch(kernel, stride, padding, dilation, channels, bias):
+    torch.manual_seed(0)
+    net, x = nn.Conv3d(*channels, kernel, stride, padding, dilation, bias=bias), torch.randn(1, channels[0], 9, 10, 11)
+    with torch.no_grad():
+        with DirectConvolution(): found = net(x)
+        torch.testing.assert_close(found, net(x), atol=1e-5, rtol=1e-5)
+        with DirectConvolution(): torch.testing.assert_close(torch.conv3d(x, net.weight), torch.conv3d(x.double(), net.weight.double()).float(), atol=1e-5, rtol=1e-5)  # its defaults
+
+
+def operations(f):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen: f()
+    return {e.key for e in seen.key_averages()}
+
+
+def test_direct_convolution_takes_the_fast_way():
+    "Wherever torch would unfold the image; gradients, doubles and images without a batch are left to torch."
+    net, x = nn.Conv3d(4, 4, 3, padding=1), torch.rand(1, 4, 8, 8, 8)
+    slow = "aten::slow_conv3d"
+    with torch.no_grad(): assert slow in operations(lambda: net(x)), "torch has changed its mind: is DirectConvolution of use?"
+    assert slow not in (seen := operations(lambda: sliding_window(net, x, (8, 8, 8)))) and "aten::mkldnn_convolution" in seen
+    with DirectConvolution():
+        net(x).sum().backward()
+        with torch.no_grad(): assert net(x[0]).shape == (4, 8, 8, 8) and net.double()(x.double()).dtype == torch.float64
+    assert net.weight.grad.abs().sum() > 0
 
 
 # ---- on disk

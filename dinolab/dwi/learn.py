@@ -25,6 +25,7 @@ from .nets import FrequencyDomainNet, MultiScaleDetailNet
 from .scores import debias
 from .synth import make_phantom, noisy
 from ..engine import TrainArgs, fit
+from ..infer import DirectConvolution
 
 # %% ../../nbs/api/48_dwi_learn.ipynb #09ea7d31
 @dataclass(frozen=True)
@@ -117,7 +118,8 @@ def apply_net(
 )->np.ndarray:           # x y z v
     "Let a network mend some volumes."
     out = np.array(start, np.float32)
-    for v in progress(volumes, desc="network", unit="volume"): out[..., v] = model(torch.from_numpy(channels(v))[None])[0, 0].numpy()
+    with DirectConvolution():
+        for v in progress(volumes, desc="network", unit="volume"): out[..., v] = model(torch.from_numpy(channels(v))[None])[0, 0].numpy()
     return out
 
 # %% ../../nbs/api/48_dwi_learn.ipynb #152a0b30
