@@ -14,6 +14,14 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes more than ten seconds")
 
 
+LONGEST = ("test_readme_runs", "test_experiments", "test_spark", "test_book")
+
+
+def pytest_collection_modifyitems(items):
+    "Files that take minutes come first, so that no process ends with one of them while the other waits."
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     "Tests run beside each other on small machines."
