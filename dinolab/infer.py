@@ -138,7 +138,7 @@ def sliding_window(
         w = torch.from_numpy(tile_weight(t, x.shape[2:])).to(p.device) if weights == "gaussian" else p.new_ones(size)
         if total is None: total, weight = p.new_zeros(*p.shape[:2], *x.shape[2:]), p.new_zeros(x.shape[2:])
         total[(..., *t)].addcmul_(p, w)
-        weight[t] += w
+        weight[t].add_(w)
     return total.div_(weight)
 
 # %% ../nbs/api/41_infer.ipynb #f69fa68d
