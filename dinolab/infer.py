@@ -109,12 +109,14 @@ class DirectConvolution(TorchFunctionMode):
         if function is torch.conv3d: function = _conv3d
         return function(*args, **(kwargs or {}))
 
+def _on_cpu(x): return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+def _has_onednn(): return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+def _wants_grad(*tensors): return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
 def _conv3d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     "torch.conv3d, for one image by oneDNN."
-    plain_cpu = input.device.type == "cpu" and input.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu") and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-    wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias))
-    if not plain_cpu or wants_grad or input.ndim != 5 or len(input) != 1 or groups > 1 or weight[0, 0].numel() == 1 or isinstance(padding, str):
-        return torch.conv3d(input, weight, bias, stride, padding, dilation, groups)
+    one_image = input.ndim == 5 and len(input) == 1 and groups == 1 and weight[0, 0].numel() > 1 and not isinstance(padding, str)  # kernels of one voxel, and groups, torch does well
+    if not (one_image and _on_cpu(input) and _on_cpu(weight) and _has_onednn()) or _wants_grad(input, weight, bias): return torch.conv3d(input, weight, bias, stride, padding, dilation, groups)
     three = lambda n: (n,) * 3 if isinstance(n, int) else tuple(n)
     return torch.mkldnn_convolution(input, weight, bias, three(padding), three(stride), three(dilation), groups)
 
