@@ -30,7 +30,7 @@ from .crops import Case, CellFeatures, ClassTarget, CropDataset, Extraction, Gri
 from .data import open_volumes
 from .engine import TrainArgs, fit_run, load_checkpoint
 from .features import model_identity, worker_device
-from .infer import DirectConvolution, Prediction, predict_to_zarr
+from .infer import Prediction, predict_to_zarr
 from .instances import segment_affinities
 from .losses import affinity_loss, class_weights, descriptor_loss, make_loss, resize_labels
 from .manifest import load_manifest
@@ -435,7 +435,7 @@ class TilePredictor:
         item = read_crop(self.case, wide, None, context_scale=self.scale)
         to = lambda x: x[None].to(device)
         batch = dict(raw=to(item["raw"]), features={p: to(x) for p, x in item["features"].items()}, **({"context": to(item["context"])} if self.scale else {}))
-        with DirectConvolution(): logits = run_model(self.model.to(device).eval(), batch)[0].float()
+        logits = run_model(self.model.to(device).eval(), batch)[0].float()
         p = logits.softmax(0) if self.exclusive else logits.sigmoid()
         return p[(slice(None), *(slice(s.start - w.start, s.stop - w.start) for s, w in zip(region, wide)))].cpu().numpy()
 
