@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings, strategies as st
 from skimage.measure import label
 
-from dinolab.augment import PRESETS, Augment, Orientation, find_augment, key_seed, keyed_rng
-from dinolab.core import InputError
-from dinolab.instances import affinities, local_shape_descriptors, mutex_watershed, seeded_watershed, segment_affinities, shifted
+from dinolab.core.keys import key_seed, keyed_rng
+from dinolab.data.augment import PRESETS, Augment, Orientation, find_augment
+from dinolab.core.errors import InputError
+from dinolab.volumes.instances import affinities, local_shape_descriptors, mutex_watershed, seeded_watershed, segment_affinities, shifted
 
 OFFSETS = {2: [(-1, 0), (0, -1), (-3, 0), (0, -3), (2, -2)], 3: [(-1, 0, 0), (0, -1, 0), (0, 0, -1), (-2, 0, 0), (0, 3, -3), (0, -3, 0)]}
 orientations = st.builds(Orientation, st.permutations(range(3)).map(tuple), st.tuples(*[st.booleans()] * 3))
@@ -34,7 +35,7 @@ def same_objects(a, b):
 def test_seeds_stay_what_they_are():
     assert key_seed(0, "a", 3) == 8565203715178055703
     assert key_seed("dinolab", 1.5, (2, 3)) == 7683341871064565052
-    code = "from dinolab.augment import key_seed, keyed_rng; print(key_seed(0, 'a', 3), keyed_rng(1, 'x').integers(10**9))"
+    code = "from dinolab.core.keys import key_seed, keyed_rng; print(key_seed(0, 'a', 3), keyed_rng(1, 'x').integers(10**9))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=dict(__import__("os").environ, PYTHONHASHSEED="7")).stdout.split()
     assert out == ["8565203715178055703", str(keyed_rng(1, "x").integers(10**9))]
 

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from dinolab import backbones
-from dinolab.backbones import FAMILIES, RESIZING, FeatureSpec, build_model, create_backbone
-from dinolab.core import InputError, MissingError
+from dinolab.models import backbones
+from dinolab.models.backbones import FAMILIES, RESIZING, FeatureSpec, build_model, create_backbone
+from dinolab.core.errors import InputError, MissingError
 
 TINY_VIT = "vit_tiny_patch16_224"
 SIZES = [(224, 160), (96, 96)]

@@ -13,8 +13,8 @@ import pytest
 import zarr
 from hypothesis import given, settings, strategies as st
 
-from dinolab.blocks import Done, _processes, check_aligned, lock_folder, make_blocks, run_blocks
-from dinolab.core import InputError
+from dinolab.volumes.blocks import Done, _processes, check_aligned, lock_folder, make_blocks, run_blocks
+from dinolab.core.errors import InputError
 
 
 class Fill:

@@ -28,7 +28,7 @@ def sidebar():
 
 
 def page_of(notebook):
-    from dinolab.site import page_name
+    from dinolab.book.site import page_name
     return str(Path(page_name(notebook)).with_suffix(".html"))
 
 
@@ -38,7 +38,7 @@ PAGES = [page_of(n) for n in sidebar()]
 @pytest.fixture(scope="module")
 def book(tmp_path_factory):
     if "DINOLAB_BOOK" in os.environ: return (ROOT/os.environ["DINOLAB_BOOK"]).resolve()
-    from dinolab.site import build
+    from dinolab.book.site import build
     before = os.getcwd()
     os.chdir(ROOT)
     try: return build(tmp_path_factory.mktemp("book")/"site")

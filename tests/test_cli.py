@@ -8,11 +8,11 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from dinolab.cli import app
-from dinolab.run import Run
+from dinolab.cli.main import app
+from dinolab.train.runs import Run
 
 TOY = str(Path(__file__).parent/"notebooks/toy.ipynb")
-MAIN = "from dinolab.cli import main; main()"
+MAIN = "from dinolab.cli.main import main; main()"
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def test_failing_cell_is_one_line():
 
 
 def test_our_own_failure_is_a_traceback():
-    done = dinolab("gather", code="import dinolab.run; dinolab.run.gather = lambda *a: 1/0; " + MAIN)
+    done = dinolab("gather", code="import dinolab.train.runs; dinolab.train.runs.gather = lambda *a: 1/0; " + MAIN)
     assert done.returncode == 1 and done.stderr.rstrip().endswith("ZeroDivisionError: division by zero")
 
 
@@ -52,7 +52,7 @@ def test_closed_pipe_is_quiet(runs):
 
 def test_help_needs_no_heavy_import():
     code = "import sys\ntry:\n main()\nfinally: print([m for m in ('torch', 'numpy', 'zarr', 'papermill', 'rich', 'pydantic') if m in sys.modules])"
-    done = dinolab("--help", code="from dinolab.cli import main\n" + code)
+    done = dinolab("--help", code="from dinolab.cli.main import main\n" + code)
     assert done.stdout.endswith("[]\n"), done.stdout + done.stderr
 
 
@@ -77,7 +77,7 @@ def test_usage(args, code):
 
 
 def test_data_list_check_get():
-    pytest.importorskip("dinolab.data")
+    pytest.importorskip("dinolab.data.fetch")
     folder = str(Path(__file__).parents[1]/"data_manifests")
     listed = CliRunner().invoke(app, ["data", "list", "--folder", folder])
     assert listed.exit_code == 0 and "em_phantom" in listed.stdout

@@ -3,10 +3,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from dinolab.cli import app
-from dinolab.core import InputError
-from dinolab.features import open_features
-from dinolab.volume import open_multiscale, write_multiscale
+from dinolab.cli.main import app
+from dinolab.core.errors import InputError
+from dinolab.features.extract import open_features
+from dinolab.volumes.volume import open_multiscale, write_multiscale
 
 TINY = ["--backbone", "vit_tiny_patch16_224", "--layers", "0,1", "--pixel-size", "8", "--block", "16"]
 

@@ -20,14 +20,14 @@ pytest.importorskip("distributed")
 if not find_spec("dask_jobqueue"): pytest.skip("needs the extra cluster", allow_module_level=True)  # workers import this file, and dask_jobqueue wants the main thread
 import dask  # noqa: E402
 
-from dinolab.blocks import Done, make_blocks, run_blocks  # noqa: E402
-from dinolab.cli import app  # noqa: E402
-from dinolab.cluster import Cluster, job_script, open_cluster, spread_work, use_client  # noqa: E402
-from dinolab.core import InputError  # noqa: E402
-from dinolab.volume import write_multiscale  # noqa: E402
+from dinolab.volumes.blocks import Done, make_blocks, run_blocks  # noqa: E402
+from dinolab.cli.main import app  # noqa: E402
+from dinolab.volumes.cluster import Cluster, job_script, open_cluster, spread_work, use_client  # noqa: E402
+from dinolab.core.errors import InputError  # noqa: E402
+from dinolab.volumes.volume import write_multiscale  # noqa: E402
 
 LAUNCH = Path(__file__).parents[1]/"nbs/experiments/launch"
-SCRIPT = "import sys; from dinolab.cli import main; sys.argv[0] = 'dinolab'; main()"
+SCRIPT = "import sys; from dinolab.cli.main import main; sys.argv[0] = 'dinolab'; main()"
 TINY = ["--backbone", "vit_tiny_patch16_224", "--layers", "0,1", "--pixel-size", "8", "--block", "16", "--precision", "fp32"]
 
 
@@ -92,8 +92,8 @@ def test_features_on_a_local_cluster_with_a_killed_worker(folder, tmp_path):
 
 def test_predict_on_a_local_cluster(folder, tmp_path):
     "As one process does, with weights that travel once to each worker."
-    from dinolab.segment3d import train_unet3d
-    from dinolab.engine import TrainArgs
+    from dinolab.tasks.volumes import train_unet3d
+    from dinolab.train.loop import TrainArgs
     labels = np.random.default_rng(1).integers(0, 2, (32, 32, 32)).astype(np.uint8)
     raw = labels * 150 + np.random.default_rng(2).integers(0, 90, labels.shape).astype(np.uint8)
     for i in range(2): write_multiscale(tmp_path/f"r{i}.zarr", raw, voxel_size=8, levels=1), write_multiscale(tmp_path/f"l{i}.zarr", labels, voxel_size=8, levels=1, kind="labels")
@@ -326,8 +326,8 @@ def test_accelerate_reads_its_template():
 
 def test_deepspeed_template_is_a_recipe():
     "Its lines are arguments of the training, and become DeepSpeed's configuration."
-    from dinolab.recipes import arguments, recipe_of
-    from dinolab.spread import zero_config
+    from dinolab.tasks.recipes import arguments, recipe_of
+    from dinolab.train.distributed import zero_config
     function, config = recipe_of("train", LAUNCH/"deepspeed_zero.yaml", [])
     args = arguments(function, config)["train"]
     made = zero_config(args.zero, args.batch_size, 4, args.clip, args.precision)

@@ -9,10 +9,10 @@ import fsspec
 import pytest
 from hypothesis import given, settings, strategies as st
 
-import dinolab.data as data
-from dinolab.core import InputError, MissingError
-from dinolab.data import GENERATORS, check_data, choose, file_state, get_data, list_data, parts
-from dinolab.manifest import File, load_manifest, parse_manifest
+import dinolab.data.fetch as data
+from dinolab.core.errors import InputError, MissingError
+from dinolab.data.fetch import GENERATORS, check_data, choose, file_state, get_data, list_data, parts
+from dinolab.data.manifest import File, load_manifest, parse_manifest
 
 SHIPPED = Path(__file__).parent.parent / "data_manifests"
 BYTES = random.Random(0).randbytes(3 * 2**20 + 17)  # the same in every process that collects the tests
@@ -269,7 +269,7 @@ def test_list_counts_what_is_here(tmp_path, toy):
 
 
 def test_settings_reach_the_reader(tmp_path):
-    from dinolab.data import open_volumes
+    from dinolab.data.fetch import open_volumes
     (case, images), = open_volumes(load_manifest("example4d", SHIPPED), "test", tmp_path)
     level, = images["raw"].levels
     assert level.shape == (24, 96, 128) and level.voxel_size == pytest.approx((2.2e6, 2e6, 2e6), rel=1e-5)
@@ -279,8 +279,8 @@ def test_settings_reach_the_reader(tmp_path):
 
 def test_manifest_can_correct_the_origins_of_levels(tmp_path):
     import numpy as np
-    from dinolab.data import open_volumes
-    from dinolab.volume import write_multiscale
+    from dinolab.data.fetch import open_volumes
+    from dinolab.volumes.volume import write_multiscale
     folder = tmp_path / "em" / "a.zarr"
     write_multiscale(folder, np.arange(8**3, dtype="uint16").reshape(8, 8, 8), voxel_size=8, levels=3)
     meta = json.loads((folder / "zarr.json").read_text())
@@ -294,8 +294,8 @@ def test_manifest_can_correct_the_origins_of_levels(tmp_path):
 
 def test_phantom_manifest_says_what_the_generator_makes(tmp_path):
     import numpy as np
-    from dinolab.data import open_volumes
-    from dinolab.synth import EM_CLASSES, em_volume
+    from dinolab.data.fetch import open_volumes
+    from dinolab.synth.em import EM_CLASSES, em_volume
     m = load_manifest("em_phantom", SHIPPED)
     assert {c.value: (c.name, c.colour) for c in m.classes} == EM_CLASSES
     assert {split: len(names) for split, names in m.splits.items()} == dict(train=3, valid=1, test=2, anisotropic=1)

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 import dinolab.dwi.learn as learn
-from dinolab.cli import main
-from dinolab.core import InputError
+from dinolab.cli.main import main
+from dinolab.core.errors import InputError
 from dinolab.dwi.data import check_gradients, check_series
 from dinolab.dwi.denoise import METHODS, NEEDS_SIGMA, against_truth, denoise, evaluate_files
 from dinolab.dwi.linear import fit_tissue
 from dinolab.dwi.nets import MultiScaleDetailNet
 from dinolab.dwi.scores import psnr
-from dinolab.dwi.synth import make_phantom, noisy
+from dinolab.dwi.phantoms import make_phantom, noisy
 
 NAMES = [name for name in METHODS if name not in ("tissue", "spatial", "p2s")]
 QUICK = [name for name in NAMES if name != "qnet"]
@@ -103,7 +103,7 @@ def load(path): return np.asarray(nib.load(path).dataobj)
 
 # what is written
 
-def shell(*args): return subprocess.run([sys.executable, "-c", "from dinolab.cli import main; main()", "dwi", *map(str, args)], capture_output=True, text=True)
+def shell(*args): return subprocess.run([sys.executable, "-c", "from dinolab.cli.main import main; main()", "dwi", *map(str, args)], capture_output=True, text=True)
 
 
 @pytest.mark.slow

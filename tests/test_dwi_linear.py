@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from numpy.linalg import lstsq
 
-from dinolab.core import InputError
+from dinolab.core.errors import InputError
 from dinolab.dwi.data import background_sigma, brain_mask, check_gradients, check_series, read_series
 from dinolab.dwi.linear import AROUND, chain, deal, fit_loo, fit_spatial, fit_tissue, list_voxels
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.ndimage import maximum_filter, minimum_filter
 
-from dinolab.core import InputError
+from dinolab.core.errors import InputError
 from dinolab.dwi.lowrank import leading_vectors, localpca, mppca
 
 dipy_pca = pytest.importorskip("dipy.denoise.localpca")

@@ -9,9 +9,8 @@ from hypothesis import given, settings, strategies as st
 from scipy import ndimage
 from torch.autograd import gradcheck
 
-from dinolab.core import InputError
-from dinolab.dwi.nets import (FORMS, NETS, SPLITS, AdaptiveSkipConnection, CBAM3d, EdgeAwareLoss, GatedBlock, SinusoidalVolumeEncoder, VolumeSpecificDetailEncoder, box_pool, create_net, edge_loss,
-                              factorised_conv, gradient_encoding, grow, halve, low_pass, masked_mse, progressive_loss, sinusoids, sobel_gradient, split_bands)
+from dinolab.core.errors import InputError
+from dinolab.dwi.nets import FORMS, NETS, SPLITS, AdaptiveSkipConnection, CBAM3d, EdgeAwareLoss, GatedBlock, SinusoidalVolumeEncoder, VolumeSpecificDetailEncoder, box_pool, create_net, edge_loss, factorised_conv, gradient_encoding, grow, halve, low_pass, masked_mse, progressive_loss, sinusoids, sobel_gradient, split_bands
 
 sizes = st.tuples(*[st.integers(1, 7)] * 3)
 channels = st.integers(1, 4)

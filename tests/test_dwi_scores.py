@@ -5,10 +5,10 @@ from scipy import stats
 from scipy.ndimage import gaussian_filter
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from dinolab.core import InputError
+from dinolab.core.errors import InputError
 from dinolab.dwi.data import check_gradients, check_series
 from dinolab.dwi.scores import debias, edge_slope, fit_dti, held_out, leak_slope, low_shells, predict_dti, psnr, residual_autocorrelation, rice_mean, score, ssim3d
-from dinolab.dwi.synth import add_rician, make_phantom, make_scheme, noisy
+from dinolab.dwi.phantoms import add_rician, make_phantom, make_scheme, noisy
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dinolab.core import InputError
+from dinolab.core.errors import InputError
 from dinolab.dwi.data import check_gradients, read_series
-from dinolab.dwi.synth import FAMILIES, SCHEMES, add_rician, even_directions, make_phantom, make_scheme, noisy, write_phantom
+from dinolab.dwi.phantoms import FAMILIES, SCHEMES, add_rician, even_directions, make_phantom, make_scheme, noisy, write_phantom
 
 SMALL = (24, 24, 10)
 

@@ -12,16 +12,16 @@ import pytest
 import torch
 from torch import nn
 
-from dinolab.core import InputError
-from dinolab.engine import TrainArgs, fit, load_checkpoint, save_checkpoint
-from dinolab.run import Run
+from dinolab.core.errors import InputError
+from dinolab.train.loop import TrainArgs, fit, load_checkpoint, save_checkpoint
+from dinolab.train.runs import Run
 
 KILLS = int(os.environ.get("DINOLAB_KILLS", 3))  # per variant; 20 for the full test
 SCRIPT = '''
 import sys, time, json, torch
 from torch import nn
-from dinolab.engine import TrainArgs, fit
-from dinolab.run import Run
+from dinolab.train.loop import TrainArgs, fit
+from dinolab.train.runs import Run
 torch.set_num_threads(1)
 
 class Items:
@@ -104,7 +104,7 @@ def step(model, batch): return nn.functional.mse_loss(model(batch["x"]), batch["
 def test_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     net = nn.Linear(1, 1)
     save_checkpoint(tmp_path/"checkpoints/last", net, dict(step=1))
-    monkeypatch.setattr("dinolab.engine.save_weights", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr("dinolab.train.loop.save_weights", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(InputError, match="No space left on device.*is intact"): save_checkpoint(tmp_path/"checkpoints/last", net, dict(step=2))
     assert load_checkpoint(tmp_path, net)["step"] == 1
     assert [p.name for p in (tmp_path/"checkpoints").iterdir()] == ["last"]

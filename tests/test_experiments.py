@@ -5,9 +5,9 @@ import os
 
 import pytest
 
-from dinolab.experiment import run_experiment
-from dinolab.features import open_features
-from dinolab.volume import open_multiscale
+from dinolab.book.experiment import run_experiment
+from dinolab.features.extract import open_features
+from dinolab.volumes.volume import open_multiscale
 
 
 def test_multires_features(tmp_path, monkeypatch):

@@ -17,12 +17,12 @@ import zarr
 from hypothesis import given, settings, strategies as st
 from scipy.ndimage import gaussian_filter
 
-from dinolab.backbones import FeatureSpec, create_backbone
-from dinolab.core import InputError
-import dinolab.features
-from dinolab.blocks import make_blocks
-from dinolab.features import (PLANES, PatchMean, Plan, _Extraction, extract_block, intensity_range, raw_region, slice_weights, extract_features_3d, extract_native, extract_to_zarr, open_features)
-from dinolab.volume import Grid, Volume, open_multiscale, write_multiscale
+from dinolab.models.backbones import FeatureSpec, create_backbone
+from dinolab.core.errors import InputError
+import dinolab.features.extract
+from dinolab.volumes.blocks import make_blocks
+from dinolab.features.extract import PLANES, PatchMean, Plan, _Extraction, extract_block, intensity_range, raw_region, slice_weights, extract_features_3d, extract_native, extract_to_zarr, open_features
+from dinolab.volumes.volume import Grid, Volume, open_multiscale, write_multiscale
 
 
 class LocalNet(torch.nn.Module):
@@ -264,7 +264,7 @@ def test_projection_is_stored_and_applied(blobs, tmp_path):
     net = LocalNet(4, 16)
     full = extract_to_zarr(volume(blobs), tmp_path/"a.zarr", net, pixel_size=4.0, block=16, rgb=False)
     small = extract_to_zarr(volume(blobs), tmp_path/"b.zarr", net, pixel_size=4.0, block=16, n_components=4, rgb=False)
-    from dinolab.show import Pca
+    from dinolab.core.show import Pca
     pca = Pca.from_dict(small.group.attrs["projection"])
     want = pca.transform(full.read().permute(1, 2, 3, 0).float().numpy())
     np.testing.assert_allclose(small.read().permute(1, 2, 3, 0).numpy(), want, atol=5e-3)
@@ -323,7 +323,7 @@ def test_ended_between_two_steps(blobs, tmp_path, monkeypatch, step):
     run(tmp_path/"calm.zarr")
     with monkeypatch.context() as m:
         def end(*args, **kw): raise KeyboardInterrupt
-        m.setattr(dinolab.features, step, end)
+        m.setattr(dinolab.features.extract, step, end)
         with pytest.raises(KeyboardInterrupt): run(tmp_path/"ended.zarr")
     with pytest.raises(InputError, match="unfinished"): open_features(tmp_path/"ended.zarr")
     run(tmp_path/"ended.zarr")

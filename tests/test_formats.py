@@ -1,4 +1,4 @@
-"dinolab.formats against nibabel, tifffile and NumPy, on files written here."
+"dinolab.volumes.formats against nibabel, tifffile and NumPy, on files written here."
 import itertools
 import pickle
 import re
@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import tifffile
 
-from dinolab.core import InputError
-from dinolab.formats import UNIT_NM, LazyArray, read_nifti, read_tiff, to_nm
+from dinolab.core.errors import InputError
+from dinolab.volumes.formats import UNIT_NM, LazyArray, read_nifti, read_tiff, to_nm
 
 
 def random_key(rng, shape):

@@ -11,11 +11,11 @@ from transformers.models.dpt.modeling_dpt import DPTNeck, DPTSemanticSegmentatio
 from transformers.models.segformer.modeling_segformer import SegformerDecodeHead
 from transformers.models.upernet.modeling_upernet import UperNetHead
 
-from dinolab.adapt import LoraSpec, add_lora, lora_layers, merge, silent_layers
-from dinolab.backbones import FeatureSpec, create_backbone
-from dinolab.core import InputError
-from dinolab.heads import HEADS, Pyramid, Segmenter, create_head, create_segmentation_model
-from dinolab.weights import load_weights, save_weights
+from dinolab.models.lora import LoraSpec, add_lora, lora_layers, merge, silent_layers
+from dinolab.models.backbones import FeatureSpec, create_backbone
+from dinolab.core.errors import InputError
+from dinolab.models.heads import HEADS, Pyramid, Segmenter, create_head, create_segmentation_model
+from dinolab.models.weights import load_weights, save_weights
 
 PYRAMID, FLAT = FeatureSpec((8, 16, 32, 32), (4, 8, 16, 32)), FeatureSpec((32,) * 4, (16,) * 4)
 VIT = "vit_tiny_patch16_224"

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from dinolab.augment import find_augment
-from dinolab.core import InputError
-from dinolab.images import Classes, ImageDataset, Picture, count_labels, cut, folder_pictures, list_images, read_image, read_mask, read_pair, scaled, table_pictures
+from dinolab.data.augment import find_augment
+from dinolab.core.errors import InputError
+from dinolab.data.images import Classes, ImageDataset, Picture, count_labels, cut, folder_pictures, list_images, read_image, read_mask, read_pair, scaled, table_pictures
 
 TWO = Classes(("a", "b"))
 

@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from dinolab.core import InputError
-from dinolab.infer import DirectConvolution, all_tiles, axis_weight, blend, open_prediction, predict_to_zarr, sliding_window, tile_starts, tile_weight
-from dinolab.volume import Grid, open_multiscale
+from dinolab.core.errors import InputError
+from dinolab.volumes.tiles import DirectConvolution, all_tiles, axis_weight, blend, open_prediction, predict_to_zarr, sliding_window, tile_starts, tile_weight
+from dinolab.volumes.volume import Grid, open_multiscale
 
 SHAPE, TILE = (20, 24, 28), (12, 12, 16)
 GRID = Grid(SHAPE, (8, 4, 4))

@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch.autograd import gradcheck
 
-from dinolab.core import InputError
-from dinolab.losses import (LOSSES, affinity_loss, boundary_cross_entropy, boundary_weight, class_weights, cross_entropy, descriptor_loss, dice_loss, focal_loss, make_loss,
-                            ms_ssim_loss, output_weights, tversky_loss, SCALES)
+from dinolab.core.errors import InputError
+from dinolab.train.losses import LOSSES, affinity_loss, boundary_cross_entropy, boundary_weight, class_weights, cross_entropy, descriptor_loss, dice_loss, focal_loss, make_loss, ms_ssim_loss, output_weights, tversky_loss, SCALES
 
 shapes = st.integers(2, 3).flatmap(lambda d: st.tuples(*[st.integers(1, 5)] * d))
 PLAIN = {k: LOSSES[k] for k in ("ce", "dice", "focal", "tversky")}

@@ -7,8 +7,8 @@ import pytest
 import yaml
 from hypothesis import given, settings, strategies as st
 
-from dinolab.core import InputError, MissingError
-from dinolab.manifest import Manifest, find_manifests, load_manifest, parse_manifest
+from dinolab.core.errors import InputError, MissingError
+from dinolab.data.manifest import Manifest, find_manifests, load_manifest, parse_manifest
 
 SHIPPED = Path(__file__).parent.parent / "data_manifests"
 

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from skimage.metrics import adapted_rand_error, variation_of_information as skimage_voi
 
-from dinolab.core import InputError
-from dinolab.metrics import BoundaryF, ConfusionMatrix, adapted_rand, border, class_scores, count_pairs, mean_of, per_image_mean, variation_of_information
+from dinolab.core.errors import InputError
+from dinolab.train.metrics import BoundaryF, ConfusionMatrix, adapted_rand, border, class_scores, count_pairs, mean_of, per_image_mean, variation_of_information
 
 shapes = st.integers(1, 3).flatmap(lambda d: st.tuples(*[st.integers(1, 6)] * d))
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from dinolab.core import InputError
-from dinolab.nnunet import build_network, setup, trainer_folder
+from dinolab.core.errors import InputError
+from dinolab.tasks.nnunet import build_network, setup, trainer_folder
 
 VIT = "vit_tiny_patch16_224"
 needs = pytest.mark.skipif(importlib.util.find_spec("nnunetv2") is None, reason="needs the extra nnunet")
@@ -38,7 +38,7 @@ def quick(*more): return setup(901, pairs=[f"backbone={VIT}", "head=upernet", "h
 
 def trainer(plans, **options):
     "A trainer as the Python API makes it."
-    from dinolab.nnunet import nnUNetTrainerDino
+    from dinolab.tasks.nnunet import nnUNetTrainerDino
     content = json.loads(plans.read_text()) | dict(continue_training=False)
     dataset = dict(channel_names={"0": "grey"}, labels={"background": 0, "disc": 1, "square": 2}, numTraining=4, file_ending=".png")
     made = nnUNetTrainerDino(plans=content, configuration="2d_dino", fold=0, dataset_json=dataset, device=torch.device("cpu"), **options)
@@ -73,7 +73,7 @@ def test_wrong_recipes_leave_the_plans_alone(plans, pairs, message):
 
 
 def test_without_nnunet_the_extra_is_named():
-    code = "import sys; sys.modules['nnunetv2'] = None\nimport dinolab.nnunet\ntry: dinolab.nnunet.nnUNetTrainerDino\nexcept ImportError as e: print(e)"
+    code = "import sys; sys.modules['nnunetv2'] = None\nimport dinolab.tasks.nnunet\ntry: dinolab.tasks.nnunet.nnUNetTrainerDino\nexcept ImportError as e: print(e)"
     assert "dinolab[nnunet]" in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
 
 
@@ -133,7 +133,7 @@ def test_prediction_rebuilds_the_network(plans, monkeypatch):
 
 @needs
 def test_pretrained_weights_start_training_only(plans, monkeypatch, tmp_path):
-    from dinolab.backbones import create_backbone
+    from dinolab.models.backbones import create_backbone
     torch.manual_seed(5)
     torch.save(create_backbone(VIT).model.state_dict(), tmp_path/"vit.pth")
     quick(f"weights={tmp_path/'vit.pth'}")

@@ -62,8 +62,8 @@ def as_the_authors(state):
 
 def volumes(folder):
     "A cell, and labelled pieces of it."
-    from dinolab.synth import em_volume
-    from dinolab.volume import write_multiscale
+    from dinolab.synth.em import em_volume
+    from dinolab.volumes.volume import write_multiscale
     write_multiscale(folder/"cell.zarr/em", em_volume((32, 32, 32), voxel_size=(16, 16, 16), seed=1).raw, voxel_size=16)
     for seed, name in enumerate("abc"):
         em = em_volume((32, 32, 32), voxel_size=(16, 16, 16), seed=seed)
@@ -73,7 +73,7 @@ def volumes(folder):
 
 def pictures(folder):
     "Photographs with masks in folders, and the same as a data set of nnU-Net."
-    from dinolab.synth2d import retina_image
+    from dinolab.synth.retina import retina_image
     def draw(image, mask, seed, size=192):
         scene = retina_image((size, size), seed=seed)
         for path, values in ((image, scene.image), (mask, scene.labels)):

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from dinolab.core import InputError
-from dinolab.experiment import ExperimentError, experiment_parameters, run_experiment
-from dinolab.run import Run, gather, gather_table, process_start
+from dinolab.core.errors import InputError
+from dinolab.book.experiment import ExperimentError, experiment_parameters, run_experiment
+from dinolab.core.machine import process_start
+from dinolab.train.runs import Run, gather, gather_table
 
 ROOT = Path(__file__).parents[1]
 TOY = str(ROOT/"tests/notebooks/toy.ipynb")
@@ -84,7 +85,7 @@ def test_dead_kernel():
 
 def start_waiting():
     "A launched experiment that is in the middle of a cell; the launcher and the number of its kernel."
-    code = "from dinolab.cli import main; main()"
+    code = "from dinolab.cli.main import main; main()"
     launcher = subprocess.Popen([sys.executable, "-c", code, "run", TOY, "-p", "end", "wait"], stderr=subprocess.PIPE, text=True)
     started = lambda: [p for p in Path("runs").glob("*/*/kernel.pid") if p.read_text().endswith("\n")]
     wait_for(lambda: started() or launcher.poll() is not None)

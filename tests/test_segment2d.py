@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from dinolab.adapt import LoraSpec
-from dinolab.core import InputError
-from dinolab.engine import TrainArgs
-from dinolab.images import read_image
-from dinolab.segment2d import evaluate_segmenter, load_segmenter, predict_images, predict_picture, train_segmenter
+from dinolab.models.lora import LoraSpec
+from dinolab.core.errors import InputError
+from dinolab.train.loop import TrainArgs
+from dinolab.data.images import read_image
+from dinolab.tasks.images import evaluate_segmenter, load_segmenter, predict_images, predict_picture, train_segmenter
 
 VIT = "vit_tiny_patch16_224"
 QUICK = TrainArgs(epochs=1, batch_size=2, monitor="mean_iou", mode="max", lr=3e-3, device="cpu")
@@ -45,7 +45,7 @@ def small(data, out, **options):
 
 
 def dinolab(*args, folder):
-    return subprocess.run([sys.executable, "-c", "from dinolab.cli import main; main()", *map(str, args)], cwd=folder, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.run([sys.executable, "-c", "from dinolab.cli.main import main; main()", *map(str, args)], cwd=folder, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def test_commands_from_folders_to_masks(data, tmp_path):
@@ -146,8 +146,8 @@ def test_bands_do_not_show(data, tmp_path, monkeypatch):
     done = small(data, tmp_path, freeze_backbone=True)
     image = np.random.default_rng(0).random((3, 700, 40)).astype(np.float32)
     labels, p = predict_picture(done.model, image, (32, 32), probabilities=True)
-    from dinolab.infer import all_tiles, blend
-    from dinolab.segment2d import BandPredictor
+    from dinolab.volumes.tiles import all_tiles, blend
+    from dinolab.tasks.images import BandPredictor
     tiles = all_tiles((1, 700, 40), (1, 32, 32), 0.5)
     whole = blend(BandPredictor(done.model, image), (slice(0, 1), slice(0, 700), slice(0, 40)), tiles, 2)[:, 0]
     assert np.abs(p / 255 - whole).max() <= 0.5 / 255 + 1e-6 and (labels == whole.argmax(0)).all()
@@ -170,8 +170,8 @@ def test_prediction_goes_on_and_loses_nothing(data, tmp_path):
 
 
 def test_shipped_recipes_are_valid():
-    from dinolab.heads import create_segmentation_model
-    from dinolab.recipes import arguments, recipe_of
+    from dinolab.models.heads import create_segmentation_model
+    from dinolab.tasks.recipes import arguments, recipe_of
     for path in (Path(__file__).parents[1]/"nbs/experiments/configs").glob("*.yaml"):
         function, config = recipe_of("train", path)
         given = arguments(function, config)

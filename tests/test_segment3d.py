@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from dinolab.core import InputError
-from dinolab.crops import ClassTarget, CropDataset, Extraction, InstanceTarget, cache_features, open_case
-from dinolab.engine import TrainArgs
-from dinolab.features import PatchMean
-from dinolab.instances import affinities
-from dinolab.neighborhood import NeighborhoodFilter
-from dinolab.segment3d import evaluate_unet3d, load_trained, predict_unet3d, train_unet3d
-from dinolab.synth import em_volume
-from dinolab.volume import Grid, Volume, open_multiscale, write_multiscale
+from dinolab.core.errors import InputError
+from dinolab.features.crops import ClassTarget, CropDataset, Extraction, InstanceTarget, cache_features, open_case
+from dinolab.train.loop import TrainArgs
+from dinolab.features.extract import PatchMean
+from dinolab.volumes.instances import affinities
+from dinolab.models.neighborhood import NeighborhoodFilter
+from dinolab.tasks.volumes import evaluate_unet3d, load_trained, predict_unet3d, train_unet3d
+from dinolab.synth.em import em_volume
+from dinolab.volumes.volume import Grid, Volume, open_multiscale, write_multiscale
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def data(tmp_path_factory):
 
 
 def dinolab(*args, folder):
-    return subprocess.run([sys.executable, "-c", "from dinolab.cli import main; main()", *args], cwd=folder, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.run([sys.executable, "-c", "from dinolab.cli.main import main; main()", *args], cwd=folder, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def test_commands_from_raw_volumes_to_a_segmentation(data, tmp_path):

@@ -1,4 +1,4 @@
-"dinolab.show: what the colours mean, and where things stand in the pictures."
+"dinolab.core.show: what the colours mean, and where things stand in the pictures."
 import io
 import subprocess
 import sys
@@ -6,9 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from dinolab.core import InputError
-from dinolab.show import (PLANES, Pca, fit_pca, label_colors, overlay_labels, panel_figure, png_bytes, same_place, save_figure, show_features,
-                          show_images, show_planes, similarity)
+from dinolab.core.errors import InputError
+from dinolab.core.show import PLANES, Pca, fit_pca, label_colors, overlay_labels, panel_figure, png_bytes, same_place, save_figure, show_features, show_images, show_planes, similarity
 
 
 def random_features(*shape, seed=0):
@@ -17,7 +16,7 @@ def random_features(*shape, seed=0):
 
 
 def test_import_is_light():
-    code = "import sys, dinolab.show; assert not {'matplotlib', 'torch', 'PIL'} & set(sys.modules)"
+    code = "import sys, dinolab.core.show; assert not {'matplotlib', 'torch', 'PIL'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

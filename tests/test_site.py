@@ -13,13 +13,13 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.parametrize("name, page", dict({"README.md": "index", "CONTRIBUTING.md": "contribute"}).items())
 def test_files_of_the_root_are_pages(name, page):
-    from dinolab.docs import readme
+    from dinolab.book.docs import readme
     assert (ROOT/name).read_text(encoding="utf-8") == readme(ROOT/f"nbs/{page}.ipynb"), "run make readme"
 
 
 def test_results_are_those_of_the_summaries(tmp_path, monkeypatch):
     "The committed page is what make results writes, plots included."
-    from dinolab.docs import write_results
+    from dinolab.book.docs import write_results
     page = ROOT/"nbs/results.ipynb"
     shutil.copy(page, tmp_path/"results.ipynb")
     monkeypatch.chdir(ROOT)
@@ -51,7 +51,7 @@ def test_shell_lines_of_the_readme_name_real_commands():
     for line in lines:
         words = line.split()
         command = words[:2] if words[0] in ("data", "dwi", "nnunet", "unet3plus") else words[:1]
-        done = subprocess.run([sys.executable, "-c", "from dinolab.cli import main; main()", *command, "--help"], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", "from dinolab.cli.main import main; main()", *command, "--help"], capture_output=True, text=True)
         assert done.returncode == 0, line
         for option in (w for w in words if w.startswith("--")): assert option in done.stdout, f"{option} of: {line}"
 

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinolab.core import InputError
-from dinolab.data import GENERATORS, make_spacecraft
-from dinolab.manifest import load_manifest
-from dinolab.spacecraft import (LABEL_OF, MATERIALS, SATELLITES, SHAPES, Camera, Mesh, Part, build, in_sun, labels_of, mask_colours, normals_of, points_of, pose, rasterise,
-                                spacecraft_image, write_spark)
+from dinolab.core.errors import InputError
+from dinolab.data.fetch import GENERATORS, make_spacecraft
+from dinolab.data.manifest import load_manifest
+from dinolab.synth.spacecraft import LABEL_OF, MATERIALS, SATELLITES, SHAPES, Camera, Mesh, Part, build, in_sun, labels_of, mask_colours, normals_of, points_of, pose, rasterise, spacecraft_image, write_spark
 
 
 def faces_of(*boxes):
@@ -22,7 +21,7 @@ def faces_of(*boxes):
 
 
 def test_same_bytes_in_another_process_with_other_threads():
-    code = ("import hashlib; from dinolab.spacecraft import spacecraft_image; s = spacecraft_image((64, 80), seed=9);"
+    code = ("import hashlib; from dinolab.synth.spacecraft import spacecraft_image; s = spacecraft_image((64, 80), seed=9);"
             "print(hashlib.sha256(s.image.tobytes() + s.labels.tobytes() + s.satellite.encode()).hexdigest())")
     env = dict(os.environ, OMP_NUM_THREADS="2", OPENBLAS_NUM_THREADS="2", PYTHONHASHSEED="77")
     there = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout.strip()

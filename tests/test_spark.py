@@ -13,16 +13,16 @@ import pytest
 import torch
 from PIL import Image
 
-from dinolab.core import InputError, MissingError
-from dinolab.images import ImageDataset
-from dinolab.losses import make_loss
-from dinolab.metrics import ConfusionMatrix
-from dinolab.spacecraft import spacecraft_image, write_spark
-from dinolab.spark import SPARK, WholeValidation, evaluate_unet3plus, infer_unet3plus, layer_names, load_unet3plus, scores_of, spark_pictures, train_unet3plus
-from dinolab.unet3plus import UNet3Plus
+from dinolab.core.errors import InputError, MissingError
+from dinolab.data.images import ImageDataset
+from dinolab.train.losses import make_loss
+from dinolab.train.metrics import ConfusionMatrix
+from dinolab.synth.spacecraft import spacecraft_image, write_spark
+from dinolab.tasks.spark import SPARK, WholeValidation, evaluate_unet3plus, infer_unet3plus, layer_names, load_unet3plus, scores_of, spark_pictures, train_unet3plus
+from dinolab.models.unet3plus import UNet3Plus
 
 TINY = ["--backbone", "resnet10t", "--no_pretrained", "--cat_channels", "4", "--batch_size", "2", "--target_size", "32", "--num_workers", "0", "--validate_every", "1", "--device", "cpu"]
-SCRIPT = "import sys; from dinolab.cli import main; sys.argv[0] = 'dinolab'; main()"
+SCRIPT = "import sys; from dinolab.cli.main import main; sys.argv[0] = 'dinolab'; main()"
 
 
 @pytest.fixture(scope="module")

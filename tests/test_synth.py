@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from dinolab.core import InputError
-from dinolab.synth import EM_CLASSES, LABELS, em_volume
+from dinolab.core.errors import InputError
+from dinolab.synth.em import EM_CLASSES, LABELS, em_volume
 
 COUNTABLE = {LABELS[name] for name in ("nucleus", "mitochondrion", "vesicle", "lipid droplet", "lysosome")}
 sizes = st.tuples(*[st.integers(1, 24)] * 3)
@@ -74,7 +74,7 @@ def test_seeds_differ():
 
 
 def test_same_bytes_in_another_process_with_other_threads():
-    code = ("import hashlib; from dinolab.synth import em_volume; v = em_volume((20, 30, 30), seed=9);"
+    code = ("import hashlib; from dinolab.synth.em import em_volume; v = em_volume((20, 30, 30), seed=9);"
             "print(hashlib.sha256(b''.join(a.tobytes() for a in v[:3])).hexdigest())")
     env = dict(os.environ, OMP_NUM_THREADS="2", OPENBLAS_NUM_THREADS="2", PYTHONHASHSEED="77")
     there = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout.strip()

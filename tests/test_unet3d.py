@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
-from dinolab.core import InputError
-from dinolab.losses import make_loss
-from dinolab.unet3d import DINOv3UNet3D, UNet3D, VoxelLinear, feature_bytes, halvings, standardise, target_size
-from dinolab.upsample import record_voxels, resize
+from dinolab.core.errors import InputError
+from dinolab.train.losses import make_loss
+from dinolab.models.unet3d import DINOv3UNet3D, UNet3D, VoxelLinear, feature_bytes, halvings, standardise, target_size
+from dinolab.models.upsample import record_voxels, resize
 
 PLANES = dict(xy=(8, 2, 2), xz=(2, 8, 2), yz=(2, 2, 8))
 

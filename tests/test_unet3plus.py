@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
-from dinolab.backbones import FeatureSpec
-from dinolab.core import InputError, MissingError
-from dinolab.unet3plus import (FullDecoder, Judged, SimpleDecoder, UNet3Plus, UNet3PlusHead, gate, multiplications, presence_loss, set_paper_order, shifted_matrices, upsampled_conv)
+from dinolab.models.backbones import FeatureSpec
+from dinolab.core.errors import InputError, MissingError
+from dinolab.models.unet3plus import FullDecoder, Judged, SimpleDecoder, UNet3Plus, UNet3PlusHead, gate, multiplications, presence_loss, set_paper_order, shifted_matrices, upsampled_conv
 
 
 def rand(*shape): return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
@@ -110,7 +110,7 @@ def test_side_outputs_cover_what_their_cells_cover():
     with torch.no_grad():
         for f in net.head.classify: f.weight.zero_(); f.bias.fill_(2.)
         assert all((o == 2).all() for o in net(torch.rand(2, 3, 70, 45)))
-    from dinolab.heads import covered, fit_logits
+    from dinolab.models.heads import covered, fit_logits
     ramp = (torch.arange(3.) * 32 + 15.5)[None, None, None].expand(1, 1, 3, 3)  # pixel positions of the middles of cells of stride 32
     assert (fit_logits(ramp, covered((3, 3), 32), (70, 70))[0, 0, 0, 16:70] - torch.arange(16., 70)).abs().max() < 1e-4
 

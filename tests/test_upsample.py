@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch.autograd import gradcheck
 
-from dinolab.core import InputError
-from dinolab.neighborhood import NeighborhoodFilter
-from dinolab.upsample import LINEAR, UPSAMPLERS, Guided, Interpolate, JointBilateral, Transpose, cell_tables, choose_upsampler, create_upsampler, from_cells, record_voxels, resize, stages, to_cells
+from dinolab.core.errors import InputError
+from dinolab.models.neighborhood import NeighborhoodFilter
+from dinolab.models.upsample import LINEAR, UPSAMPLERS, Guided, Interpolate, JointBilateral, Transpose, cell_tables, choose_upsampler, create_upsampler, from_cells, record_voxels, resize, stages, to_cells
 
 pairs = lambda small, large: st.integers(2, 3).flatmap(lambda d: st.tuples(st.tuples(*[st.integers(1, small)] * d), st.tuples(*[st.integers(1, large)] * d)))
 
