@@ -1,4 +1,5 @@
 "What the tests share."
+
 import os
 import signal
 
@@ -7,7 +8,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest  # noqa: E402
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would the commands that the tests interrupt
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell's background jobs ignore it, and so would the commands that the tests interrupt
 
 
 def pytest_configure(config):
@@ -26,4 +29,5 @@ def pytest_collection_modifyitems(items):
 def _one_thread():
     "Tests run beside each other on small machines."
     import torch
+
     torch.set_num_threads(1)

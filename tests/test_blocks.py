@@ -1,4 +1,5 @@
 "Blocks: workers that are killed, runs that are killed, work that is interrupted."
+
 import os
 import pickle
 import signal
@@ -19,28 +20,40 @@ from dinolab.core.errors import InputError
 
 class Fill:
     "Writes one more than the number of its block, slowly, and notes who did it."
-    def __init__(self, array, log, seconds=0.0): self.array, self.log, self.seconds = array, str(log), seconds
+
+    def __init__(self, array, log, seconds=0.0):
+        self.array, self.log, self.seconds = array, str(log), seconds
+
     def __call__(self, block):
-        with open(self.log, "a") as f: f.write(f"{os.getpid()} {block.index}\n")
+        with open(self.log, "a") as f:
+            f.write(f"{os.getpid()} {block.index}\n")
         time.sleep(self.seconds)
         self.array[block.write] = 1 + np.ravel_multi_index(block.index, (4, 4))
 
 
 class Die(Fill):
-    def __call__(self, block): os._exit(1)
+    def __call__(self, block):
+        os._exit(1)
 
 
 def job(tmp_path, kind=Fill, seconds=0.02):
     "A task of 16 blocks, the blocks, and their record."
     blocks = make_blocks((16, 16), (4, 4), (0, 0))
-    array = zarr.create_array(tmp_path/"out.zarr", shape=(16, 16), chunks=(4, 4), dtype="u1")
-    return kind(array, tmp_path/"log", seconds), blocks, Done.create(zarr.open_group(tmp_path/"done.zarr", mode="w"), blocks)
+    array = zarr.create_array(tmp_path / "out.zarr", shape=(16, 16), chunks=(4, 4), dtype="u1")
+    return (
+        kind(array, tmp_path / "log", seconds),
+        blocks,
+        Done.create(zarr.open_group(tmp_path / "done.zarr", mode="w"), blocks),
+    )
 
 
 def calls(tmp_path):
     "Lines of the log: (process, block)."
-    if not (tmp_path/"log").exists(): return []
-    return [(int(line.split()[0]), line.split(" ", 1)[1]) for line in (tmp_path/"log").read_text().splitlines()]
+    if not (tmp_path / "log").exists():
+        return []
+    return [
+        (int(line.split()[0]), line.split(" ", 1)[1]) for line in (tmp_path / "log").read_text().splitlines()
+    ]
 
 
 def wait(condition, seconds=60):
@@ -57,29 +70,42 @@ def whole(task, done):
 
 def kill_a_worker(tmp_path, after=4):
     "SIGKILL for the process that did the last block, once some are done."
+
     def run():
         wait(lambda: len(calls(tmp_path)) >= after)
         os.kill(calls(tmp_path)[-1][0], signal.SIGKILL)
+
     thread = threading.Thread(target=run)
     thread.start()
     return thread
 
 
 @settings(max_examples=50, deadline=None)
-@given(shape=st.tuples(*[st.integers(1, 9)] * 3), size=st.tuples(*[st.integers(1, 5)] * 3), halo=st.tuples(*[st.integers(0, 3)] * 3))
+@given(
+    shape=st.tuples(*[st.integers(1, 9)] * 3),
+    size=st.tuples(*[st.integers(1, 5)] * 3),
+    halo=st.tuples(*[st.integers(0, 3)] * 3),
+)
 def test_blocks_write_each_voxel_once_and_read_a_halo(shape, size, halo):
     count = np.zeros(shape, int)
     for b in make_blocks(shape, size, halo):
         count[b.write] += 1
-        assert all(r.start == w.start - h and r.stop - r.start == s + 2 * h and r.stop >= w.stop + h for r, w, s, h in zip(b.read, b.write, size, halo))
+        assert all(
+            r.start == w.start - h and r.stop - r.start == s + 2 * h and r.stop >= w.stop + h
+            for r, w, s, h in zip(b.read, b.write, size, halo)
+        )
     assert (count == 1).all()
 
 
-@pytest.mark.parametrize("shards,bad,good", [(None, (6, 4, 4), (8, 4, 4)), ((8, 8, 8), (4, 8, 8), (8, 16, 8)), ((8, 8, 8), (8, 8, 4), (24, 8, 8))])
+@pytest.mark.parametrize(
+    "shards,bad,good",
+    [(None, (6, 4, 4), (8, 4, 4)), ((8, 8, 8), (4, 8, 8), (8, 16, 8)), ((8, 8, 8), (8, 8, 4), (24, 8, 8))],
+)
 def test_blocks_of_parts_of_chunks_are_refused(shards, bad, good):
     array = zarr.create_array({}, shape=(20, 20, 20), chunks=(4, 4, 4), shards=shards, dtype="u1")
     check_aligned(array, good)
-    with pytest.raises(InputError, match="expected whole chunks"): check_aligned(array, bad)
+    with pytest.raises(InputError, match="expected whole chunks"):
+        check_aligned(array, bad)
 
 
 def test_a_killed_worker_costs_at_most_the_blocks_at_hand(tmp_path):
@@ -95,7 +121,11 @@ def test_a_killed_worker_costs_at_most_the_blocks_at_hand(tmp_path):
 def test_a_task_that_kills_its_workers_is_an_error(tmp_path):
     task, blocks, done = job(tmp_path, Die)
     results = list(_processes(task, blocks, done, 2, restarts=0))
-    assert len(results) == 16 and all("killed again and again" in str(e) for _, e in results) and not done.all().any()
+    assert (
+        len(results) == 16
+        and all("killed again and again" in str(e) for _, e in results)
+        and not done.all().any()
+    )
 
 
 def test_interrupted_work_drops_what_is_not_begun(tmp_path):
@@ -106,7 +136,8 @@ def test_interrupted_work_drops_what_is_not_begun(tmp_path):
     assert 1 <= done.all().sum() == len(calls(tmp_path)) < 10
 
 
-def _run(task, blocks, done): run_blocks(task, blocks, done, workers=2)
+def _run(task, blocks, done):
+    run_blocks(task, blocks, done, workers=2)
 
 
 def test_workers_end_with_the_run(tmp_path):
@@ -128,14 +159,21 @@ def test_workers_end_with_the_run(tmp_path):
 
 
 def alive(pid):
-    try: return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except OSError: return False
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
 
 
 def test_dask_with_a_killed_worker(tmp_path):
     distributed = pytest.importorskip("distributed")
     task, blocks, done = job(tmp_path, seconds=0.1)
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster, distributed.Client(cluster) as client:
+    with (
+        distributed.LocalCluster(
+            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
+        ) as cluster,
+        distributed.Client(cluster) as client,
+    ):
         thread = kill_a_worker(tmp_path)
         assert run_blocks(task, blocks, done, client=client) == dict(done=16, skipped=0)
         thread.join()
@@ -149,8 +187,11 @@ def test_dask_reports_failed_blocks(tmp_path):
     distributed = pytest.importorskip("distributed")
     task, blocks, done = job(tmp_path)
     task.array = None  # TypeError in every block
-    with distributed.Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None) as client:
-        with pytest.raises(RuntimeError, match="16 of 16 blocks failed, the first at"): run_blocks(task, blocks, done, client=client)
+    with distributed.Client(
+        processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None
+    ) as client:
+        with pytest.raises(RuntimeError, match="16 of 16 blocks failed, the first at"):
+            run_blocks(task, blocks, done, client=client)
     assert not done.all().any()
 
 
@@ -163,10 +204,12 @@ def test_the_lock_is_gone_with_its_process(tmp_path):
             time.sleep(60)
     os.read(read, 6)
     with pytest.raises(InputError, match=f"in use by process {pid}"):
-        with lock_folder(tmp_path): pass
+        with lock_folder(tmp_path):
+            pass
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    with lock_folder(tmp_path): pass
+    with lock_folder(tmp_path):
+        pass
     assert not any(tmp_path.iterdir())
 
 

@@ -1,4 +1,5 @@
 "The command `dinolab features`: a run from end to end, and bad input in one line with nothing left behind."
+
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -13,7 +14,8 @@ TINY = ["--backbone", "vit_tiny_patch16_224", "--layers", "0,1", "--pixel-size",
 
 def dinolab(*args):
     done = CliRunner().invoke(app, ["features", *map(str, args)], prog_name="dinolab")
-    if isinstance(done.exception, (InputError, ImportError)): raise done.exception
+    if isinstance(done.exception, (InputError, ImportError)):
+        raise done.exception
     return done
 
 
@@ -21,28 +23,47 @@ def dinolab(*args):
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("cli")
     x = np.random.default_rng(0).integers(0, 255, (20, 33, 37)).astype(np.uint8)
-    write_multiscale(path/"raw.zarr", x, voxel_size=(16, 8, 8), origin=(100, 0, 50), levels=2)
-    np.save(path/"raw.npy", x)
-    np.save(path/"bool.npy", x > 128)
-    np.save(path/"text.npy", x.astype(str))
-    np.save(path/"constant.npy", x * 0 + 7)
-    np.save(path/"nan.npy", np.where(x > 250, np.nan, x.astype(np.float32)))
-    np.save(path/"two.npy", x[0])
+    write_multiscale(path / "raw.zarr", x, voxel_size=(16, 8, 8), origin=(100, 0, 50), levels=2)
+    np.save(path / "raw.npy", x)
+    np.save(path / "bool.npy", x > 128)
+    np.save(path / "text.npy", x.astype(str))
+    np.save(path / "constant.npy", x * 0 + 7)
+    np.save(path / "nan.npy", np.where(x > 250, np.nan, x.astype(np.float32)))
+    np.save(path / "two.npy", x[0])
     return path
 
 
 def test_from_file_to_store(folder, tmp_path):
-    done = dinolab(folder/"raw.zarr", tmp_path/"f.zarr", *TINY, "--voxel-size", "16", "--raw-resolution", "16,8,8", "--planes", "xy,yz", "--components", "8", "--slice-stride", "2")
+    done = dinolab(
+        folder / "raw.zarr",
+        tmp_path / "f.zarr",
+        *TINY,
+        "--voxel-size",
+        "16",
+        "--raw-resolution",
+        "16,8,8",
+        "--planes",
+        "xy,yz",
+        "--components",
+        "8",
+        "--slice-stride",
+        "2",
+    )
     assert done.exit_code == 0, done.output
-    f = open_features(tmp_path/"f.zarr")
+    f = open_features(tmp_path / "f.zarr")
     assert f.channels == 8 and f.grid.voxel_size == (16, 16, 16) and f.shape == (20, 17, 19)
     assert f.grid.corner == (92, -4, 46)
-    assert open_multiscale(tmp_path/"f.zarr/rgb", channel=2).levels[0].grid == f.grid
+    assert open_multiscale(tmp_path / "f.zarr/rgb", channel=2).levels[0].grid == f.grid
     assert "backbone" in done.output and "images" in done.output
 
 
 def test_boolean_masks_are_images(folder, tmp_path):
-    assert dinolab(folder/"bool.npy", tmp_path/"f.zarr", *TINY, "--source-voxel-size", "8", "--planes", "xy").exit_code == 0
+    assert (
+        dinolab(
+            folder / "bool.npy", tmp_path / "f.zarr", *TINY, "--source-voxel-size", "8", "--planes", "xy"
+        ).exit_code
+        == 0
+    )
 
 
 BAD = {
@@ -81,25 +102,35 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line_and_leaves_nothing(folder, tmp_path, case):
     (source, *options), message = BAD[case]
-    with pytest.raises(InputError) as e: dinolab(folder/source, tmp_path/"out.zarr", *TINY, *options)
+    with pytest.raises(InputError) as e:
+        dinolab(folder / source, tmp_path / "out.zarr", *TINY, *options)
     assert message in str(e.value) and "\n" not in str(e.value), str(e.value)
-    assert not (tmp_path/"out.zarr").exists()
+    assert not (tmp_path / "out.zarr").exists()
 
 
 def test_the_source_is_never_touched(folder, tmp_path):
-    (folder/"raw.zarr/mine.partial").write_text("not yours")
-    for out in (folder/"raw.zarr", folder/"raw.zarr/inside"):
-        with pytest.raises(InputError): dinolab(folder/"raw.zarr", out, *TINY)
-    assert (folder/"raw.zarr/mine.partial").read_text() == "not yours" and not (folder/"raw.zarr/inside").exists()
+    (folder / "raw.zarr/mine.partial").write_text("not yours")
+    for out in (folder / "raw.zarr", folder / "raw.zarr/inside"):
+        with pytest.raises(InputError):
+            dinolab(folder / "raw.zarr", out, *TINY)
+    assert (folder / "raw.zarr/mine.partial").read_text() == "not yours" and not (
+        folder / "raw.zarr/inside"
+    ).exists()
 
 
 def test_a_corrected_run_may_use_the_same_store(folder, tmp_path):
     "A refused run must not bind its store to the wrong settings."
     for wrong in (["--block", "24"], ["--components", "500"]):
-        with pytest.raises(InputError): dinolab(folder/"raw.zarr", tmp_path/"f.zarr", *TINY, *wrong)
-    assert dinolab(folder/"raw.zarr", tmp_path/"f.zarr", *TINY, "--planes", "xy").exit_code == 0
+        with pytest.raises(InputError):
+            dinolab(folder / "raw.zarr", tmp_path / "f.zarr", *TINY, *wrong)
+    assert dinolab(folder / "raw.zarr", tmp_path / "f.zarr", *TINY, "--planes", "xy").exit_code == 0
 
 
 def test_the_picture_needs_three_channels(folder, tmp_path):
-    assert dinolab(folder/"raw.zarr", tmp_path/"f.zarr", *TINY, "--components", "2", "--no-rgb", "--planes", "xy").exit_code == 0
-    assert open_features(tmp_path/"f.zarr").channels == 2 and not (tmp_path/"f.zarr/rgb").exists()
+    assert (
+        dinolab(
+            folder / "raw.zarr", tmp_path / "f.zarr", *TINY, "--components", "2", "--no-rgb", "--planes", "xy"
+        ).exit_code
+        == 0
+    )
+    assert open_features(tmp_path / "f.zarr").channels == 2 and not (tmp_path / "f.zarr/rgb").exists()

@@ -1,4 +1,5 @@
 """Getting data: whole or absent, verified, never fetched twice."""
+
 import hashlib
 import io
 import json
@@ -11,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 
 import dinolab.data.fetch as data
 from dinolab.core.errors import InputError, MissingError
-from dinolab.data.fetch import GENERATORS, check_data, choose, file_state, get_data, list_data, parts
+from dinolab.data.fetch import GENERATORS, check_data, choose, file_state, get_data, list_data
 from dinolab.data.manifest import File, load_manifest, parse_manifest
 
 SHIPPED = Path(__file__).parent.parent / "data_manifests"
@@ -45,14 +46,21 @@ def server():
 
 class Half(io.BytesIO):
     "Gives the first 2 MiB, then the error of the server."
+
     def read(self, n=-1):
-        if self.tell() >= 2**21: raise Cut.error
+        if self.tell() >= 2**21:
+            raise Cut.error
         return super().read(n)
+
 
 class Cut(fsspec.AbstractFileSystem):
     "A server that breaks off, with an error of the test's choice."
+
     protocol = "cut"
-    def open(self, path, mode="rb", **kwargs): return Half(BYTES)
+
+    def open(self, path, mode="rb", **kwargs):
+        return Half(BYTES)
+
 
 fsspec.register_implementation("cut", Cut, clobber=True)
 
@@ -67,17 +75,30 @@ def test_download_then_nothing_to_do(tmp_path, server, monkeypatch):
     assert path.stat().st_mtime_ns == before.st_mtime_ns and path.stat().st_ino == before.st_ino
 
 
-@pytest.mark.parametrize("sha256, size, said", [("f" * 64, len(BYTES), f"got sha256 {SHA}, expected {'f' * 64}"), (SHA, 12, "expected 12")])
+@pytest.mark.parametrize(
+    "sha256, size, said",
+    [("f" * 64, len(BYTES), f"got sha256 {SHA}, expected {'f' * 64}"), (SHA, 12, "expected 12")],
+)
 def test_wrong_bytes_leave_nothing(tmp_path, server, sha256, size, said):
-    with pytest.raises(InputError, match=said): get_data(manifest(server, sha256, size), tmp_path)
+    with pytest.raises(InputError, match=said):
+        get_data(manifest(server, sha256, size), tmp_path)
     assert everything(tmp_path) == []
 
 
-@pytest.mark.parametrize("error", [OSError("connection lost"), TimeoutError("too slow"), RuntimeError("odd server"), KeyboardInterrupt("Ctrl-C")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("connection lost"),
+        TimeoutError("too slow"),
+        RuntimeError("odd server"),
+        KeyboardInterrupt("Ctrl-C"),
+    ],
+)
 def test_interrupted_download_leaves_nothing_and_can_be_repeated(tmp_path, server, error):
     Cut.error = error
     expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else InputError
-    with pytest.raises(expected, match=str(error)): get_data(manifest("cut://server"), tmp_path)
+    with pytest.raises(expected, match=str(error)):
+        get_data(manifest("cut://server"), tmp_path)
     assert everything(tmp_path) == []
     get_data(manifest(server), tmp_path)
     assert everything(tmp_path) == ["m/deep/a.bin"]
@@ -85,43 +106,59 @@ def test_interrupted_download_leaves_nothing_and_can_be_repeated(tmp_path, serve
 
 def test_complete_files_are_kept_when_a_later_one_fails(tmp_path, server, monkeypatch):
     two = f"  b: {{files: {{raw: {{path: b.bin, sha256: {SHA}}}}}}}"
-    with pytest.raises(MissingError, match="no file memory://server/b.bin"): get_data(manifest(server, more=two), tmp_path)
+    with pytest.raises(MissingError, match="no file memory://server/b.bin"):
+        get_data(manifest(server, more=two), tmp_path)
     assert everything(tmp_path) == ["m/deep/a.bin"]
     before = (tmp_path / "m/deep/a.bin").stat().st_mtime_ns
     fsspec.filesystem("memory").pipe("/server/b.bin", BYTES)
     get_data(manifest(server, more=two), tmp_path)
-    assert everything(tmp_path) == ["m/b.bin", "m/deep/a.bin"] and (tmp_path / "m/deep/a.bin").stat().st_mtime_ns == before
+    assert (
+        everything(tmp_path) == ["m/b.bin", "m/deep/a.bin"]
+        and (tmp_path / "m/deep/a.bin").stat().st_mtime_ns == before
+    )
 
 
 def test_changed_file_is_neither_returned_nor_replaced(tmp_path, server):
     path = Path(get_data(manifest(server), tmp_path).files["a"]["raw"])
     path.write_bytes(BYTES[:-1] + bytes([BYTES[-1] ^ 1]))
     changed = path.read_bytes()
-    with pytest.raises(InputError, match="move or delete it"): get_data(manifest(server), tmp_path)
+    with pytest.raises(InputError, match="move or delete it"):
+        get_data(manifest(server), tmp_path)
     assert path.read_bytes() == changed
-    row, = check_data(manifest(server), tmp_path)
-    assert row["state"] == "wrong" and f"expected {SHA}" in row["detail"] and hashlib.sha256(changed).hexdigest() in row["detail"]
+    (row,) = check_data(manifest(server), tmp_path)
+    assert (
+        row["state"] == "wrong"
+        and f"expected {SHA}" in row["detail"]
+        and hashlib.sha256(changed).hexdigest() in row["detail"]
+    )
 
 
 def test_unwritable_root_is_one_line(tmp_path, server):
     (tmp_path / "m").write_text("in the way")
-    with pytest.raises(InputError, match="choose another root") as e: get_data(manifest(server), tmp_path)
+    with pytest.raises(InputError, match="choose another root") as e:
+        get_data(manifest(server), tmp_path)
     assert "\n" not in str(e.value)
 
 
 def test_missing_protocol_package_names_the_extra(tmp_path, monkeypatch):
-    def no_s3(*args, **kwargs): raise ImportError("Install s3fs to access S3")
+    def no_s3(*args, **kwargs):
+        raise ImportError("Install s3fs to access S3")
+
     monkeypatch.setattr(fsspec, "open", no_s3)
-    with pytest.raises(ImportError, match=r"dinolab\[remote\]"): get_data(manifest("s3://bucket"), tmp_path)
+    with pytest.raises(ImportError, match=r"dinolab\[remote\]"):
+        get_data(manifest("s3://bucket"), tmp_path)
 
 
 def test_public_buckets_are_opened_without_an_account(tmp_path, monkeypatch):
     asked = {}
+
     def note(where, mode, **options):
         asked.update(options, where=where)
         raise FileNotFoundError
+
     monkeypatch.setattr(fsspec, "open", note)
-    with pytest.raises(MissingError): get_data(manifest("s3://bucket/"), tmp_path)
+    with pytest.raises(MissingError):
+        get_data(manifest("s3://bucket/"), tmp_path)
     assert asked == dict(where="s3://bucket/deep/a.bin", anon=True)
 
 
@@ -132,7 +169,8 @@ def test_local_files_stay_in_place(tmp_path):
     assert get_data(m, tmp_path / "data").files["a"]["raw"] == str(tmp_path / "here/deep/a.bin")
     assert not (tmp_path / "data").exists()
     (tmp_path / "here/deep/a.bin").unlink()
-    with pytest.raises(MissingError, match="put it there"): get_data(m, tmp_path / "data")
+    with pytest.raises(MissingError, match="put it there"):
+        get_data(m, tmp_path / "data")
 
 
 def test_check_reports_all_problems(tmp_path, server):
@@ -141,7 +179,9 @@ def test_check_reports_all_problems(tmp_path, server):
     for name, content in (("m/b.bin", BYTES), ("m/c.bin", b"other")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
-    assert {row["case"]: row["state"] for row in check_data(m, tmp_path)} == dict(a="missing", b="ok", c="wrong", d="missing")
+    assert {row["case"]: row["state"] for row in check_data(m, tmp_path)} == dict(
+        a="missing", b="ok", c="wrong", d="missing"
+    )
 
 
 @settings(max_examples=30, deadline=None)
@@ -166,13 +206,16 @@ cases:
 splits: {train: [a], test: [b]}
 """
 
+
 @pytest.fixture
 def toy(monkeypatch):
     made = []
+
     def make(folder, size, seed):
         made.append(seed)
         (folder / "raw").write_text(str([seed] * size))
         return dict(raw="raw")
+
     monkeypatch.setitem(GENERATORS, "toy", make)
     return made
 
@@ -191,15 +234,21 @@ def test_other_parameters_are_not_mixed(tmp_path, toy):
     get_data(parse_manifest(SYNTH), tmp_path)
     other = parse_manifest(SYNTH.replace("size: 4", "size: 5"))
     assert {row["state"] for row in check_data(other, tmp_path)} == {"wrong"}
-    with pytest.raises(InputError, match="'size': 4"): get_data(other, tmp_path)
+    with pytest.raises(InputError, match="'size': 4"):
+        get_data(other, tmp_path)
     assert toy == [1, 2]
 
 
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path, toy):
     (tmp_path / "toys/a.zarr").mkdir(parents=True)
     (tmp_path / "toys/a.zarr/raw").write_text("mine")
-    with pytest.raises(InputError, match="not generated"): get_data(parse_manifest(SYNTH), tmp_path)
-    assert everything(tmp_path) == ["toys/a.zarr/raw"] and (tmp_path / "toys/a.zarr/raw").read_text() == "mine" and toy == []
+    with pytest.raises(InputError, match="not generated"):
+        get_data(parse_manifest(SYNTH), tmp_path)
+    assert (
+        everything(tmp_path) == ["toys/a.zarr/raw"]
+        and (tmp_path / "toys/a.zarr/raw").read_text() == "mine"
+        and toy == []
+    )
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, MemoryError])
@@ -207,17 +256,22 @@ def test_failed_generator_leaves_nothing(tmp_path, monkeypatch, error):
     def make(folder, size, seed):
         (folder / "raw").write_text("half")
         raise error
+
     monkeypatch.setitem(GENERATORS, "toy", make)
-    with pytest.raises(error): get_data(parse_manifest(SYNTH), tmp_path)
+    with pytest.raises(error):
+        get_data(parse_manifest(SYNTH), tmp_path)
     assert everything(tmp_path) == []
 
 
 def test_two_processes_may_make_the_same(tmp_path, toy, monkeypatch):
     inner = GENERATORS["toy"]
+
     def slow(folder, size, seed):  # while it works, another one finishes the same case
         files = inner(folder, size, seed)
-        if len(toy) == 1: get_data(parse_manifest(SYNTH), tmp_path, only="a")
+        if len(toy) == 1:
+            get_data(parse_manifest(SYNTH), tmp_path, only="a")
         return files
+
     monkeypatch.setitem(GENERATORS, "toy", slow)
     get_data(parse_manifest(SYNTH), tmp_path, only="a")
     assert toy == [1, 1] and everything(tmp_path) == ["toys/a.zarr/raw", "toys/a.zarr/zarr.json"]
@@ -225,12 +279,14 @@ def test_two_processes_may_make_the_same(tmp_path, toy, monkeypatch):
 
 
 def test_unknown_generator_names_the_nearest(tmp_path):
-    with pytest.raises(InputError, match="did you mean 'em'"): get_data(parse_manifest(SYNTH.replace("synth:toy", "synth:emm")), tmp_path)
+    with pytest.raises(InputError, match="did you mean 'em'"):
+        get_data(parse_manifest(SYNTH.replace("synth:toy", "synth:emm")), tmp_path)
     assert everything(tmp_path) == []
 
 
 def test_example4d_is_the_file_in_nibabel(tmp_path):
     import nibabel
+
     m = load_manifest("example4d", SHIPPED)
     image = nibabel.load(get_data(m, tmp_path).files["example4d"]["raw"])
     assert image.shape == (128, 96, 24, 2) and image.get_data_dtype() == "int16"
@@ -240,21 +296,30 @@ def test_example4d_is_the_file_in_nibabel(tmp_path):
 @pytest.mark.parametrize("name", ["jrc_hela-2", "jrc_mus-liver", "jrc_cos7-1a"])
 def test_openorganelle_stays_remote(tmp_path, name):
     m = load_manifest(name, SHIPPED)
-    assert get_data(m, tmp_path).files[name]["raw"] == f"s3://janelia-cosem-datasets/{name}/{name}.zarr/recon-1/em/fibsem-uint8"
+    assert (
+        get_data(m, tmp_path).files[name]["raw"]
+        == f"s3://janelia-cosem-datasets/{name}/{name}.zarr/recon-1/em/fibsem-uint8"
+    )
     assert [row["state"] for row in check_data(m, tmp_path)] == ["remote"] and everything(tmp_path) == []
 
 
 def test_choose():
     m = load_manifest("em_phantom", SHIPPED)
     assert choose(m) == m.names() and choose(m, ["valid", "train-0", "train"])[:2] == ["valid-0", "train-0"]
-    with pytest.raises(InputError, match="did you mean 'train'"): choose(m, "trian")
+    with pytest.raises(InputError, match="did you mean 'train'"):
+        choose(m, "trian")
 
 
 def test_list_survives_a_bad_manifest(tmp_path):
     (tmp_path / "good.yaml").write_text(SYNTH.replace("toys", "good"))
     (tmp_path / "bad.yaml").write_text("name: bad\n")
-    (tmp_path / "away.yaml").write_text(SYNTH.replace("toys", "away").replace("synth:toy", "package:no_such_package").replace("parameters: {size: 4}", "").replace(
-        "parameters: {seed: 1}", "files: {raw: {path: a, sha256: %s}}" % SHA).replace("parameters: {seed: 2}", "files: {raw: {path: b, sha256: %s}}" % SHA[::-1]))
+    (tmp_path / "away.yaml").write_text(
+        SYNTH.replace("toys", "away")
+        .replace("synth:toy", "package:no_such_package")
+        .replace("parameters: {size: 4}", "")
+        .replace("parameters: {seed: 1}", "files: {raw: {path: a, sha256: %s}}" % SHA)
+        .replace("parameters: {seed: 2}", "files: {raw: {path: b, sha256: %s}}" % SHA[::-1])
+    )
     rows = {row["name"]: row for row in list_data(tmp_path, tmp_path / "data")}
     assert "bad.yaml:1: missing key" in rows["bad"]["problem"]
     assert rows["good"]["here"] == rows["away"]["here"] == "no" and rows["good"]["splits"] == "train:1 test:1"
@@ -270,24 +335,30 @@ def test_list_counts_what_is_here(tmp_path, toy):
 
 def test_settings_reach_the_reader(tmp_path):
     from dinolab.data.fetch import open_volumes
-    (case, images), = open_volumes(load_manifest("example4d", SHIPPED), "test", tmp_path)
-    level, = images["raw"].levels
+
+    ((case, images),) = open_volumes(load_manifest("example4d", SHIPPED), "test", tmp_path)
+    (level,) = images["raw"].levels
     assert level.shape == (24, 96, 128) and level.voxel_size == pytest.approx((2.2e6, 2e6, 2e6), rel=1e-5)
-    without = load_manifest("example4d", SHIPPED).model_copy(update=dict(read=data.Manifest.model_fields["read"].default))
-    with pytest.raises(InputError, match="axis t has 2 entries"): list(open_volumes(without, "test", tmp_path))
+    without = load_manifest("example4d", SHIPPED).model_copy(
+        update=dict(read=data.Manifest.model_fields["read"].default)
+    )
+    with pytest.raises(InputError, match="axis t has 2 entries"):
+        list(open_volumes(without, "test", tmp_path))
 
 
 def test_manifest_can_correct_the_origins_of_levels(tmp_path):
     import numpy as np
     from dinolab.data.fetch import open_volumes
     from dinolab.volumes.volume import write_multiscale
+
     folder = tmp_path / "em" / "a.zarr"
     write_multiscale(folder, np.arange(8**3, dtype="uint16").reshape(8, 8, 8), voxel_size=8, levels=3)
     meta = json.loads((folder / "zarr.json").read_text())
-    for level in meta["attributes"]["ome"]["multiscales"][0]["datasets"]: level["coordinateTransformations"] = level["coordinateTransformations"][:1]
+    for level in meta["attributes"]["ome"]["multiscales"][0]["datasets"]:
+        level["coordinateTransformations"] = level["coordinateTransformations"][:1]
     (folder / "zarr.json").write_text(json.dumps(meta))
     text = f"{{name: m, kind: volume, licence: x, citation: x, source: {tmp_path}/em, cases: {{a: {{files: {{raw: a.zarr}}, read: {{origin: corner}}}}}}}}"
-    (_, images), = open_volumes(parse_manifest(text), root=tmp_path)
+    ((_, images),) = open_volumes(parse_manifest(text), root=tmp_path)
     assert [v.origin for v in images["raw"].levels] == [(0, 0, 0), (4, 4, 4), (12, 12, 12)]
     assert [v.grid.corner for v in images["raw"].levels] == [(-4, -4, -4)] * 3
 
@@ -296,12 +367,18 @@ def test_phantom_manifest_says_what_the_generator_makes(tmp_path):
     import numpy as np
     from dinolab.data.fetch import open_volumes
     from dinolab.synth.em import EM_CLASSES, em_volume
+
     m = load_manifest("em_phantom", SHIPPED)
     assert {c.value: (c.name, c.colour) for c in m.classes} == EM_CLASSES
-    assert {split: len(names) for split, names in m.splits.items()} == dict(train=3, valid=1, test=2, anisotropic=1)
+    assert {split: len(names) for split, names in m.splits.items()} == dict(
+        train=3, valid=1, test=2, anisotropic=1
+    )
     small = m.model_copy(update=dict(parameters=dict(shape=[24, 24, 24], voxel_size=[8, 8, 8])))
-    (case, images), = open_volumes(small, "valid-0", tmp_path)
-    assert {role: [v.shape for v in image.levels] for role, image in images.items()} == {role: [(n, n, n) for n in (24, 12, 6, 3)] for role in ("raw", "labels", "instances")}
+    ((case, images),) = open_volumes(small, "valid-0", tmp_path)
+    assert {role: [v.shape for v in image.levels] for role, image in images.items()} == {
+        role: [(n, n, n) for n in (24, 12, 6, 3)] for role in ("raw", "labels", "instances")
+    }
     assert [v.voxel_size for v in images["raw"].levels] == [(n, n, n) for n in (8, 16, 32, 64)]
     truth = em_volume((24, 24, 24), voxel_size=(8, 8, 8), seed=m.parameters_of("valid-0")["seed"])
-    for role in images: np.testing.assert_array_equal(images[role].levels[0].read(), getattr(truth, role))
+    for role in images:
+        np.testing.assert_array_equal(images[role].levels[0].read(), getattr(truth, role))

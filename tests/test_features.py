@@ -1,10 +1,9 @@
 "Features: against plain computation, across blocks, through kills, and on bad input."
+
 import os
 import random
-import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -21,50 +20,85 @@ from dinolab.models.backbones import FeatureSpec, create_backbone
 from dinolab.core.errors import InputError
 import dinolab.features.extract
 from dinolab.volumes.blocks import make_blocks
-from dinolab.features.extract import PLANES, PatchMean, Plan, _Extraction, extract_block, intensity_range, raw_region, slice_weights, extract_features_3d, extract_native, extract_to_zarr, open_features
+from dinolab.features.extract import (
+    PLANES,
+    PatchMean,
+    Plan,
+    _Extraction,
+    extract_block,
+    intensity_range,
+    raw_region,
+    slice_weights,
+    extract_features_3d,
+    extract_native,
+    extract_to_zarr,
+    open_features,
+)
 from dinolab.volumes.volume import Grid, Volume, open_multiscale, write_multiscale
 
 
 class LocalNet(torch.nn.Module):
     "Patch means, then two 3 × 3 convolutions on the patch grid: context of two patches, nothing beyond."
+
     def __init__(self, stride=4, channels=8):
         super().__init__()
         torch.manual_seed(0)
         self.spec, self.stride = FeatureSpec((channels,), (stride,)), stride
-        self.net = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3, padding=1), torch.nn.Tanh(), torch.nn.Conv2d(16, channels, 3, padding=1))
+        self.net = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 16, 3, padding=1), torch.nn.Tanh(), torch.nn.Conv2d(16, channels, 3, padding=1)
+        )
 
-    def forward(self, x): return [self.net(F.avg_pool2d(x, self.stride))]
+    def forward(self, x):
+        return [self.net(F.avg_pool2d(x, self.stride))]
 
 
 class Pyramid(torch.nn.Module):
     "Two maps of different stride."
+
     spec = FeatureSpec((3, 3), (4, 8))
-    def forward(self, x): return [F.avg_pool2d(x, 4), F.avg_pool2d(x, 8)]
+
+    def forward(self, x):
+        return [F.avg_pool2d(x, 4), F.avg_pool2d(x, 8)]
 
 
 @pytest.fixture(scope="module")
-def blobs(): return gaussian_filter(np.random.default_rng(0).normal(size=(48, 48, 48)), 2).astype(np.float32)
+def blobs():
+    return gaussian_filter(np.random.default_rng(0).normal(size=(48, 48, 48)), 2).astype(np.float32)
 
 
-def volume(x, voxel=8): return Volume(x, Grid(x.shape, voxel, (100, 0, -50)))
+def volume(x, voxel=8):
+    return Volume(x, Grid(x.shape, voxel, (100, 0, -50)))
 
 
 def test_layout_and_units(blobs):
     v = Volume(blobs[:20, :30], Grid((20, 30, 48), (20, 8, 8)))
     features, info = extract_features_3d(v, PatchMean(4), target_output_size=(10, 15, 24), slice_size=96)
     assert features.shape == (3, 10, 15, 24) and info["grid"].voxel_size == (40, 16, 16)
-    assert info["images"] == 20 + 30 + 48 and info["pixel_nm"] == 4.1666666666666666 and set(info["seconds"]) >= {"read", "xy/backbone", "yz/fuse"}
+    assert (
+        info["images"] == 20 + 30 + 48
+        and info["pixel_nm"] == 4.1666666666666666
+        and set(info["seconds"]) >= {"read", "xy/backbone", "yz/fuse"}
+    )
     assert sum(info["seconds"].values()) <= info["total_seconds"]
 
 
 def test_aspect_is_physical():
     "A ball in 20 × 10 × 10 nm voxels gives the same features in every plane."
-    z, y, x = np.meshgrid(*[(np.arange(n) + 0.5) * v - 320 for n, v in zip((32, 64, 64), (20, 10, 10))], indexing="ij")
+    z, y, x = np.meshgrid(
+        *[(np.arange(n) + 0.5) * v - 320 for n, v in zip((32, 64, 64), (20, 10, 10))], indexing="ij"
+    )
     ball = Volume((np.sqrt(z**2 + y**2 + x**2) < 180).astype(np.float32), Grid((32, 64, 64), (20, 10, 10)))
     torch.manual_seed(0)
     net = LocalNet(8)
-    maps = {p: extract_features_3d(ball, net, planes=[p], slice_size=128, target_output_size=(32, 32, 32), intensity=(0, 1))[0] for p in PLANES}
-    middle = dict(xy=maps["xy"][:, 15:17].mean(1), xz=maps["xz"][:, :, 15:17].mean(2), yz=maps["yz"][..., 15:17].mean(3))
+    maps = {
+        p: extract_features_3d(
+            ball, net, planes=[p], slice_size=128, target_output_size=(32, 32, 32), intensity=(0, 1)
+        )[0]
+        for p in PLANES
+    }
+    middle = dict(
+        xy=maps["xy"][:, 15:17].mean(1), xz=maps["xz"][:, :, 15:17].mean(2), yz=maps["yz"][..., 15:17].mean(3)
+    )
     scale = middle["xy"].std()
     assert (middle["xz"] - middle["yz"]).abs().max() / scale < 0.02
     assert (middle["xy"] - middle["xz"]).abs().max() / scale < 0.25  # z is sampled twice as coarsely
@@ -80,10 +114,13 @@ def test_intensity_is_scaled_once_per_volume(blobs):
 
 def test_each_slice_is_forwarded_once(blobs):
     seen = Counter()
+
     class Count(PatchMean):
         def forward(self, x):
-            for image in x: seen[hash(image[0].numpy().tobytes())] += 1
+            for image in x:
+                seen[hash(image[0].numpy().tobytes())] += 1
             return super().forward(x)
+
     extract_features_3d(blobs, Count(4), slice_size=96, target_output_size=(96, 96, 96))
     assert len(seen) == 3 * 48 and max(seen.values()) == 1
 
@@ -91,7 +128,15 @@ def test_each_slice_is_forwarded_once(blobs):
 def test_slice_stride_saves_and_stays_centred(blobs):
     ramp = np.broadcast_to(np.arange(64, dtype=np.float32)[:, None, None], (64, 16, 16))
     for stride, images in ((2, 32), (4, 16), (8, 16)):
-        f, info = extract_features_3d(ramp, PatchMean(4), planes="xy", slice_size=16, target_output_size=(8, 4, 4), slice_stride=stride, intensity=(0, 64))
+        f, info = extract_features_3d(
+            ramp,
+            PatchMean(4),
+            planes="xy",
+            slice_size=16,
+            target_output_size=(8, 4, 4),
+            slice_stride=stride,
+            intensity=(0, 64),
+        )
         assert info["images"] == images
         np.testing.assert_allclose(f[0, :, 1, 1] * 64, 3.5 + 8 * np.arange(8), atol=1e-3)
 
@@ -104,9 +149,11 @@ def test_thinned_slices_keep_the_centre_of_their_plane(ratio, stride, n):
     full, thin = slice_weights(src, dst, 0), slice_weights(src, dst, 0, stride)
     assert thin.min() >= -1e-6 and (thin[full == 0] == 0).all()
     np.testing.assert_allclose(thin.sum(1), 1, atol=1e-5)
-    many = ((thin > 0).sum(1) > 1) & ((1 + np.arange(len(thin))) * ratio <= n)  # the last plane may be mirrored
+    many = ((thin > 0).sum(1) > 1) & (
+        (1 + np.arange(len(thin))) * ratio <= n
+    )  # the last plane may be mirrored
     np.testing.assert_allclose((thin @ np.arange(n))[many], (full @ np.arange(n))[many], atol=1e-3)
-    assert (np.abs((thin - full) @ np.arange(n))[:n // int(np.ceil(ratio))] <= 0.5 + 1e-3).all()
+    assert (np.abs((thin - full) @ np.arange(n))[: n // int(np.ceil(ratio))] <= 0.5 + 1e-3).all()
 
 
 def test_slices_between_the_planes_of_a_finer_target():
@@ -115,7 +162,9 @@ def test_slices_between_the_planes_of_a_finer_target():
     dst = src.with_voxel_size((5, 1, 1))
     w = slice_weights(src, dst, 0, 3)
     assert set(np.flatnonzero(w.any(0))) == set(range(1, 31, 3))
-    np.testing.assert_allclose((w @ (40 + 10 * np.arange(31.0)))[4:-6], (dst.origin[0] + 5 * np.arange(62))[4:-6], atol=1e-3)
+    np.testing.assert_allclose(
+        (w @ (40 + 10 * np.arange(31.0)))[4:-6], (dst.origin[0] + 5 * np.arange(62))[4:-6], atol=1e-3
+    )
 
 
 def test_the_range_is_looked_for_everywhere():
@@ -126,7 +175,9 @@ def test_the_range_is_looked_for_everywhere():
         black[tuple(slice(0, 32) if a == axis else slice(None) for a in range(3))] = 0
         low, high = intensity_range(Volume(black, Grid(x.shape, 8)), (40, 99), voxels=2**19)
         assert low > 100 and high > 190
-    assert intensity_range(Volume(x, Grid(x.shape, 8)), voxels=2**19) == intensity_range(Volume(x, Grid(x.shape, 8)), voxels=2**19)
+    assert intensity_range(Volume(x, Grid(x.shape, 8)), voxels=2**19) == intensity_range(
+        Volume(x, Grid(x.shape, 8)), voxels=2**19
+    )
 
 
 def test_fusion(blobs):
@@ -136,7 +187,10 @@ def test_fusion(blobs):
     torch.testing.assert_close(mean, sum(one.values()) / 3, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(concat, torch.cat(list(one.values())), atol=1e-5, rtol=1e-4)
     v = Volume(blobs, Grid(blobs.shape, (40, 8, 8)))
-    anis = {p: extract_features_3d(v, LocalNet(), planes=[p], slice_size=48 if p == "xy" else 240)[0] for p in PLANES}
+    anis = {
+        p: extract_features_3d(v, LocalNet(), planes=[p], slice_size=48 if p == "xy" else 240)[0]
+        for p in PLANES
+    }
     weighted, _ = extract_features_3d(v, LocalNet(), slice_size=240, fusion="weighted")
     torch.testing.assert_close(weighted, (5 * anis["xy"] + anis["xz"] + anis["yz"]) / 7, atol=1e-5, rtol=1e-4)
 
@@ -151,7 +205,9 @@ def test_several_maps_are_concatenated(blobs):
 
 def test_neighbours_are_the_slices_before_and_after():
     ramp = np.broadcast_to(np.arange(16, dtype=np.float32)[:, None, None], (16, 16, 16))
-    f, _ = extract_features_3d(ramp, PatchMean(4), planes="xy", slice_size=16, neighbours=True, intensity=(0, 16))
+    f, _ = extract_features_3d(
+        ramp, PatchMean(4), planes="xy", slice_size=16, neighbours=True, intensity=(0, 16)
+    )
     np.testing.assert_allclose(f[:, 5:8, 8, 8] * 16, [[4, 5, 6], [5, 6, 7], [6, 7, 8]], atol=1e-3)
 
 
@@ -170,7 +226,13 @@ def test_native_grids_place_patches_in_the_world(axis):
     grid = Grid((48, 48, 48), (20, 8, 10), (100, 0, -50))
     line = grid.origin[axis] + grid.voxel_size[axis] * np.arange(48, dtype=np.float32)
     ramp = np.broadcast_to(line.reshape([-1 if a == axis else 1 for a in range(3)]), grid.shape)
-    out = extract_native(Volume(ramp, grid), PatchMean(4), slice_size=96, target_output_size=(24, 24, 24), intensity=(-100, 1900))
+    out = extract_native(
+        Volume(ramp, grid),
+        PatchMean(4),
+        slice_size=96,
+        target_output_size=(24, 24, 24),
+        intensity=(-100, 1900),
+    )
     for p, (f, native) in out.items():
         got = np.moveaxis(f[0].numpy(), axis, 0)[2:-2, 2, 2] * 2000 - 100
         want = (native.origin[axis] + native.voxel_size[axis] * np.arange(native.shape[axis]))[2:-2]
@@ -180,13 +242,16 @@ def test_native_grids_place_patches_in_the_world(axis):
 
 # --- streaming --------------------------------------------------------------------------------
 
+
 def test_store_equals_memory_where_the_context_is_the_same(blobs, tmp_path):
     "One block that holds the volume sees whole slices, as the in-memory path does."
     torch.manual_seed(0)
     net = create_backbone("vit_tiny_patch16_224", layers=[2])
     v = volume(blobs[:32, :32, :40])
     want, info = extract_features_3d(v, net, slice_size=80, precision="fp32")
-    got = extract_to_zarr(v, tmp_path/"f.zarr", net, pixel_size=info["pixel_nm"], precision="fp32", rgb=False).read()
+    got = extract_to_zarr(
+        v, tmp_path / "f.zarr", net, pixel_size=info["pixel_nm"], precision="fp32", rgb=False
+    ).read()
     torch.testing.assert_close(got.float(), want, rtol=2**-10, atol=2**-10)
 
 
@@ -195,7 +260,21 @@ def test_haloed_blocks_equal_whole_slices_inside(blobs, tmp_path, voxel):
     v = volume(blobs)
     size = v.grid.with_voxel_size(voxel).shape
     whole, _ = extract_features_3d(v, LocalNet(), target_output_size=size, slice_size=96)
-    got = extract_to_zarr(v, tmp_path/"f.zarr", LocalNet(), voxel_size=voxel, pixel_size=4.0, block=16, chunk=8, halo=4, rgb=False).read().float()
+    got = (
+        extract_to_zarr(
+            v,
+            tmp_path / "f.zarr",
+            LocalNet(),
+            voxel_size=voxel,
+            pixel_size=4.0,
+            block=16,
+            chunk=8,
+            halo=4,
+            rgb=False,
+        )
+        .read()
+        .float()
+    )
     inner = (slice(None),) + tuple(slice(n // 6, -(n // 6)) for n in size)
     assert (got - whole)[inner].abs().max() <= 1e-3
     assert whole.std() > 0.05
@@ -203,11 +282,17 @@ def test_haloed_blocks_equal_whole_slices_inside(blobs, tmp_path, voxel):
 
 class Everywhere(torch.nn.Module):
     "Patch means and a sum over the whole image: any pixel that differs shows in every feature."
+
     spec = FeatureSpec((2,), (2,))
+
     def forward(self, x):
         m = F.avg_pool2d(x, 2)
         place = (1.7 * torch.arange(m.shape[-2])[:, None] + 0.3 * torch.arange(m.shape[-1])).sin()
-        return [torch.cat([m[:, :1], (m[:, 1:] * place).sum((2, 3), keepdim=True).sum(1, keepdim=True) + m[:, :1]], 1)]
+        return [
+            torch.cat(
+                [m[:, :1], (m[:, 1:] * place).sum((2, 3), keepdim=True).sum(1, keepdim=True) + m[:, :1]], 1
+            )
+        ]
 
 
 @settings(max_examples=60, deadline=None)
@@ -218,19 +303,46 @@ def test_the_region_that_is_read_is_all_that_matters(data):
     shape = data.draw(st.tuples(*[st.integers(3, 25)] * 3))
     src = Grid(shape, tuple(pick(4.0, 5.24, 8.0, 20.0) for _ in range(3)), (13, -40, 5.5))
     dst = src.with_voxel_size(tuple(v * pick(0.5, 1.0, 1.31, 2.0, 3.3) for v in src.voxel_size))
-    plan = Plan(src, dst, pick(("xy",), ("xz", "yz"), ("xy", "xz", "yz")), pick(2.0, 3.0, 4.0, 7.0), 2, (0, 1), neighbours=pick(False, True),
-                slice_stride=pick(1, 2, 3), halo=pick(0, 1, 3), block=(pick(2, 4, 5),) * 3)
+    plan = Plan(
+        src,
+        dst,
+        pick(("xy",), ("xz", "yz"), ("xy", "xz", "yz")),
+        pick(2.0, 3.0, 4.0, 7.0),
+        2,
+        (0, 1),
+        neighbours=pick(False, True),
+        slice_stride=pick(1, 2, 3),
+        halo=pick(0, 1, 3),
+        block=(pick(2, 4, 5),) * 3,
+    )
     x = np.random.default_rng(0).random(shape, dtype=np.float32)
     blocks = make_blocks(dst.shape, plan.block)
     for b in (blocks[0], blocks[len(blocks) // 2], blocks[-1]):
         part = dst.crop(b.write)
         roi = raw_region(plan, part)
-        torch.testing.assert_close(extract_block(x[roi], src.crop(roi), part, plan, Everywhere()), extract_block(x, src, part, plan, Everywhere()), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            extract_block(x[roi], src.crop(roi), part, plan, Everywhere()),
+            extract_block(x, src, part, plan, Everywhere()),
+            atol=1e-4,
+            rtol=1e-4,
+        )
 
 
 def test_features_do_not_depend_on_the_block(blobs, tmp_path):
-    a = extract_to_zarr(volume(blobs), tmp_path/"a.zarr", LocalNet(), pixel_size=4.0, block=16, halo=4, rgb=False).read().float()
-    b = extract_to_zarr(volume(blobs), tmp_path/"b.zarr", LocalNet(), pixel_size=4.0, block=32, halo=3, rgb=False).read().float()
+    a = (
+        extract_to_zarr(
+            volume(blobs), tmp_path / "a.zarr", LocalNet(), pixel_size=4.0, block=16, halo=4, rgb=False
+        )
+        .read()
+        .float()
+    )
+    b = (
+        extract_to_zarr(
+            volume(blobs), tmp_path / "b.zarr", LocalNet(), pixel_size=4.0, block=32, halo=3, rgb=False
+        )
+        .read()
+        .float()
+    )
     assert (a - b).abs().max() <= 2**-10
 
 
@@ -239,32 +351,88 @@ def test_tiles_stay_on_the_lattice_whatever_the_block(blobs, tmp_path, halo):
     "24-voxel blocks and a pitch of 20 nm: block edges fall inside patches, the phase must not move."
     v = volume(blobs)
     whole, _ = extract_features_3d(v, PatchMean(5), slice_size=0 or None, intensity=(-1, 1))
-    a = extract_to_zarr(v, tmp_path/"a.zarr", PatchMean(5), pixel_size=4.0, block=24, chunk=8, halo=halo, intensity=(-1, 1), rgb=False).read().float()
-    b = extract_to_zarr(v, tmp_path/"b.zarr", PatchMean(5), pixel_size=4.0, block=48, chunk=8, halo=halo, intensity=(-1, 1), rgb=False).read().float()
+    a = (
+        extract_to_zarr(
+            v,
+            tmp_path / "a.zarr",
+            PatchMean(5),
+            pixel_size=4.0,
+            block=24,
+            chunk=8,
+            halo=halo,
+            intensity=(-1, 1),
+            rgb=False,
+        )
+        .read()
+        .float()
+    )
+    b = (
+        extract_to_zarr(
+            v,
+            tmp_path / "b.zarr",
+            PatchMean(5),
+            pixel_size=4.0,
+            block=48,
+            chunk=8,
+            halo=halo,
+            intensity=(-1, 1),
+            rgb=False,
+        )
+        .read()
+        .float()
+    )
     assert (a - b)[:, 2:-4, 2:-4, 2:-4].abs().max() <= 2**-10 and whole.shape == a.shape
 
 
 def test_each_raw_chunk_is_decoded_once_per_block(tmp_path):
-    write_multiscale(tmp_path/"raw.zarr", np.random.default_rng(0).integers(0, 255, (64, 64, 64)).astype(np.uint8), voxel_size=8, chunk=16, levels=1)
-    v = open_multiscale(tmp_path/"raw.zarr").levels[0]
+    write_multiscale(
+        tmp_path / "raw.zarr",
+        np.random.default_rng(0).integers(0, 255, (64, 64, 64)).astype(np.uint8),
+        voxel_size=8,
+        chunk=16,
+        levels=1,
+    )
+    v = open_multiscale(tmp_path / "raw.zarr").levels[0]
     reads = []
+
     class Counting:
         shape, dtype = v.array.shape, v.array.dtype
+
         def __getitem__(self, roi):
             reads.append(roi)
             return v.array[roi]
+
     counted = Volume(Counting(), v.grid, v.name, v.path)
-    extract_to_zarr(counted, tmp_path/"f.zarr", PatchMean(4), voxel_size=16, pixel_size=8.0, block=16, chunk=8, halo=2, intensity=(0, 255), rgb=False)
+    extract_to_zarr(
+        counted,
+        tmp_path / "f.zarr",
+        PatchMean(4),
+        voxel_size=16,
+        pixel_size=8.0,
+        block=16,
+        chunk=8,
+        halo=2,
+        intensity=(0, 255),
+        rgb=False,
+    )
     assert len(reads) == 8  # one region per block
-    per_chunk = Counter(c for roi in reads for c in np.ndindex(4, 4, 4) if all(s.start < 16 * k + 16 and s.stop > 16 * k for s, k in zip(roi, c)))
+    per_chunk = Counter(
+        c
+        for roi in reads
+        for c in np.ndindex(4, 4, 4)
+        if all(s.start < 16 * k + 16 and s.stop > 16 * k for s, k in zip(roi, c))
+    )
     assert max(per_chunk.values()) <= 8
 
 
 def test_projection_is_stored_and_applied(blobs, tmp_path):
     net = LocalNet(4, 16)
-    full = extract_to_zarr(volume(blobs), tmp_path/"a.zarr", net, pixel_size=4.0, block=16, rgb=False)
-    small = extract_to_zarr(volume(blobs), tmp_path/"b.zarr", net, pixel_size=4.0, block=16, n_components=4, rgb=False)
+    full = extract_to_zarr(volume(blobs), tmp_path / "a.zarr", net, pixel_size=4.0, block=16, rgb=False)
+    small = extract_to_zarr(
+        volume(blobs), tmp_path / "b.zarr", net, pixel_size=4.0, block=16, n_components=4, rgb=False
+    )
     from dinolab.core.show import Pca
+
     pca = Pca.from_dict(small.group.attrs["projection"])
     want = pca.transform(full.read().permute(1, 2, 3, 0).float().numpy())
     np.testing.assert_allclose(small.read().permute(1, 2, 3, 0).numpy(), want, atol=5e-3)
@@ -273,13 +441,15 @@ def test_projection_is_stored_and_applied(blobs, tmp_path):
 
 def test_the_picture_is_a_valid_image(blobs, tmp_path):
     import yaozarrs
-    f = extract_to_zarr(volume(blobs), tmp_path/"f.zarr", LocalNet(), pixel_size=4.0, block=32)
-    yaozarrs.validate_zarr_store(str(tmp_path/"f.zarr/rgb"))
-    channels = [open_multiscale(tmp_path/"f.zarr/rgb", channel=c).levels[0] for c in range(3)]
+
+    f = extract_to_zarr(volume(blobs), tmp_path / "f.zarr", LocalNet(), pixel_size=4.0, block=32)
+    yaozarrs.validate_zarr_store(str(tmp_path / "f.zarr/rgb"))
+    channels = [open_multiscale(tmp_path / "f.zarr/rgb", channel=c).levels[0] for c in range(3)]
     assert all(c.grid == f.grid for c in channels) and all(c.read().std() > 10 for c in channels)
 
 
-def snapshot(path): return {str(p.relative_to(path)): p.read_bytes() for p in sorted(Path(path).rglob("*")) if p.is_file()}
+def snapshot(path):
+    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(Path(path).rglob("*")) if p.is_file()}
 
 
 class SlowNet(LocalNet):
@@ -290,44 +460,66 @@ class SlowNet(LocalNet):
 
 def test_killed_and_resumed_store_is_identical(blobs, tmp_path):
     "SIGKILL at twenty random moments, resumed each time."
-    def run(store): extract_to_zarr(volume(blobs), store, SlowNet(), pixel_size=4.0, block=16, chunk=8, batch_size=8, n_components=4)
+
+    def run(store):
+        extract_to_zarr(
+            volume(blobs), store, SlowNet(), pixel_size=4.0, block=16, chunk=8, batch_size=8, n_components=4
+        )
+
     t = time.perf_counter()
-    run(tmp_path/"calm.zarr")
+    run(tmp_path / "calm.zarr")
     whole = time.perf_counter() - t
     rng, kills = random.Random(0), 0
     for _ in range(20):
         pid = os.fork()
         if pid == 0:
-            try: run(tmp_path/"killed.zarr")
-            finally: os._exit(0)
+            try:
+                run(tmp_path / "killed.zarr")
+            finally:
+                os._exit(0)
         time.sleep(rng.uniform(0, whole * 0.08))
         os.kill(pid, signal.SIGKILL)
         kills += os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
     if kills == 20:
-        with pytest.raises(InputError, match="unfinished|no zarr group|no feature store|no such path"): open_features(tmp_path/"killed.zarr")
-    run(tmp_path/"killed.zarr")
+        with pytest.raises(InputError, match="unfinished|no zarr group|no feature store|no such path"):
+            open_features(tmp_path / "killed.zarr")
+    run(tmp_path / "killed.zarr")
     assert kills >= 10  # a fast machine may finish before the last ones
-    calm, killed = snapshot(tmp_path/"calm.zarr"), snapshot(tmp_path/"killed.zarr")
+    calm, killed = snapshot(tmp_path / "calm.zarr"), snapshot(tmp_path / "killed.zarr")
     assert calm.keys() == killed.keys() and [k for k in calm if calm[k] != killed[k]] == []
 
 
 def test_processes_give_the_same_store(blobs, tmp_path):
-    a, b = (extract_to_zarr(volume(blobs), tmp_path/f"{n}.zarr", PatchMean(4), pixel_size=4.0, block=16, workers=n) for n in (1, 2))
-    assert snapshot(tmp_path/"1.zarr") == snapshot(tmp_path/"2.zarr")
+    a, b = (
+        extract_to_zarr(
+            volume(blobs), tmp_path / f"{n}.zarr", PatchMean(4), pixel_size=4.0, block=16, workers=n
+        )
+        for n in (1, 2)
+    )
+    assert snapshot(tmp_path / "1.zarr") == snapshot(tmp_path / "2.zarr")
 
 
-@pytest.mark.parametrize("step", ("fill_pyramid", "_fit_projection", "create_array", "create_multiscale", "_sample_features"))
+@pytest.mark.parametrize(
+    "step", ("fill_pyramid", "_fit_projection", "create_array", "create_multiscale", "_sample_features")
+)
 def test_ended_between_two_steps(blobs, tmp_path, monkeypatch, step):
     "The steps that are too short for a random kill: the run ends as each begins, or when half the coarser levels are there."
-    run = lambda store: extract_to_zarr(volume(blobs[:32, :32, :32]), store, LocalNet(), pixel_size=4.0, block=16, chunk=8, n_components=4)
-    run(tmp_path/"calm.zarr")
+    run = lambda store: extract_to_zarr(
+        volume(blobs[:32, :32, :32]), store, LocalNet(), pixel_size=4.0, block=16, chunk=8, n_components=4
+    )
+    run(tmp_path / "calm.zarr")
     with monkeypatch.context() as m:
-        def end(*args, **kw): raise KeyboardInterrupt
+
+        def end(*args, **kw):
+            raise KeyboardInterrupt
+
         m.setattr(dinolab.features.extract, step, end)
-        with pytest.raises(KeyboardInterrupt): run(tmp_path/"ended.zarr")
-    with pytest.raises(InputError, match="unfinished"): open_features(tmp_path/"ended.zarr")
-    run(tmp_path/"ended.zarr")
-    assert snapshot(tmp_path/"calm.zarr") == snapshot(tmp_path/"ended.zarr")
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "ended.zarr")
+    with pytest.raises(InputError, match="unfinished"):
+        open_features(tmp_path / "ended.zarr")
+    run(tmp_path / "ended.zarr")
+    assert snapshot(tmp_path / "calm.zarr") == snapshot(tmp_path / "ended.zarr")
 
 
 HALF = "zarr.0123456789abcdef0123456789abcdef.partial"
@@ -336,50 +528,72 @@ HALF = "zarr.0123456789abcdef0123456789abcdef.partial"
 @pytest.mark.parametrize("left", ("nothing", "file", "group", "group and file", "lock"))
 def test_killed_before_the_first_settings(blobs, tmp_path, left):
     "What zarr leaves when it is killed in its very first write is no reason to refuse the folder."
-    store = tmp_path/"f.zarr"
+    store = tmp_path / "f.zarr"
     store.mkdir()
-    if "group" in left: zarr.open_group(store, mode="w")
-    if "file" in left: (store/HALF).write_text('{"zarr_for')
-    if "lock" in left: (store/".lock").write_text("12345")
+    if "group" in left:
+        zarr.open_group(store, mode="w")
+    if "file" in left:
+        (store / HALF).write_text('{"zarr_for')
+    if "lock" in left:
+        (store / ".lock").write_text("12345")
     run = lambda path: extract_to_zarr(volume(blobs[:16, :16, :16]), path, PatchMean(4), pixel_size=4.0)
     run(store)
-    run(tmp_path/"calm.zarr")
-    assert snapshot(store) == snapshot(tmp_path/"calm.zarr")
+    run(tmp_path / "calm.zarr")
+    assert snapshot(store) == snapshot(tmp_path / "calm.zarr")
 
 
 def test_stores_elsewhere(blobs, tmp_path):
     "Through fsspec: the same features, and the same care for what is there."
     v, url = volume(blobs[:16, :16, :20]), "memory://elsewhere/f.zarr"
-    run = lambda path, **kw: extract_to_zarr(v, path, PatchMean(4), **{**dict(pixel_size=4.0, block=16, halo=1), **kw})
-    want = run(tmp_path/"f.zarr").read()
+    run = lambda path, **kw: extract_to_zarr(
+        v, path, PatchMean(4), **{**dict(pixel_size=4.0, block=16, halo=1), **kw}
+    )
+    want = run(tmp_path / "f.zarr").read()
     for path in (url, f"file://{tmp_path}/g.zarr"):
         torch.testing.assert_close(run(path).read(), want, rtol=0, atol=0)
         torch.testing.assert_close(open_features(path).read(), want, rtol=0, atol=0)
         assert len(open_multiscale(f"{path}/rgb", channel=0).levels) == 4
         run(path)
-        with pytest.raises(InputError, match="made with other settings"): run(path, halo=2)
-        with pytest.raises(InputError, match="resume=True to go on"): run(path, resume=False)
-    assert snapshot(tmp_path/"f.zarr") == snapshot(tmp_path/"g.zarr")
+        with pytest.raises(InputError, match="made with other settings"):
+            run(path, halo=2)
+        with pytest.raises(InputError, match="resume=True to go on"):
+            run(path, resume=False)
+    assert snapshot(tmp_path / "f.zarr") == snapshot(tmp_path / "g.zarr")
     zarr.open_group("memory://elsewhere/mine.zarr", mode="w").attrs["mine"] = 1
-    with pytest.raises(InputError, match="is no feature store"): run("memory://elsewhere/mine.zarr")
+    with pytest.raises(InputError, match="is no feature store"):
+        run("memory://elsewhere/mine.zarr")
 
 
 def test_other_raw_data_is_another_setting(blobs, tmp_path):
     "Another channel of the same file, or another array of the same shape, must not continue a store."
-    g = zarr.open_group(tmp_path/"c.zarr", mode="w")
-    g.create_array("0", shape=(2, 16, 16, 16), chunks=(1, 16, 16, 16), dtype="u1")[:] = np.random.default_rng(0).integers(1, 255, (2, 16, 16, 16))
+    g = zarr.open_group(tmp_path / "c.zarr", mode="w")
+    g.create_array("0", shape=(2, 16, 16, 16), chunks=(1, 16, 16, 16), dtype="u1")[:] = np.random.default_rng(
+        0
+    ).integers(1, 255, (2, 16, 16, 16))
     axes = [dict(name="c", type="channel")] + [dict(name=x, type="space", unit="nanometer") for x in "zyx"]
-    g.attrs["ome"] = dict(version="0.5", multiscales=[dict(axes=axes, datasets=[dict(path="0", coordinateTransformations=[dict(type="scale", scale=[1, 8, 8, 8])])])])
-    run = lambda source, store: extract_to_zarr(source, tmp_path/store, PatchMean(4), pixel_size=4.0, intensity=(0, 255), rgb=False)
-    channels = [open_multiscale(tmp_path/"c.zarr", channel=c) for c in (0, 1)]
+    g.attrs["ome"] = dict(
+        version="0.5",
+        multiscales=[
+            dict(
+                axes=axes,
+                datasets=[dict(path="0", coordinateTransformations=[dict(type="scale", scale=[1, 8, 8, 8])])],
+            )
+        ],
+    )
+    run = lambda source, store: extract_to_zarr(
+        source, tmp_path / store, PatchMean(4), pixel_size=4.0, intensity=(0, 255), rgb=False
+    )
+    channels = [open_multiscale(tmp_path / "c.zarr", channel=c) for c in (0, 1)]
     run(channels[0], "a.zarr")
     run(channels[0], "a.zarr")
     for other in (channels[1], channels[1].levels[0].crop(np.s_[:, :, :])):
-        with pytest.raises(InputError, match="source.c .0 there, 1 now"): run(other, "a.zarr")
-    arrays = [volume(blobs[k:k + 16, :16, :16]) for k in (0, 16)]
+        with pytest.raises(InputError, match="source.c .0 there, 1 now"):
+            run(other, "a.zarr")
+    arrays = [volume(blobs[k : k + 16, :16, :16]) for k in (0, 16)]
     run(arrays[0], "b.zarr")
     run(arrays[0], "b.zarr")
-    with pytest.raises(InputError, match="source.values"): run(arrays[1], "b.zarr")
+    with pytest.raises(InputError, match="source.values"):
+        run(arrays[1], "b.zarr")
 
 
 def test_the_model_stays_where_it_is(blobs):
@@ -390,26 +604,37 @@ def test_the_model_stays_where_it_is(blobs):
     state = _Extraction(volume(blobs), None, None, net, None)
     copied = []
     import copy
+
     original, copy.deepcopy = copy.deepcopy, lambda m: copied.append(m) or LocalNet()
-    try: assert isinstance(state.__getstate__()["backbone"], LocalNet) and copied == [net]
-    finally: copy.deepcopy = original
+    try:
+        assert isinstance(state.__getstate__()["backbone"], LocalNet) and copied == [net]
+    finally:
+        copy.deepcopy = original
 
 
 def test_two_runs_on_one_store(blobs, tmp_path):
     pid = os.fork()
     if pid == 0:
-        try: extract_to_zarr(volume(blobs), tmp_path/"f.zarr", SlowNet(), pixel_size=4.0, block=16, batch_size=4)
-        finally: os._exit(0)
-    while not (tmp_path/"f.zarr/done").exists(): time.sleep(0.01)
-    with pytest.raises(InputError, match="in use by process"): extract_to_zarr(volume(blobs), tmp_path/"f.zarr", SlowNet(), pixel_size=4.0, block=16, batch_size=4)
+        try:
+            extract_to_zarr(
+                volume(blobs), tmp_path / "f.zarr", SlowNet(), pixel_size=4.0, block=16, batch_size=4
+            )
+        finally:
+            os._exit(0)
+    while not (tmp_path / "f.zarr/done").exists():
+        time.sleep(0.01)
+    with pytest.raises(InputError, match="in use by process"):
+        extract_to_zarr(volume(blobs), tmp_path / "f.zarr", SlowNet(), pixel_size=4.0, block=16, batch_size=4)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    extract_to_zarr(volume(blobs), tmp_path/"f.zarr", SlowNet(), pixel_size=4.0, block=16, batch_size=4)
+    extract_to_zarr(volume(blobs), tmp_path / "f.zarr", SlowNet(), pixel_size=4.0, block=16, batch_size=4)
 
 
 # --- bad input --------------------------------------------------------------------------------
 
-def nan(x): return np.where(x > 2, np.nan, x)
+
+def nan(x):
+    return np.where(x > 2, np.nan, x)
 
 
 BAD = {
@@ -438,70 +663,115 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input(blobs, case):
     make, message = BAD[case]
-    with pytest.raises(InputError) as e: extract_features_3d(backbone=PatchMean(4), **make(blobs))
+    with pytest.raises(InputError) as e:
+        extract_features_3d(backbone=PatchMean(4), **make(blobs))
     assert message in str(e.value) and "\n" not in str(e.value), str(e.value)
 
 
 def test_extreme_ratios_warn(blobs):
-    with pytest.warns(UserWarning, match="ratios from 0.1 to 16"): extract_features_3d(blobs, PatchMean(4), target_output_size=(2, 2, 2), slice_size=48)
+    with pytest.warns(UserWarning, match="ratios from 0.1 to 16"):
+        extract_features_3d(blobs, PatchMean(4), target_output_size=(2, 2, 2), slice_size=48)
 
 
 def test_bad_stores(blobs, tmp_path):
     v, net = volume(blobs[:16, :16, :16]), PatchMean(4)
-    with pytest.raises(InputError, match="cannot be written"): extract_to_zarr(v, "/proc/f.zarr", net, pixel_size=4.0)
-    (tmp_path/"mine").mkdir()
-    (tmp_path/"mine/thesis.txt").write_text("do not touch")
-    with pytest.raises(InputError, match="is no feature store"): extract_to_zarr(v, tmp_path/"mine", net, pixel_size=4.0)
-    assert [p.name for p in (tmp_path/"mine").iterdir()] == ["thesis.txt"]
-    write_multiscale(tmp_path/"raw.zarr", np.arange(4096).reshape(16, 16, 16).astype(np.uint16), voxel_size=8)
-    before = snapshot(tmp_path/"raw.zarr")
-    with pytest.raises(InputError, match="is no feature store"): extract_to_zarr(v, tmp_path/"raw.zarr", net, pixel_size=4.0)
-    assert snapshot(tmp_path/"raw.zarr") == before
+    with pytest.raises(InputError, match="cannot be written"):
+        extract_to_zarr(v, "/proc/f.zarr", net, pixel_size=4.0)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("do not touch")
+    with pytest.raises(InputError, match="is no feature store"):
+        extract_to_zarr(v, tmp_path / "mine", net, pixel_size=4.0)
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    write_multiscale(
+        tmp_path / "raw.zarr", np.arange(4096).reshape(16, 16, 16).astype(np.uint16), voxel_size=8
+    )
+    before = snapshot(tmp_path / "raw.zarr")
+    with pytest.raises(InputError, match="is no feature store"):
+        extract_to_zarr(v, tmp_path / "raw.zarr", net, pixel_size=4.0)
+    assert snapshot(tmp_path / "raw.zarr") == before
     holes = np.asarray(blobs[:16, :16, :16]).copy()
     holes[3, 4, 5] = np.nan
-    with pytest.raises(InputError, match="NaN or infinite"): extract_to_zarr(Volume(holes, v.grid), tmp_path/"nan.zarr", net, pixel_size=4.0, intensity=(0, 1))
+    with pytest.raises(InputError, match="NaN or infinite"):
+        extract_to_zarr(Volume(holes, v.grid), tmp_path / "nan.zarr", net, pixel_size=4.0, intensity=(0, 1))
 
 
-@pytest.mark.parametrize("options,message", [
-    (dict(n_components=9), "n_components 9: expected 1 to 3"), (dict(n_components=0), "n_components 0"), (dict(n_components=2), "at least 3 for the picture; pass rgb=False"),
-    (dict(block=20), "block 20, chunk 16"), (dict(chunk=0), "chunk 0"), (dict(pixel_size=-4.0), "pixel size -4.0 nm"), (dict(voxel_size=(8, 8)), "has 2 values"), (dict(voxel_size=0), "positive"),
-    (dict(intensity=(1, 0)), "low < high"), (dict(planes="zz"), "unknown plane"), (dict(halo=-1), "halo -1"), (dict(precision="fp8"), "fp8")])
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        (dict(n_components=9), "n_components 9: expected 1 to 3"),
+        (dict(n_components=0), "n_components 0"),
+        (dict(n_components=2), "at least 3 for the picture; pass rgb=False"),
+        (dict(block=20), "block 20, chunk 16"),
+        (dict(chunk=0), "chunk 0"),
+        (dict(pixel_size=-4.0), "pixel size -4.0 nm"),
+        (dict(voxel_size=(8, 8)), "has 2 values"),
+        (dict(voxel_size=0), "positive"),
+        (dict(intensity=(1, 0)), "low < high"),
+        (dict(planes="zz"), "unknown plane"),
+        (dict(halo=-1), "halo -1"),
+        (dict(precision="fp8"), "fp8"),
+    ],
+)
 def test_refused_before_anything_is_written(blobs, tmp_path, options, message):
-    with pytest.raises(InputError, match=message): extract_to_zarr(volume(blobs[:16, :16, :16]), tmp_path/"f.zarr", PatchMean(4), **{**dict(pixel_size=4.0), **options})
-    assert not (tmp_path/"f.zarr").exists()
+    with pytest.raises(InputError, match=message):
+        extract_to_zarr(
+            volume(blobs[:16, :16, :16]),
+            tmp_path / "f.zarr",
+            PatchMean(4),
+            **{**dict(pixel_size=4.0), **options},
+        )
+    assert not (tmp_path / "f.zarr").exists()
 
 
 def test_read_only_store(blobs, tmp_path):
-    run = lambda: extract_to_zarr(volume(blobs[:16, :16, :16]), tmp_path/"ro/f.zarr", PatchMean(4), pixel_size=4.0)
-    (tmp_path/"ro").mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(tmp_path/"ro")], capture_output=True).returncode: pytest.skip("needs the right to mount")
+    run = lambda: extract_to_zarr(
+        volume(blobs[:16, :16, :16]), tmp_path / "ro/f.zarr", PatchMean(4), pixel_size=4.0
+    )
+    (tmp_path / "ro").mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "tmpfs", str(tmp_path / "ro")], capture_output=True
+    ).returncode:
+        pytest.skip("needs the right to mount")
     try:
         run()
-        subprocess.run(["mount", "-o", "remount,ro", str(tmp_path/"ro")], check=True)
-        with pytest.raises(InputError, match="cannot be written .Read-only"): run()
-        assert open_features(tmp_path/"ro/f.zarr").read().std() > 0
-    finally: subprocess.run(["umount", str(tmp_path/"ro")])
+        subprocess.run(["mount", "-o", "remount,ro", str(tmp_path / "ro")], check=True)
+        with pytest.raises(InputError, match="cannot be written .Read-only"):
+            run()
+        assert open_features(tmp_path / "ro/f.zarr").read().std() > 0
+    finally:
+        subprocess.run(["umount", str(tmp_path / "ro")])
 
 
 def test_full_disk(blobs, tmp_path):
     "The error says so in one line, and the run goes on when there is room."
-    mount = tmp_path/"small"
+    mount = tmp_path / "small"
     mount.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(mount)], capture_output=True).returncode: pytest.skip("needs the right to mount")
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(mount)], capture_output=True
+    ).returncode:
+        pytest.skip("needs the right to mount")
     try:
-        with pytest.raises(InputError, match="No space left.*run again"): extract_to_zarr(volume(blobs), mount/"f.zarr", LocalNet(), pixel_size=4.0, block=16)
+        with pytest.raises(InputError, match="No space left.*run again"):
+            extract_to_zarr(volume(blobs), mount / "f.zarr", LocalNet(), pixel_size=4.0, block=16)
         subprocess.run(["mount", "-o", "remount,size=50m", str(mount)], check=True)
-        extract_to_zarr(volume(blobs), mount/"f.zarr", LocalNet(), pixel_size=4.0, block=16)
-        extract_to_zarr(volume(blobs), tmp_path/"g.zarr", LocalNet(), pixel_size=4.0, block=16)
-        assert snapshot(mount/"f.zarr") == snapshot(tmp_path/"g.zarr")
-    finally: subprocess.run(["umount", str(mount)])
+        extract_to_zarr(volume(blobs), mount / "f.zarr", LocalNet(), pixel_size=4.0, block=16)
+        extract_to_zarr(volume(blobs), tmp_path / "g.zarr", LocalNet(), pixel_size=4.0, block=16)
+        assert snapshot(mount / "f.zarr") == snapshot(tmp_path / "g.zarr")
+    finally:
+        subprocess.run(["umount", str(mount)])
 
 
 @settings(max_examples=15, deadline=None)
-@given(shape=st.tuples(*[st.integers(1, 20)] * 3), size=st.tuples(*[st.integers(1, 20)] * 3), planes=st.sets(st.sampled_from(sorted(PLANES)), min_size=1))
+@given(
+    shape=st.tuples(*[st.integers(1, 20)] * 3),
+    size=st.tuples(*[st.integers(1, 20)] * 3),
+    planes=st.sets(st.sampled_from(sorted(PLANES)), min_size=1),
+)
 def test_any_shape_to_any_size(shape, size, planes):
-    if any(t > 16 * s for s, t in zip(shape, size)): return
+    if any(t > 16 * s for s, t in zip(shape, size)):
+        return
     x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    if x.size < 2: return
+    if x.size < 2:
+        return
     f, _ = extract_features_3d(x, PatchMean(2), planes=sorted(planes), target_output_size=size, slice_size=16)
     assert f.shape == (3, *size) and torch.isfinite(f).all() and f.min() >= -1e-4 and f.max() <= 1 + 1e-4

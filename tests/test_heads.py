@@ -1,4 +1,5 @@
 "Heads against transformers, adapters against dead ones, any size, and what stays frozen."
+
 import copy
 import itertools
 
@@ -21,10 +22,12 @@ PYRAMID, FLAT = FeatureSpec((8, 16, 32, 32), (4, 8, 16, 32)), FeatureSpec((32,) 
 VIT = "vit_tiny_patch16_224"
 
 
-def rand(seed, *shape): return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+def rand(seed, *shape):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def maps(spec, h=64, w=96, batch=2): return [rand(i, batch, c, *s) for i, (c, s) in enumerate(zip(spec.channels, spec.sizes(h, w)))]
+def maps(spec, h=64, w=96, batch=2):
+    return [rand(i, batch, c, *s) for i, (c, s) in enumerate(zip(spec.channels, spec.sizes(h, w)))]
 
 
 def model(backbone=VIT, **options):
@@ -37,41 +40,80 @@ def model(backbone=VIT, **options):
 @pytest.mark.parametrize("spec", [PYRAMID, FLAT])
 def test_upernet_is_that_of_transformers(spec, training):
     ours = create_head("upernet", spec, 3, hidden_size=16, norm="batch").train(training)
-    theirs = UperNetHead(UperNetConfig(num_labels=3, hidden_size=16, pool_scales=[1, 2, 3, 6], use_auxiliary_head=False), list(spec.channels)).train(training)
+    theirs = UperNetHead(
+        UperNetConfig(num_labels=3, hidden_size=16, pool_scales=[1, 2, 3, 6], use_auxiliary_head=False),
+        list(spec.channels),
+    ).train(training)
     theirs.load_state_dict(ours.decoder.state_dict())
     assert torch.equal(ours(maps(spec)), theirs(maps(spec)))
 
 
 @pytest.mark.parametrize("spec", [PYRAMID, FLAT])
 def test_segformer_is_that_of_transformers(spec):
-    ours = create_head("segformer", spec, 3, hidden_size=16, norm="batch", dropout=0.).train()
-    theirs = SegformerDecodeHead(SegformerConfig(num_labels=3, hidden_sizes=list(spec.channels), decoder_hidden_size=16, classifier_dropout_prob=0.)).train()
+    ours = create_head("segformer", spec, 3, hidden_size=16, norm="batch", dropout=0.0).train()
+    theirs = SegformerDecodeHead(
+        SegformerConfig(
+            num_labels=3,
+            hidden_sizes=list(spec.channels),
+            decoder_hidden_size=16,
+            classifier_dropout_prob=0.0,
+        )
+    ).train()
     theirs.load_state_dict(ours.decoder.state_dict())
     assert torch.equal(ours(maps(spec)), theirs(maps(spec)))
 
 
 def test_dpt_is_that_of_transformers():
-    ours = create_head("dpt", FLAT, 3, hidden_size=16, norm="batch", dropout=0.).eval()
-    config = DPTConfig(hidden_size=32, num_labels=3, readout_type="ignore", neck_hidden_sizes=[4, 8, 16, 32], reassemble_factors=[4, 2, 1, 0.5], fusion_hidden_size=16, semantic_classifier_dropout=0.)
+    ours = create_head("dpt", FLAT, 3, hidden_size=16, norm="batch", dropout=0.0).eval()
+    config = DPTConfig(
+        hidden_size=32,
+        num_labels=3,
+        readout_type="ignore",
+        neck_hidden_sizes=[4, 8, 16, 32],
+        reassemble_factors=[4, 2, 1, 0.5],
+        fusion_hidden_size=16,
+        semantic_classifier_dropout=0.0,
+    )
     neck, head = DPTNeck(config).eval(), DPTSemanticSegmentationHead(config).eval()
     left = neck.load_state_dict(ours.neck.state_dict(), strict=False)
     assert all("layers.0.residual_layer1" in k for k in left.missing_keys) and not left.unexpected_keys
     head.load_state_dict(ours.decoder.state_dict())
-    tokens = [torch.cat([rand(9, 2, 1, 32), m.flatten(2).mT], 1) for m in maps(FLAT)]  # what the class token is has no effect
+    tokens = [
+        torch.cat([rand(9, 2, 1, 32), m.flatten(2).mT], 1) for m in maps(FLAT)
+    ]  # what the class token is has no effect
     assert torch.equal(ours(maps(FLAT)), head(neck(tokens, 4, 6)))
 
 
 @settings(deadline=None, max_examples=25)
-@given(st.sampled_from(list(HEADS)), st.sampled_from(["auto", "none"]), st.integers(1, 70), st.integers(1, 70), st.sampled_from([0, 4]))
+@given(
+    st.sampled_from(list(HEADS)),
+    st.sampled_from(["auto", "none"]),
+    st.integers(1, 70),
+    st.integers(1, 70),
+    st.sampled_from([0, 4]),
+)
 def test_any_size_of_image(head, neck, h, w, stem):
-    net = test_any_size_of_image.nets.setdefault((head, neck, stem), model(head=head, neck=neck, stem=stem, num_classes=2).eval())
-    with torch.no_grad(): assert net(rand(0, 1, 3, h, w)).shape == (1, 2, h, w)
+    net = test_any_size_of_image.nets.setdefault(
+        (head, neck, stem), model(head=head, neck=neck, stem=stem, num_classes=2).eval()
+    )
+    with torch.no_grad():
+        assert net(rand(0, 1, 3, h, w)).shape == (1, 2, h, w)
 
 
 test_any_size_of_image.nets = {}
 
 
-@pytest.mark.parametrize("name,channels", [("vit_small_patch14_dinov2", 4), ("convnext_atto", 1), ("resnet18", 2), ("hrnet_w18_small", 3), ("efficientnet_b0", 3), ("vit_small_patch16_dinov3", 5)])
+@pytest.mark.parametrize(
+    "name,channels",
+    [
+        ("vit_small_patch14_dinov2", 4),
+        ("convnext_atto", 1),
+        ("resnet18", 2),
+        ("hrnet_w18_small", 3),
+        ("efficientnet_b0", 3),
+        ("vit_small_patch16_dinov3", 5),
+    ],
+)
 @pytest.mark.parametrize("head", HEADS)
 def test_backbones_of_every_kind(name, channels, head):
     net = model(name, head=head, in_channels=channels, freeze_backbone=True).train()
@@ -84,41 +126,68 @@ def test_backbones_of_every_kind(name, channels, head):
 @pytest.mark.parametrize("patch,name", [(14, "vit_small_patch14_dinov2"), (16, VIT)])
 def test_logits_do_not_shift(patch, name):
     "Each cell says where its middle is; at every pixel between middles the logits say where the pixel is."
+
     class Where(nn.Module):
         def forward(self, maps):
             h, w = maps[0].shape[2:]
-            return torch.stack([((torch.arange(h) + 0.5) * patch)[:, None].expand(h, w), ((torch.arange(w) + 0.5) * patch).expand(h, w)])[None]
+            return torch.stack(
+                [
+                    ((torch.arange(h) + 0.5) * patch)[:, None].expand(h, w),
+                    ((torch.arange(w) + 0.5) * patch).expand(h, w),
+                ]
+            )[None]
+
     out = Segmenter(create_backbone(name), Where())(rand(0, 1, 3, 61, 87))[0]
     inside = slice(patch // 2, 3 * patch)
-    assert torch.allclose(out[0, inside, 0], torch.arange(61)[inside] + 0.5, atol=1e-3) and torch.allclose(out[1, 0, inside], torch.arange(87)[inside] + 0.5, atol=1e-3)
+    assert torch.allclose(out[0, inside, 0], torch.arange(61)[inside] + 0.5, atol=1e-3) and torch.allclose(
+        out[1, 0, inside], torch.arange(87)[inside] + 0.5, atol=1e-3
+    )
 
 
 def leave_traces(net):
     "Random networks whose blocks matter: layer scales of 1, biases that are not 0."
     with torch.no_grad():
         for key, p in net.named_parameters():
-            if "gamma" in key: p.fill_(1.)
-            elif key.endswith("bias"): p.normal_(0, 0.1)
+            if "gamma" in key:
+                p.fill_(1.0)
+            elif key.endswith("bias"):
+                p.normal_(0, 0.1)
     return net
 
 
 def shake(net):
     with torch.no_grad():
         for key, p in net.named_parameters():
-            if "lora_B" in key: p.normal_(0, 0.1)
+            if "lora_B" in key:
+                p.normal_(0, 0.1)
     return net
 
 
-@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3_qkvb", "vit_small_patch16_dinov3", "vit_small_plus_patch16_dinov3", "vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2", VIT, "eva02_tiny_patch14_224"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_small_patch16_dinov3_qkvb",
+        "vit_small_patch16_dinov3",
+        "vit_small_plus_patch16_dinov3",
+        "vit_small_patch14_dinov2",
+        "vit_small_patch14_reg4_dinov2",
+        VIT,
+        "eva02_tiny_patch14_224",
+    ],
+)
 def test_adapters_act_and_merge(name):
     torch.manual_seed(0)
     net = leave_traces(create_backbone(name, layers=[1])).eval()
     image = rand(0, 1, 3, 56, 64)
-    with torch.no_grad(): plain = net(image)[0]
-    add_lora(net, LoraSpec(rank=4, dropout=0.))
-    with torch.no_grad(): assert torch.allclose(net(image)[0], plain, atol=1e-5)
+    with torch.no_grad():
+        plain = net(image)[0]
+    add_lora(net, LoraSpec(rank=4, dropout=0.0))
+    with torch.no_grad():
+        assert torch.allclose(net(image)[0], plain, atol=1e-5)
     shake(net).train()(image)[0].square().mean().backward()
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for k, p in net.named_parameters() if "lora_" in k)
+    assert all(
+        p.grad is not None and p.grad.abs().max() > 0 for k, p in net.named_parameters() if "lora_" in k
+    )
     assert not any(p.requires_grad for k, p in net.named_parameters() if "lora_" not in k)
     with torch.no_grad():
         adapted = net.eval()(image)[0]
@@ -132,7 +201,8 @@ def test_a_dead_adapter_is_found():
     add_lora(net)
     assert not silent_layers(net)
     for m in net.modules():
-        if hasattr(m, "qkv_bias_separate"): m.qkv_bias_separate = False
+        if hasattr(m, "qkv_bias_separate"):
+            m.qkv_bias_separate = False
     assert silent_layers(net) == ["model.blocks.0.attn.qkv"]
 
 
@@ -143,7 +213,9 @@ def test_frozen_parts_stay_as_they_are():
     changed = [k for k, v in net.state_dict().items() if not torch.equal(v, before[k])]
     assert changed and all(k.startswith("head") for k in changed)
     net = model(lora=LoraSpec(rank=2, dropout=0.5)).train()
-    assert any(isinstance(m, nn.Dropout) and m.training for m in net.backbone.modules())  # the adapters' dropout is not frozen
+    assert any(
+        isinstance(m, nn.Dropout) and m.training for m in net.backbone.modules()
+    )  # the adapters' dropout is not frozen
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -155,22 +227,25 @@ def test_the_backbone_never_runs_in_fp16():
     net, seen = model(freeze_backbone=True).eval(), []
     net.backbone.model.blocks[0].attn.qkv.register_forward_hook(lambda m, i, o: seen.append(o.dtype))
     net.head.decoder.classifier.register_forward_hook(lambda m, i, o: seen.append(o.dtype))
-    with torch.no_grad(), torch.autocast("cpu", torch.float16): assert torch.isfinite(net(rand(0, 1, 3, 64, 64))).all()
+    with torch.no_grad(), torch.autocast("cpu", torch.float16):
+        assert torch.isfinite(net(rand(0, 1, 3, 64, 64))).all()
     assert seen == [torch.bfloat16, torch.float16]
 
 
 def test_checkpoint_holds_what_was_trained(tmp_path):
     first = shake(model(lora=LoraSpec(rank=4), num_classes=3)).eval()
-    save_weights(tmp_path/"a.safetensors", first)
+    save_weights(tmp_path / "a.safetensors", first)
     trained = sum(p.numel() * 4 for p in first.parameters() if p.requires_grad)
-    assert (tmp_path/"a.safetensors").stat().st_size < 1.2 * trained
+    assert (tmp_path / "a.safetensors").stat().st_size < 1.2 * trained
     second = model(lora=LoraSpec(rank=4), num_classes=3).eval()
     with torch.no_grad():
         for k, p in second.named_parameters():
-            if p.requires_grad: p.add_(1)
-        load_weights(tmp_path/"a.safetensors", second)
+            if p.requires_grad:
+                p.add_(1)
+        load_weights(tmp_path / "a.safetensors", second)
         assert torch.equal(first(rand(0, 1, 3, 40, 40)), second(rand(0, 1, 3, 40, 40)))
-    with pytest.raises(InputError, match="of another architecture"): load_weights(tmp_path/"a.safetensors", model(lora=LoraSpec(rank=2), num_classes=3))
+    with pytest.raises(InputError, match="of another architecture"):
+        load_weights(tmp_path / "a.safetensors", model(lora=LoraSpec(rank=2), num_classes=3))
 
 
 def test_lora_on_top_of_gradient_checkpointing():
@@ -183,7 +258,11 @@ def test_parameters_are_counted(capsys):
     net = model(lora=LoraSpec(rank=2))
     net.print_trainable_parameters(detailed=True)
     out = capsys.readouterr().out
-    assert "backbone adapters" in out and f"{sum(p.numel() for p in net.parameters()):,}" in out and f"{sum(p.numel() for p in net.parameters() if p.requires_grad):,}" in out
+    assert (
+        "backbone adapters" in out
+        and f"{sum(p.numel() for p in net.parameters()):,}" in out
+        and f"{sum(p.numel() for p in net.parameters() if p.requires_grad):,}" in out
+    )
 
 
 def test_any_layers():
@@ -191,20 +270,24 @@ def test_any_layers():
         assert model(layers=layers, neck=neck).eval()(rand(0, 1, 3, 32, 48)).shape == (1, 1, 32, 48)
 
 
-@pytest.mark.parametrize("wrong,kind,message", [
-    (dict(backbone="visionfm", backbone_size="large"), InputError, "expected one of base"),
-    (dict(backbone="dinov3", backbone_size="huge"), InputError, "expected one of small"),
-    (dict(backbone="vit_tinny_patch16_224"), InputError, "did you mean"),
-    (dict(head="upernt"), InputError, "did you mean 'upernet'"),
-    (dict(lora_rank=4), TypeError, "has no argument 'lora_rank'"),
-    (dict(lora=LoraSpec(target_modules=("query",))), InputError, "no such layer; expected some of"),
-    (dict(head="linear", hidden_size=8), InputError, "the linear head has no hidden_size"),
-    (dict(backbone="resnet18", neck="pyramid"), InputError, "a pyramid already"),
-    (dict(head="dpt", layers=[11]), InputError, "1 maps of one stride: expected 4"),
-    (dict(num_classes=True), InputError, "num_classes=True"),
-])
+@pytest.mark.parametrize(
+    "wrong,kind,message",
+    [
+        (dict(backbone="visionfm", backbone_size="large"), InputError, "expected one of base"),
+        (dict(backbone="dinov3", backbone_size="huge"), InputError, "expected one of small"),
+        (dict(backbone="vit_tinny_patch16_224"), InputError, "did you mean"),
+        (dict(head="upernt"), InputError, "did you mean 'upernet'"),
+        (dict(lora_rank=4), TypeError, "has no argument 'lora_rank'"),
+        (dict(lora=LoraSpec(target_modules=("query",))), InputError, "no such layer; expected some of"),
+        (dict(head="linear", hidden_size=8), InputError, "the linear head has no hidden_size"),
+        (dict(backbone="resnet18", neck="pyramid"), InputError, "a pyramid already"),
+        (dict(head="dpt", layers=[11]), InputError, "1 maps of one stride: expected 4"),
+        (dict(num_classes=True), InputError, "num_classes=True"),
+    ],
+)
 def test_wrong_arguments(wrong, kind, message):
-    with pytest.raises(kind, match=message) as e: create_segmentation_model(**dict(backbone=VIT) | wrong)
+    with pytest.raises(kind, match=message) as e:
+        create_segmentation_model(**dict(backbone=VIT) | wrong)
     assert "\n" not in str(e.value)
 
 
@@ -213,8 +296,10 @@ def test_pyramid_keeps_place():
     spec = FeatureSpec((8,) * 4, (16,) * 4)
     neck = Pyramid(spec)
     with torch.no_grad():
-        for p in neck.parameters(): p.fill_(0.05)
-    left, right = ([torch.full((1, 8, 4, 8), v) for _ in range(4)] for v in (0., 1.))
-    for m in left: m[..., 4:] = 1
+        for p in neck.parameters():
+            p.fill_(0.05)
+    left, right = ([torch.full((1, 8, 4, 8), v) for _ in range(4)] for v in (0.0, 1.0))
+    for m in left:
+        m[..., 4:] = 1
     for level, (a, b) in enumerate(zip(neck(left), neck(right))):
-        assert torch.equal(a[..., a.shape[3] // 2:], b[..., b.shape[3] // 2:]), level
+        assert torch.equal(a[..., a.shape[3] // 2 :], b[..., b.shape[3] // 2 :]), level

@@ -1,4 +1,5 @@
 "Pictures as they come: depths, channels, palettes, and what is wrong with them."
+
 import imagecodecs
 import numpy as np
 import pytest
@@ -9,26 +10,44 @@ from PIL import Image
 
 from dinolab.data.augment import find_augment
 from dinolab.core.errors import InputError
-from dinolab.data.images import Classes, ImageDataset, Picture, count_labels, cut, folder_pictures, list_images, read_image, read_mask, read_pair, scaled, table_pictures
+from dinolab.data.images import (
+    Classes,
+    ImageDataset,
+    Picture,
+    count_labels,
+    cut,
+    folder_pictures,
+    list_images,
+    read_image,
+    read_mask,
+    read_pair,
+    scaled,
+    table_pictures,
+)
 
 TWO = Classes(("a", "b"))
 
 
-def rng(seed=0): return np.random.default_rng(seed)
+def rng(seed=0):
+    return np.random.default_rng(seed)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif", ".jpg"])
 @pytest.mark.parametrize("kind,channels", [("u1", 1), ("u1", 3), ("u2", 1), ("u2", 3), ("u1", 4)])
 def test_read_image_of_any_kind(tmp_path, suffix, kind, channels):
     "As written, by libraries of their own; alpha is dropped."
-    if suffix == ".jpg" and (kind == "u2" or channels == 4): pytest.skip("there is no such JPEG")
+    if suffix == ".jpg" and (kind == "u2" or channels == 4):
+        pytest.skip("there is no such JPEG")
     top = np.iinfo(kind).max
     pixels = np.round(np.linspace(0, top, 12 * 10 * channels)).astype(kind).reshape(12, 10, channels)
-    path = tmp_path/f"x{suffix}"
+    path = tmp_path / f"x{suffix}"
     one = pixels[..., 0] if channels == 1 else pixels
-    if suffix == ".tif": tifffile.imwrite(path, one, photometric="rgb" if channels > 1 else "minisblack", compression="lzw")
-    elif suffix == ".jpg": Image.fromarray(one).save(path, quality=100, subsampling=0)
-    else: path.write_bytes(imagecodecs.png_encode(np.ascontiguousarray(one)))
+    if suffix == ".tif":
+        tifffile.imwrite(path, one, photometric="rgb" if channels > 1 else "minisblack", compression="lzw")
+    elif suffix == ".jpg":
+        Image.fromarray(one).save(path, quality=100, subsampling=0)
+    else:
+        path.write_bytes(imagecodecs.png_encode(np.ascontiguousarray(one)))
     expected = pixels[..., :3].transpose(2, 0, 1) / top
     got = read_image(path)
     assert got.dtype == np.float32 and got.shape == expected.shape
@@ -39,31 +58,38 @@ def test_orientation_of_photographs(tmp_path):
     image = Image.fromarray((rng().random((4, 9, 3)) * 255).astype(np.uint8))
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held upright
-    image.save(tmp_path/"x.png", exif=exif)
-    assert read_image(tmp_path/"x.png").shape == (3, 9, 4)
+    image.save(tmp_path / "x.png", exif=exif)
+    assert read_image(tmp_path / "x.png").shape == (3, 9, 4)
 
 
-@pytest.mark.parametrize("array,message", [
-    (np.full((4, 4), np.inf, "f4"), "not finite"),
-    (np.full((4, 4), -1., "f4"), "expected 0 to 1; give white="),
-    (np.zeros((3, 4, 5, 3), "u1"), "expected one image"),
-])
+@pytest.mark.parametrize(
+    "array,message",
+    [
+        (np.full((4, 4), np.inf, "f4"), "not finite"),
+        (np.full((4, 4), -1.0, "f4"), "expected 0 to 1; give white="),
+        (np.zeros((3, 4, 5, 3), "u1"), "expected one image"),
+    ],
+)
 def test_wrong_images(tmp_path, array, message):
-    tifffile.imwrite(tmp_path/"x.tif", array, photometric="minisblack")
-    with pytest.raises(InputError, match=message) as e: read_image(tmp_path/"x.tif")
+    tifffile.imwrite(tmp_path / "x.tif", array, photometric="minisblack")
+    with pytest.raises(InputError, match=message) as e:
+        read_image(tmp_path / "x.tif")
     assert "x.tif" in str(e.value) and "\n" not in str(e.value)
 
 
 def test_broken_and_missing_files(tmp_path):
-    (tmp_path/"x.png").write_bytes(b"\x89PNG\r\n\x1a\n broken file")
-    (tmp_path/"empty.png").write_bytes(b"")
+    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n broken file")
+    (tmp_path / "empty.png").write_bytes(b"")
     for name in ("x.png", "empty.png"):
-        with pytest.raises(InputError, match="cannot be read"): read_image(tmp_path/name)
-    with pytest.raises(InputError, match="no image"): read_image(tmp_path/"none.png")
-    with pytest.raises(InputError, match="no image in the folder"): list_images((tmp_path/"d").mkdir() or tmp_path/"d")
+        with pytest.raises(InputError, match="cannot be read"):
+            read_image(tmp_path / name)
+    with pytest.raises(InputError, match="no image"):
+        read_image(tmp_path / "none.png")
+    with pytest.raises(InputError, match="no image in the folder"):
+        list_images((tmp_path / "d").mkdir() or tmp_path / "d")
     with pytest.raises(InputError, match="set in_channels=3"):
-        Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path/"rgb.png")
-        read_image(tmp_path/"rgb.png", 1)
+        Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "rgb.png")
+        read_image(tmp_path / "rgb.png", 1)
 
 
 @settings(deadline=None, max_examples=40)
@@ -78,53 +104,69 @@ def test_values_of_classes(values, seed):
 
 
 def test_wrong_masks(tmp_path):
-    Image.fromarray(np.full((4, 4), 2, np.uint8)).save(tmp_path/"m.png")
-    with pytest.raises(InputError, match=r"m.png has the value 2 in 16 pixels: expected 0 \(a\), 1 \(b\), or 255"): read_mask(tmp_path/"m.png", TWO)
-    tifffile.imwrite(tmp_path/"f.tif", np.full((4, 4), 0.5, "f4"))
-    with pytest.raises(InputError, match="no integers"): read_mask(tmp_path/"f.tif", TWO)
-    tifffile.imwrite(tmp_path/"g.tif", np.ones((4, 4), "f4"))
-    assert read_mask(tmp_path/"g.tif", TWO)[0].all()
-    Image.fromarray(np.array([[0, 255], [255, 0]], np.uint8)).save(tmp_path/"b.png")
-    assert read_mask(tmp_path/"b.png", Classes(("a", "b"), kind="binary"))[0].tolist() == [[0, 1], [1, 0]]
-    Image.fromarray(np.zeros((5, 4), np.uint8)).save(tmp_path/"i.png")
-    with pytest.raises(InputError, match="is 5 x 4, its mask .* 2 x 2"): read_pair(Picture("x", str(tmp_path/"i.png"), str(tmp_path/"b.png")), Classes(("a", "b"), kind="binary"))
-    with pytest.raises(InputError, match="x has no mask"): read_pair(Picture("x", str(tmp_path/"i.png")), TWO)
-    Image.fromarray(np.full((5, 4), 255, np.uint8)).save(tmp_path/"void.png")
-    with pytest.raises(InputError, match="all pixels of all masks are ignored"): count_labels([Picture("x", str(tmp_path/"i.png"), str(tmp_path/"void.png"))], TWO)
+    Image.fromarray(np.full((4, 4), 2, np.uint8)).save(tmp_path / "m.png")
+    with pytest.raises(
+        InputError, match=r"m.png has the value 2 in 16 pixels: expected 0 \(a\), 1 \(b\), or 255"
+    ):
+        read_mask(tmp_path / "m.png", TWO)
+    tifffile.imwrite(tmp_path / "f.tif", np.full((4, 4), 0.5, "f4"))
+    with pytest.raises(InputError, match="no integers"):
+        read_mask(tmp_path / "f.tif", TWO)
+    tifffile.imwrite(tmp_path / "g.tif", np.ones((4, 4), "f4"))
+    assert read_mask(tmp_path / "g.tif", TWO)[0].all()
+    Image.fromarray(np.array([[0, 255], [255, 0]], np.uint8)).save(tmp_path / "b.png")
+    assert read_mask(tmp_path / "b.png", Classes(("a", "b"), kind="binary"))[0].tolist() == [[0, 1], [1, 0]]
+    Image.fromarray(np.zeros((5, 4), np.uint8)).save(tmp_path / "i.png")
+    with pytest.raises(InputError, match="is 5 x 4, its mask .* 2 x 2"):
+        read_pair(
+            Picture("x", str(tmp_path / "i.png"), str(tmp_path / "b.png")), Classes(("a", "b"), kind="binary")
+        )
+    with pytest.raises(InputError, match="x has no mask"):
+        read_pair(Picture("x", str(tmp_path / "i.png")), TWO)
+    Image.fromarray(np.full((5, 4), 255, np.uint8)).save(tmp_path / "void.png")
+    with pytest.raises(InputError, match="all pixels of all masks are ignored"):
+        count_labels([Picture("x", str(tmp_path / "i.png"), str(tmp_path / "void.png"))], TWO)
 
 
 def pairs(folder, n=3, size=(40, 30)):
     "Images that show their own masks."
-    for name in ("images", "masks"): (folder/name).mkdir(exist_ok=True)
+    for name in ("images", "masks"):
+        (folder / name).mkdir(exist_ok=True)
     for i in range(n):
         mask = np.kron(rng(i).integers(0, 2, (size[0] // 5, size[1] // 5)), np.ones((5, 5))).astype(np.uint8)
-        Image.fromarray(mask * 255).save(folder/f"images/{i}.png")
-        Image.fromarray(mask).save(folder/f"masks/{i}.png")
-    return folder_pictures(folder/"images", folder/"masks")
+        Image.fromarray(mask * 255).save(folder / f"images/{i}.png")
+        Image.fromarray(mask).save(folder / f"masks/{i}.png")
+    return folder_pictures(folder / "images", folder / "masks")
 
 
 def test_pairs_and_tables(tmp_path):
     assert [p.name for p in pairs(tmp_path)] == ["0", "1", "2"]
-    (tmp_path/"images/1.png").rename(tmp_path/"images/one.png")
-    with pytest.raises(InputError, match="1 without mask: one; expected the same names"): folder_pictures(tmp_path/"images", tmp_path/"masks")
-    (tmp_path/"images/0.tif").write_bytes((tmp_path/"images/0.png").read_bytes())
-    with pytest.raises(InputError, match="differ only by the suffix"): folder_pictures(tmp_path/"images")
-    (tmp_path/"t.csv").write_text("picture,mask\na,b\n")
-    with pytest.raises(InputError, match="columns picture, mask: expected image; image is missing"): table_pictures(tmp_path/"t.csv")
+    (tmp_path / "images/1.png").rename(tmp_path / "images/one.png")
+    with pytest.raises(InputError, match="1 without mask: one; expected the same names"):
+        folder_pictures(tmp_path / "images", tmp_path / "masks")
+    (tmp_path / "images/0.tif").write_bytes((tmp_path / "images/0.png").read_bytes())
+    with pytest.raises(InputError, match="differ only by the suffix"):
+        folder_pictures(tmp_path / "images")
+    (tmp_path / "t.csv").write_text("picture,mask\na,b\n")
+    with pytest.raises(InputError, match="columns picture, mask: expected image; image is missing"):
+        table_pictures(tmp_path / "t.csv")
 
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(-20, 20), st.integers(-20, 20), st.integers(1, 60), st.integers(1, 60))
 def test_cut_against_a_mirrored_plane(y, x, h, w):
     "The same as cutting from a plane that NumPy has mirrored on all sides."
-    image, label = rng().random((2, 16, 12)).astype(np.float32), rng(1).integers(0, 2, (16, 12)).astype(np.uint8)
+    image, label = (
+        rng().random((2, 16, 12)).astype(np.float32),
+        rng(1).integers(0, 2, (16, 12)).astype(np.uint8),
+    )
     y, x = min(max(y, -h + 1), 15), min(max(x, -w + 1), 11)
     big = np.pad(image, [(0, 0), (80, 80), (80, 80)], "symmetric")
     got, found, valid = cut(image, label, np.ones(label.shape, bool), (h, w), (y, x))
-    inside = np.pad(np.ones(label.shape, bool), 80)[80 + y:80 + y + h, 80 + x:80 + x + w]
+    inside = np.pad(np.ones(label.shape, bool), 80)[80 + y : 80 + y + h, 80 + x : 80 + x + w]
     assert got.shape == (2, h, w) and (valid == inside).all()
-    assert (got[:, inside] == big[:, 80 + y:80 + y + h, 80 + x:80 + x + w][:, inside]).all()
-    assert (found[inside] == np.pad(label, 80)[80 + y:80 + y + h, 80 + x:80 + x + w][inside]).all()
+    assert (got[:, inside] == big[:, 80 + y : 80 + y + h, 80 + x : 80 + x + w][:, inside]).all()
+    assert (found[inside] == np.pad(label, 80)[80 + y : 80 + y + h, 80 + x : 80 + x + w][inside]).all()
 
 
 def test_crops_follow_from_their_seed(tmp_path):
@@ -132,37 +174,64 @@ def test_crops_follow_from_their_seed(tmp_path):
     other = ImageDataset(pairs(tmp_path), TWO, (24, 32), channels=3, length=7)
     for i in range(7):
         a, b, c = data.item(i, 5), other.item(i, 5), data.item(i, 6)
-        assert all((a[k] == b[k]).all() for k in ("image", "target", "mask")) and not (a["image"] == c["image"]).all()
-        assert a["image"].shape == (3, 24, 32) and a["target"].shape == a["mask"].shape == (24, 32) and 0 <= a["image"].min() <= a["image"].max() <= 1
+        assert (
+            all((a[k] == b[k]).all() for k in ("image", "target", "mask"))
+            and not (a["image"] == c["image"]).all()
+        )
+        assert (
+            a["image"].shape == (3, 24, 32)
+            and a["target"].shape == a["mask"].shape == (24, 32)
+            and 0 <= a["image"].min() <= a["image"].max() <= 1
+        )
 
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 2**31), st.sampled_from([(0.5, 0.6), (1, 1), (1.6, 2)]))
 def test_image_and_mask_stay_together(tmp_path_factory, seed, scale):
     folder = test_image_and_mask_stay_together.__dict__.setdefault("folder", tmp_path_factory.mktemp("pairs"))
-    item = ImageDataset(pairs(folder), TWO, (32, 32), channels=1, augment=find_augment("turns"), scale=scale).item(seed % 3, seed)
+    item = ImageDataset(
+        pairs(folder), TWO, (32, 32), channels=1, augment=find_augment("turns"), scale=scale
+    ).item(seed % 3, seed)
     around = F.unfold(F.pad(item["target"][None, None].float(), (1,) * 4, mode="replicate"), 3)[0]
-    inner = (around.amin(0) == around.amax(0)).view(32, 32) & item["mask"]  # away from borders, where antialiasing and the nearest pixel differ
+    inner = (around.amin(0) == around.amax(0)).view(32, 32) & item[
+        "mask"
+    ]  # away from borders, where antialiasing and the nearest pixel differ
     assert inner.any() and ((item["image"][0] > 0.5) == item["target"].bool())[inner].all()
 
 
 def test_balance_finds_a_rare_class(tmp_path):
     mask = np.zeros((200, 200), np.uint8)
     mask[150:153, 20:23] = 1
-    for name, pixels in dict(i=mask * 255, m=mask).items(): Image.fromarray(pixels).save(tmp_path/f"{name}.png")
-    picture = [Picture("x", str(tmp_path/"i.png"), str(tmp_path/"m.png"))]
-    seen = lambda balance: np.mean([bool(ImageDataset(picture, TWO, (32, 32), channels=1, scale=(1, 1), balance=balance).item(0, s)["target"].any()) for s in range(60)])
-    assert seen(0.) < 0.15 and 0.3 < seen(1.) < 0.8  # half of the crops at balance 1
+    for name, pixels in dict(i=mask * 255, m=mask).items():
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    picture = [Picture("x", str(tmp_path / "i.png"), str(tmp_path / "m.png"))]
+    seen = lambda balance: np.mean(
+        [
+            bool(
+                ImageDataset(picture, TWO, (32, 32), channels=1, scale=(1, 1), balance=balance)
+                .item(0, s)["target"]
+                .any()
+            )
+            for s in range(60)
+        ]
+    )
+    assert seen(0.0) < 0.15 and 0.3 < seen(1.0) < 0.8  # half of the crops at balance 1
 
 
 def test_scaled_keeps_borders():
     label = np.zeros((20, 20), np.uint8)
     label[:, 10:] = 1
     image, found, valid = scaled(label[None].astype(np.float32), label, np.ones_like(label, bool), (50, 30))
-    assert (found[:, :15] == 0).all() and (found[:, 15:] == 1).all() and valid.all() and np.abs(image[0] - found)[:, [0, 5, 24, 29]].max() < 1e-6
+    assert (
+        (found[:, :15] == 0).all()
+        and (found[:, 15:] == 1).all()
+        and valid.all()
+        and np.abs(image[0] - found)[:, [0, 5, 24, 29]].max() < 1e-6
+    )
 
 
 def test_blue_is_no_ignored_value():
     "Pure blue is 255 as a number, which means ignored in masks of numbers only."
     classes = Classes(("a", "b"), colours=("#000000", "#ff0000"))
-    with pytest.raises(InputError, match="#0000ff in 1 pixels"): classes.index(np.array([[[0, 0, 255]]], np.uint8))
+    with pytest.raises(InputError, match="#0000ff in 1 pixels"):
+        classes.index(np.array([[[0, 0, 255]]], np.uint8))

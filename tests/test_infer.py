@@ -1,4 +1,5 @@
 "Tiles and blocks: compared with MONAI; the same bytes whatever the blocks, the workers and the kills."
+
 import math
 import os
 import signal
@@ -13,8 +14,18 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from dinolab.core.errors import InputError
-from dinolab.volumes.tiles import DirectConvolution, all_tiles, axis_weight, blend, open_prediction, predict_to_zarr, sliding_window, tile_starts, tile_weight
-from dinolab.volumes.volume import Grid, open_multiscale
+from dinolab.volumes.tiles import (
+    DirectConvolution,
+    all_tiles,
+    axis_weight,
+    blend,
+    open_prediction,
+    predict_to_zarr,
+    sliding_window,
+    tile_starts,
+    tile_weight,
+)
+from dinolab.volumes.volume import Grid
 
 SHAPE, TILE = (20, 24, 28), (12, 12, 16)
 GRID = Grid(SHAPE, (8, 4, 4))
@@ -22,26 +33,46 @@ GRID = Grid(SHAPE, (8, 4, 4))
 
 class Predict:
     "Probabilities that depend on the tile, not only on the voxel; dies when it is called for the n-th time."
-    def __init__(self, classes=3, die_after=None): self.classes, self.die_after, self.calls = classes, die_after, 0
+
+    def __init__(self, classes=3, die_after=None):
+        self.classes, self.die_after, self.calls = classes, die_after, 0
+
     def __call__(self, region):
         self.calls += 1
-        if self.die_after is not None and self.calls > self.die_after: os.kill(os.getpid(), signal.SIGKILL)
+        if self.die_after is not None and self.calls > self.die_after:
+            os.kill(os.getpid(), signal.SIGKILL)
         z, y, x = np.meshgrid(*(np.arange(s.start, s.stop) for s in region), indexing="ij")
         start = sum((i + 1) * s.start for i, s in enumerate(region))
-        logits = np.stack([np.sin(0.3 * (c + 1) * z + 0.2 * y + c) + np.cos(0.25 * x * (c + 1) + 0.1 * start) for c in range(self.classes)])
+        logits = np.stack(
+            [
+                np.sin(0.3 * (c + 1) * z + 0.2 * y + c) + np.cos(0.25 * x * (c + 1) + 0.1 * start)
+                for c in range(self.classes)
+            ]
+        )
         p = np.exp(logits)
         return p / p.sum(0) if self.classes > 1 else 1 / (1 + np.exp(-logits))
 
 
 def predict(store, die_after=None, classes=3, predict=None, **options):
     "The prediction that all tests compare."
-    defaults = dict(classes=[f"c{i}" for i in range(classes)], tile=TILE, overlap=0.5, chunk=8, block=(8, 16, 16), probabilities=True)
+    defaults = dict(
+        classes=[f"c{i}" for i in range(classes)],
+        tile=TILE,
+        overlap=0.5,
+        chunk=8,
+        block=(8, 16, 16),
+        probabilities=True,
+    )
     return predict_to_zarr(predict or Predict(classes, die_after), GRID, store, **defaults | options)
 
 
 def content(store, part="*"):
     "Files of a store and their bytes, but for the record of blocks."
-    return {str(p.relative_to(store)): p.read_bytes() for p in sorted(Path(store).rglob(part)) if p.is_file() and "done_" not in str(p) and p.name != ".lock"}
+    return {
+        str(p.relative_to(store)): p.read_bytes()
+        for p in sorted(Path(store).rglob(part))
+        if p.is_file() and "done_" not in str(p) and p.name != ".lock"
+    }
 
 
 # ---- the lattice
@@ -58,11 +89,15 @@ def test_tiles_cover_in_order_and_overlap(case):
     assert starts[0] == 0 and starts[-1] == max(0, length - tile) and all(isinstance(s, int) for s in starts)
     assert (steps > 0).all() and (steps <= max(1, tile * (1 - overlap))).all()
     covered = np.zeros(length, bool)
-    for s in starts: covered[s:s + tile] = True
+    for s in starts:
+        covered[s : s + tile] = True
     assert covered.all()
     stride = max(1, int(tile * (1 - overlap)))
-    assert len(starts) == (1 if tile >= length else 1 + math.ceil((length - tile) / stride))  # as few as possible
-    if len(steps): assert steps.max() - steps.min() <= 1                                      # evenly spread
+    assert len(starts) == (
+        1 if tile >= length else 1 + math.ceil((length - tile) / stride)
+    )  # as few as possible
+    if len(steps):
+        assert steps.max() - steps.min() <= 1  # evenly spread
 
 
 @settings(deadline=None, max_examples=100)
@@ -70,7 +105,8 @@ def test_tiles_cover_in_order_and_overlap(case):
 def test_tiles_start_at_multiples_of_a_step(case, step):
     length, tile, overlap = case
     if tile < min(step, length):
-        with pytest.raises(InputError, match="gaps"): tile_starts(length, tile, overlap, step)
+        with pytest.raises(InputError, match="gaps"):
+            tile_starts(length, tile, overlap, step)
         return
     starts = tile_starts(length, tile, overlap, step)
     assert starts[0] == 0 and starts[-1] == max(0, length - tile) and all(s % step == 0 for s in starts[:-1])
@@ -79,13 +115,20 @@ def test_tiles_start_at_multiples_of_a_step(case, step):
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.tuples(*[st.integers(1, 20)] * 3), st.tuples(*[st.integers(1, 12)] * 3), st.sampled_from([0., 0.25, 0.5]), st.data())
+@given(
+    st.tuples(*[st.integers(1, 20)] * 3),
+    st.tuples(*[st.integers(1, 12)] * 3),
+    st.sampled_from([0.0, 0.25, 0.5]),
+    st.data(),
+)
 def test_a_weighted_mean_of_equal_values_is_that_value(shape, tile, overlap, data):
     tiles = all_tiles(shape, tile, overlap)
     lo = [data.draw(st.integers(0, n - 1)) for n in shape]
     region = tuple(slice(a, data.draw(st.integers(a + 1, n))) for a, n in zip(lo, shape))
     x = np.random.default_rng(0).random((2, *shape)).astype(np.float32)
-    np.testing.assert_allclose(blend(lambda t: x[(slice(None), *t)], region, tiles, 2), x[(slice(None), *region)], rtol=1e-5)
+    np.testing.assert_allclose(
+        blend(lambda t: x[(slice(None), *t)], region, tiles, 2), x[(slice(None), *region)], rtol=1e-5
+    )
 
 
 def test_weight_is_separable_symmetric_and_positive():
@@ -112,17 +155,25 @@ def brute_blend(f, tiles, channels):
 
 # ---- in memory
 
-@pytest.mark.parametrize("size, tile, overlap", [((20, 24), (8, 12), 0.5), ((17, 12), (9, 12), 0.), ((14, 10, 17), (6, 6, 10), 0.25)])
+
+@pytest.mark.parametrize(
+    "size, tile, overlap",
+    [((20, 24), (8, 12), 0.5), ((17, 12), (9, 12), 0.0), ((14, 10, 17), (6, 6, 10), 0.25)],
+)
 def test_sliding_window_is_that_of_monai(size, tile, overlap):
     inferers = pytest.importorskip("monai.inferers")
     for n, t in zip(size, tile):  # where tiles are spread evenly anyway
         theirs = sorted({min(i * int(t * (1 - overlap)), n - t) for i in range(n)}) if t < n else [0]
         assert theirs == tile_starts(n, t, overlap)
     conv = {2: nn.Conv2d, 3: nn.Conv3d}[len(size)]
-    net = nn.Sequential(conv(2, 3, 3, padding=1), nn.Sigmoid(), conv(3, 3, 3, padding=1)).requires_grad_(False)  # zero padding: tiles matter
+    net = nn.Sequential(conv(2, 3, 3, padding=1), nn.Sigmoid(), conv(3, 3, 3, padding=1)).requires_grad_(
+        False
+    )  # zero padding: tiles matter
     x = torch.randn(2, 2, *size)
     expected = inferers.sliding_window_inference(x, tile, 1, net, overlap=overlap, mode="constant")
-    torch.testing.assert_close(sliding_window(net, x, tile, overlap, "constant"), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        sliding_window(net, x, tile, overlap, "constant"), expected, atol=1e-5, rtol=1e-5
+    )
     assert (expected - net(x)).abs().max() > 1e-3
     seen = []
     inside = sliding_window(lambda p: (seen.append(p.shape[2:]), net(p))[1], x, tile, overlap)
@@ -132,25 +183,48 @@ def test_sliding_window_is_that_of_monai(size, tile, overlap):
 def test_sliding_window_of_an_image_smaller_than_the_tile():
     net = nn.Conv3d(1, 2, 3, padding=1).requires_grad_(False)
     x = torch.randn(1, 1, 5, 6, 7)
-    for weights in ("gaussian", "constant"): torch.testing.assert_close(sliding_window(net, x, (8, 8, 8), 0.5, weights), net(x), atol=1e-5, rtol=1e-5)
-    with pytest.raises(InputError, match="expected 3 sizes"): sliding_window(net, x, (8, 8))
+    for weights in ("gaussian", "constant"):
+        torch.testing.assert_close(
+            sliding_window(net, x, (8, 8, 8), 0.5, weights), net(x), atol=1e-5, rtol=1e-5
+        )
+    with pytest.raises(InputError, match="expected 3 sizes"):
+        sliding_window(net, x, (8, 8))
 
 
 # ---- one image at a time
 
-@given(kernel=st.tuples(*[st.integers(1, 4)] * 3), stride=st.integers(1, 2), padding=st.sampled_from([0, 1, (2, 0, 1), "valid"]), dilation=st.integers(1, 2), channels=st.sampled_from([(1, 4), (3, 2)]), bias=st.booleans())
+
+@given(
+    kernel=st.tuples(*[st.integers(1, 4)] * 3),
+    stride=st.integers(1, 2),
+    padding=st.sampled_from([0, 1, (2, 0, 1), "valid"]),
+    dilation=st.integers(1, 2),
+    channels=st.sampled_from([(1, 4), (3, 2)]),
+    bias=st.booleans(),
+)
 @settings(max_examples=40, deadline=None)
 def test_direct_convolution_is_that_of_torch(kernel, stride, padding, dilation, channels, bias):
     torch.manual_seed(0)
-    net, x = nn.Conv3d(*channels, kernel, stride, padding, dilation, bias=bias), torch.randn(1, channels[0], 9, 10, 11)
+    net, x = (
+        nn.Conv3d(*channels, kernel, stride, padding, dilation, bias=bias),
+        torch.randn(1, channels[0], 9, 10, 11),
+    )
     with torch.no_grad():
-        with DirectConvolution(): found = net(x)
+        with DirectConvolution():
+            found = net(x)
         torch.testing.assert_close(found, net(x), atol=1e-5, rtol=1e-5)
-        with DirectConvolution(): torch.testing.assert_close(torch.conv3d(x, net.weight), torch.conv3d(x.double(), net.weight.double()).float(), atol=1e-5, rtol=1e-5)  # its defaults
+        with DirectConvolution():
+            torch.testing.assert_close(
+                torch.conv3d(x, net.weight),
+                torch.conv3d(x.double(), net.weight.double()).float(),
+                atol=1e-5,
+                rtol=1e-5,
+            )  # its defaults
 
 
 def operations(f):
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen: f()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        f()
     return {e.key for e in seen.key_averages()}
 
 
@@ -159,19 +233,25 @@ def test_direct_convolution_takes_the_fast_way():
     net, x = nn.Conv3d(4, 4, 3, padding=1), torch.rand(1, 4, 8, 8, 8)
     slow = "aten::slow_conv3d"
     with torch.no_grad():
-        if slow not in operations(lambda: net(x)): pytest.skip("this torch takes oneDNN by itself: DirectConvolution is of no use")
-    assert slow not in (seen := operations(lambda: sliding_window(net, x, (8, 8, 8)))) and "aten::mkldnn_convolution" in seen
+        if slow not in operations(lambda: net(x)):
+            pytest.skip("this torch takes oneDNN by itself: DirectConvolution is of no use")
+    assert (
+        slow not in (seen := operations(lambda: sliding_window(net, x, (8, 8, 8))))
+        and "aten::mkldnn_convolution" in seen
+    )
     with DirectConvolution():
         net(x).sum().backward()
-        with torch.no_grad(): assert net(x[0]).shape == (4, 8, 8, 8) and net.double()(x.double()).dtype == torch.float64
+        with torch.no_grad():
+            assert net(x[0]).shape == (4, 8, 8, 8) and net.double()(x.double()).dtype == torch.float64
     assert net.weight.grad.abs().sum() > 0
 
 
 # ---- on disk
 
+
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    store = tmp_path_factory.mktemp("infer")/"a.zarr"
+    store = tmp_path_factory.mktemp("infer") / "a.zarr"
     predict(store)
     return store
 
@@ -187,18 +267,20 @@ def test_prediction_by_brute_force(reference):
 
 @pytest.mark.parametrize("block, workers", [((24, 24, 32), 1), ((8, 8, 8), 1), ((16, 24, 8), 2)])
 def test_blocks_and_workers_leave_the_same_bytes(block, workers, reference, tmp_path):
-    predict(tmp_path/"b.zarr", block=block, workers=workers)
-    assert content(tmp_path/"b.zarr") == content(reference)
+    predict(tmp_path / "b.zarr", block=block, workers=workers)
+    assert content(tmp_path / "b.zarr") == content(reference)
 
 
 def test_a_killed_prediction_goes_on_to_the_same_bytes(reference, tmp_path):
-    store = tmp_path/"b.zarr"
+    store = tmp_path / "b.zarr"
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_infer; test_infer.predict({str(store)!r}, die_after=30)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == -signal.SIGKILL
-    with pytest.raises(InputError, match="unfinished"): open_prediction(store)
-    with pytest.raises(InputError, match="other settings"): predict(store, overlap=0.25)
+    with pytest.raises(InputError, match="unfinished"):
+        open_prediction(store)
+    with pytest.raises(InputError, match="other settings"):
+        predict(store, overlap=0.25)
     whole, rest = Predict(), Predict()
-    predict(tmp_path/"c.zarr", predict=whole)
+    predict(tmp_path / "c.zarr", predict=whole)
     predict(store, predict=rest)
     assert content(store) == content(reference) and 0 < rest.calls < whole.calls
     again = Predict()
@@ -208,13 +290,15 @@ def test_a_killed_prediction_goes_on_to_the_same_bytes(reference, tmp_path):
 
 def test_a_volume_smaller_than_the_tile_is_one_tile(tmp_path):
     one = Predict()
-    found = predict(tmp_path/"b.zarr", predict=one, tile=(64, 64, 64), block=(24, 24, 32))
+    found = predict(tmp_path / "b.zarr", predict=one, tile=(64, 64, 64), block=(24, 24, 32))
     assert one.calls == 1
-    assert np.abs(found.probabilities() - Predict()(tuple(slice(0, n) for n in SHAPE))).max() <= 0.5 / 255 + 1e-5
+    assert (
+        np.abs(found.probabilities() - Predict()(tuple(slice(0, n) for n in SHAPE))).max() <= 0.5 / 255 + 1e-5
+    )
 
 
 def test_one_class_is_a_threshold_and_skipped_blocks_are_0(tmp_path):
-    found = predict(tmp_path/"b.zarr", classes=1, skip=lambda region: region[0].start >= 16)
+    found = predict(tmp_path / "b.zarr", classes=1, skip=lambda region: region[0].start >= 16)
     p, expected = found.probabilities(), brute_blend(Predict(1), all_tiles(SHAPE, TILE, 0.5), 1)
     labels = found.labels.levels[0].read()
     assert not p[:, 16:].any() and not labels[16:].any()
@@ -223,9 +307,13 @@ def test_one_class_is_a_threshold_and_skipped_blocks_are_0(tmp_path):
 
 
 def test_errors(tmp_path):
-    with pytest.raises(InputError, match="shape"): predict(tmp_path/"a.zarr", predict=lambda region: np.zeros((3, 2, 2, 2)))
-    (tmp_path/"other").mkdir(); (tmp_path/"other/file").write_text("mine")
-    with pytest.raises(InputError, match="no prediction"): predict(tmp_path/"other")
-    assert (tmp_path/"other/file").read_text() == "mine"
-    for wrong in ((10, 4, 1.), (10, 0, 0.5), (0, 4, 0.5), (10, 4, -0.1)):
-        with pytest.raises(InputError, match="expected"): tile_starts(*wrong)
+    with pytest.raises(InputError, match="shape"):
+        predict(tmp_path / "a.zarr", predict=lambda region: np.zeros((3, 2, 2, 2)))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/file").write_text("mine")
+    with pytest.raises(InputError, match="no prediction"):
+        predict(tmp_path / "other")
+    assert (tmp_path / "other/file").read_text() == "mine"
+    for wrong in ((10, 4, 1.0), (10, 0, 0.5), (0, 4, 0.5), (10, 4, -0.1)):
+        with pytest.raises(InputError, match="expected"):
+            tile_starts(*wrong)

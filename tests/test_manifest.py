@@ -1,4 +1,5 @@
 """Manifests: every mistake is found, at its line, all at once."""
+
 import string
 import textwrap
 from pathlib import Path
@@ -45,7 +46,8 @@ classes:
 
 def problems(text):
     "Lines and messages of the error; the file is called m.yaml."
-    with pytest.raises(InputError) as e: parse_manifest(text, "m.yaml")
+    with pytest.raises(InputError) as e:
+        parse_manifest(text, "m.yaml")
     found = [line.split(":", 2) for line in str(e.value).splitlines()]
     assert all(name == "m.yaml" for name, *_ in found)
     return [(int(line), message.strip()) for _, line, message in found]
@@ -62,75 +64,86 @@ def test_good_has_no_problem():
     assert m.read_as("two") == {"unit": "nanometer", "channel": 0}
 
 
-@pytest.mark.parametrize("old, new, line, said", [
-    ("licence:", "lisence:", 4, "unknown key 'lisence'"),
-    ("licence:", "lisence:", 4, "did you mean 'licence'?"),
-    ("licence:", "lisence:", 2, "missing key 'licence'"),
-    ("kind: volume", "kind: volumes", 3, "expected 'volume', 'image' or 'diffusion'"),
-    ("kind: volume", "kind: diffusion", 11, "missing dwi, bval, bvec"),
-    ("name: good", "name: a/b", 2, "letters, digits"),
-    ("name: good", "name: 42", 2, "got 42, expected a valid string"),
-    ("citation: somebody", "citation: ''", 5, "some text"),
-    ("source: https://example.org/em", "source: packge:nibabel", 6, "did you mean package:nibabel?"),
-    ("channel: 0", "channel: '0'", 8, "got '0', expected a valid integer"),
-    ("channel: 0", "channel: -1", 8, "greater than or equal to 0"),
-    ("channel: 0", "voxel_size: [8, 0, 8]", 8, "read.voxel_size.1: got 0, expected greater than 0"),
-    ("channel: 0", "voxel_size: [8, .nan, 8]", 8, "read.voxel_size.1"),
-    ("channel: 0", "voxel_size: [8]", 8, "at least 2 items"),
-    ("channel: 0", "origin: centre", 8, "expected 'file' or 'corner'"),
-    ("path: one.tif", "path: /one.tif", 12, "below the source"),
-    ("path: one.tif", "path: ../one.tif", 12, "below the source"),
-    ("a" * 64, "a" * 63, 12, "64 hexadecimal digits"),
-    ("a" * 64, "1" * 64, 12, "expected a valid string"),
-    (", sha256: " + "a" * 64, "", 12, "missing sha256"),
-    ("size: 12", "size: 12 MB", 12, "cases.one.files.raw.size: got '12 MB', expected a valid integer"),
-    ("path: one_labels.tif", "pth: one_labels.tif", 14, "did you mean 'path'?"),
-    ("path: one_labels.tif", "pth: one_labels.tif", 13, "missing key 'path'"),
-    ("      labels:", "      lables:", 13, "did you mean 'labels'?"),
-    ("path: two.tif", "path: two.zarr/raw", 18, "set remote: true"),
-    ("group: mouse 2", "parameters: {seed: 1}", 17, "nothing reads them"),
-    ("  two:\n", "  one:\n", 16, "key 'one' is on line 10 already"),
-    ("- two", "- too", 22, "unknown case 'too'"),
-    ("- two", "- too", 16, "case 'two' is in no split"),
-    ("- two", "- two\n    - one", 23, "case 'one' is in split 'train' already"),
-    ("path: two.tif", "path: one.tif", 16, "path 'one.tif' of case 'two' (test) is in 'one' (train) too"),
-    ("c" * 64, "b" * 64, 16, "sha256"),
-    ("value: 1", "value: 0", 25, "class value 0 is taken"),
-    ("value: 1", "value: true", 25, "got True, expected a valid integer"),
-    ("name: nucleus", "name: background", 26, "class name 'background' is taken"),
-    ('colour: "#1f77b4"', "colour: blue", 27, 'a colour such as "#1f77b4"'),
-    ('colour: "#1f77b4"', "colour: #1f77b4", 27, "in quotes"),
-    ("splits:", "remote: 1\nsplits:", 19, "got 1, expected a valid boolean"),
-    ("https://example.org/em", "/data/em\nremote: true", 7, "with an address"),
-    ("https://example.org/em", "synth:em", 11, "expected parameters only"),
-    ("  train: [one]", "  train: one", 20, "expected a valid list"),
-])
+@pytest.mark.parametrize(
+    "old, new, line, said",
+    [
+        ("licence:", "lisence:", 4, "unknown key 'lisence'"),
+        ("licence:", "lisence:", 4, "did you mean 'licence'?"),
+        ("licence:", "lisence:", 2, "missing key 'licence'"),
+        ("kind: volume", "kind: volumes", 3, "expected 'volume', 'image' or 'diffusion'"),
+        ("kind: volume", "kind: diffusion", 11, "missing dwi, bval, bvec"),
+        ("name: good", "name: a/b", 2, "letters, digits"),
+        ("name: good", "name: 42", 2, "got 42, expected a valid string"),
+        ("citation: somebody", "citation: ''", 5, "some text"),
+        ("source: https://example.org/em", "source: packge:nibabel", 6, "did you mean package:nibabel?"),
+        ("channel: 0", "channel: '0'", 8, "got '0', expected a valid integer"),
+        ("channel: 0", "channel: -1", 8, "greater than or equal to 0"),
+        ("channel: 0", "voxel_size: [8, 0, 8]", 8, "read.voxel_size.1: got 0, expected greater than 0"),
+        ("channel: 0", "voxel_size: [8, .nan, 8]", 8, "read.voxel_size.1"),
+        ("channel: 0", "voxel_size: [8]", 8, "at least 2 items"),
+        ("channel: 0", "origin: centre", 8, "expected 'file' or 'corner'"),
+        ("path: one.tif", "path: /one.tif", 12, "below the source"),
+        ("path: one.tif", "path: ../one.tif", 12, "below the source"),
+        ("a" * 64, "a" * 63, 12, "64 hexadecimal digits"),
+        ("a" * 64, "1" * 64, 12, "expected a valid string"),
+        (", sha256: " + "a" * 64, "", 12, "missing sha256"),
+        ("size: 12", "size: 12 MB", 12, "cases.one.files.raw.size: got '12 MB', expected a valid integer"),
+        ("path: one_labels.tif", "pth: one_labels.tif", 14, "did you mean 'path'?"),
+        ("path: one_labels.tif", "pth: one_labels.tif", 13, "missing key 'path'"),
+        ("      labels:", "      lables:", 13, "did you mean 'labels'?"),
+        ("path: two.tif", "path: two.zarr/raw", 18, "set remote: true"),
+        ("group: mouse 2", "parameters: {seed: 1}", 17, "nothing reads them"),
+        ("  two:\n", "  one:\n", 16, "key 'one' is on line 10 already"),
+        ("- two", "- too", 22, "unknown case 'too'"),
+        ("- two", "- too", 16, "case 'two' is in no split"),
+        ("- two", "- two\n    - one", 23, "case 'one' is in split 'train' already"),
+        ("path: two.tif", "path: one.tif", 16, "path 'one.tif' of case 'two' (test) is in 'one' (train) too"),
+        ("c" * 64, "b" * 64, 16, "sha256"),
+        ("value: 1", "value: 0", 25, "class value 0 is taken"),
+        ("value: 1", "value: true", 25, "got True, expected a valid integer"),
+        ("name: nucleus", "name: background", 26, "class name 'background' is taken"),
+        ('colour: "#1f77b4"', "colour: blue", 27, 'a colour such as "#1f77b4"'),
+        ('colour: "#1f77b4"', "colour: #1f77b4", 27, "in quotes"),
+        ("splits:", "remote: 1\nsplits:", 19, "got 1, expected a valid boolean"),
+        ("https://example.org/em", "/data/em\nremote: true", 7, "with an address"),
+        ("https://example.org/em", "synth:em", 11, "expected parameters only"),
+        ("  train: [one]", "  train: one", 20, "expected a valid list"),
+    ],
+)
 def test_each_mistake_at_its_line(old, new, line, said):
     assert any(where == line and said in message for where, message in problems(swapped(old, new)))
 
 
 def test_all_mistakes_at_once_in_order():
-    text = swapped("licence:", "lisence:").replace("size: 12", "size: x").replace("- two", "- one").replace("value: 1", "value: 0")
+    text = (
+        swapped("licence:", "lisence:")
+        .replace("size: 12", "size: x")
+        .replace("- two", "- one")
+        .replace("value: 1", "value: 0")
+    )
     lines = [line for line, _ in problems(text)]
     assert lines == sorted(lines) and {2, 4, 12, 25} <= set(lines)
     text = swapped("licence:", "lisence:").replace("- two", "- one").replace("value: 1", "value: 0")
     assert {2, 4, 16, 22, 25} <= {line for line, _ in problems(text)}
 
 
-@pytest.mark.parametrize("text, line, said", [
-    ("", 1, "empty"),
-    ("# only a comment\n", 1, "empty"),
-    ("\n\n- a\n- b\n", 3, "got a list"),
-    ("just text\n", 1, "got a str"),
-    ("name: x\nkind: [volume\nlicence: y\n", 3, "not YAML"),
-    ("name: x\n\tkind: y\n", 2, "not YAML"),
-    ("name: x\n---\nname: y\n", 2, "not YAML"),
-    ("name: !!python/object:os.system x\n", 1, "not YAML"),
-    ("a: 1\nb: \x00\n", 2, "not a text file"),
-    ("name: 2020-13-45\n", 1, "missing key 'kind'"),
-    ("name: &x {b: *x}\n", 1, "name: got"),
-    ("1: 2\n", 1, "unknown key '1'"),
-])
+@pytest.mark.parametrize(
+    "text, line, said",
+    [
+        ("", 1, "empty"),
+        ("# only a comment\n", 1, "empty"),
+        ("\n\n- a\n- b\n", 3, "got a list"),
+        ("just text\n", 1, "got a str"),
+        ("name: x\nkind: [volume\nlicence: y\n", 3, "not YAML"),
+        ("name: x\n\tkind: y\n", 2, "not YAML"),
+        ("name: x\n---\nname: y\n", 2, "not YAML"),
+        ("name: !!python/object:os.system x\n", 1, "not YAML"),
+        ("a: 1\nb: \x00\n", 2, "not a text file"),
+        ("name: 2020-13-45\n", 1, "missing key 'kind'"),
+        ("name: &x {b: *x}\n", 1, "name: got"),
+        ("1: 2\n", 1, "unknown key '1'"),
+    ],
+)
 def test_files_that_are_no_manifest(text, line, said):
     assert any(where == line and said in message for where, message in problems(text))
 
@@ -149,7 +162,9 @@ def test_generated_cases_with_the_same_seed_are_the_same_case():
         splits: {train: [a], test: [b]}
         """)
     assert parse_manifest(text % 2).parameters_of("b") == {"seed": 2, "noise": 3}
-    assert problems(text % 1) == [(9, "seed 1 of case 'b' (test) is in 'a' (train) too: expected in one split only")]
+    assert problems(text % 1) == [
+        (9, "seed 1 of case 'b' (test) is in 'a' (train) too: expected in one split only")
+    ]
 
 
 def test_group_is_not_divided():
@@ -160,13 +175,18 @@ def test_group_is_not_divided():
 def test_load_by_name_and_path(tmp_path):
     (tmp_path / "good.yaml").write_text(GOOD)
     assert load_manifest("good", tmp_path) == load_manifest(tmp_path / "good.yaml") == parse_manifest(GOOD)
-    with pytest.raises(InputError, match="did you mean 'good'"): load_manifest("goood", tmp_path)
-    with pytest.raises(MissingError, match="no manifests in"): load_manifest("good", tmp_path / "none")
-    with pytest.raises(MissingError, match="no file"): load_manifest(tmp_path / "bad.yaml")
+    with pytest.raises(InputError, match="did you mean 'good'"):
+        load_manifest("goood", tmp_path)
+    with pytest.raises(MissingError, match="no manifests in"):
+        load_manifest("good", tmp_path / "none")
+    with pytest.raises(MissingError, match="no file"):
+        load_manifest(tmp_path / "bad.yaml")
     (tmp_path / "copy.yaml").write_text(GOOD)
-    with pytest.raises(InputError, match="copy.yaml:2: name: got 'good', expected 'copy'"): load_manifest("copy", tmp_path)
+    with pytest.raises(InputError, match="copy.yaml:2: name: got 'good', expected 'copy'"):
+        load_manifest("copy", tmp_path)
     (tmp_path / "latin.yaml").write_bytes("name: x\ncitation: Müller".encode("latin-1"))
-    with pytest.raises(InputError, match="latin.yaml:2: not a text file"): load_manifest("latin", tmp_path)
+    with pytest.raises(InputError, match="latin.yaml:2: not a text file"):
+        load_manifest("latin", tmp_path)
 
 
 def test_local_source_is_relative_to_the_manifest(tmp_path, monkeypatch):
@@ -186,17 +206,28 @@ def test_shipped_manifests_are_valid_and_so_is_the_copy_of_a_run(name, tmp_path)
 names = st.text(string.ascii_letters + string.digits, max_size=6).map("n".__add__)  # no name is also a key
 sizes = st.floats(0.1, 1e6, allow_nan=False) | st.integers(1, 1000)
 
+
 @st.composite
 def manifests(draw):
     cases = draw(st.lists(names, min_size=1, max_size=5, unique=True))
     cut = draw(st.integers(0, len(cases)))
     return dict(
-        name=draw(names), kind="volume", licence=draw(names), citation=draw(names), source="/" + draw(names),
+        name=draw(names),
+        kind="volume",
+        licence=draw(names),
+        citation=draw(names),
+        source="/" + draw(names),
         read=dict(voxel_size=draw(st.lists(sizes, min_size=3, max_size=3)), unit=draw(names)),
-        cases={c: dict(files=dict(raw=dict(path=f"{c}.tif", size=draw(st.integers(0, 10**12))))) for c in cases},
+        cases={
+            c: dict(files=dict(raw=dict(path=f"{c}.tif", size=draw(st.integers(0, 10**12))))) for c in cases
+        },
         splits={split: part for split, part in (("train", cases[:cut]), ("test", cases[cut:])) if part},
-        classes=[dict(value=i, name=f"c{i}", colour=f"#{draw(st.integers(0, 2**24 - 1)):06x}") for i in range(draw(st.integers(0, 3)))],
+        classes=[
+            dict(value=i, name=f"c{i}", colour=f"#{draw(st.integers(0, 2**24 - 1)):06x}")
+            for i in range(draw(st.integers(0, 3)))
+        ],
     )
+
 
 @settings(max_examples=60, deadline=None)
 @given(manifests())
@@ -205,11 +236,16 @@ def test_round_trip(data):
     assert m == Manifest.model_validate(data)
     assert parse_manifest(yaml.safe_dump(m.model_dump(exclude_unset=True), sort_keys=False)) == m
 
+
 @settings(max_examples=60, deadline=None)
 @given(manifests(), st.data())
 def test_a_typo_anywhere_is_found_at_its_line(data, draw):
     lines = yaml.safe_dump(data, sort_keys=False).splitlines()
-    keys = [i for i, line in enumerate(lines) if line.strip(" -").split(":")[0] in ("path", "size", "unit", "colour", "kind", "splits")]
+    keys = [
+        i
+        for i, line in enumerate(lines)
+        if line.strip(" -").split(":")[0] in ("path", "size", "unit", "colour", "kind", "splits")
+    ]
     i = draw.draw(st.sampled_from(keys))
     lines[i] = lines[i].replace(":", "q:", 1)
     assert any(where == i + 1 and "unknown key" in message for where, message in problems("\n".join(lines)))

@@ -1,9 +1,9 @@
 "nnU-Net v2 trains, continues and predicts with a network of ours; without nnU-Net the message names the extra."
+
 import importlib.util
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,36 +19,98 @@ needs = pytest.mark.skipif(importlib.util.find_spec("nnunetv2") is None, reason=
 @pytest.fixture
 def plans(tmp_path, monkeypatch):
     "What nnU-Net's planner leaves for a small 2D data set."
-    folder = tmp_path/"pre/Dataset901_Small"
+    folder = tmp_path / "pre/Dataset901_Small"
     folder.mkdir(parents=True)
-    for name in ("raw", "pre", "results"): monkeypatch.setenv({"raw": "nnUNet_raw", "pre": "nnUNet_preprocessed", "results": "nnUNet_results"}[name], str(tmp_path/name))
+    for name in ("raw", "pre", "results"):
+        monkeypatch.setenv(
+            {"raw": "nnUNet_raw", "pre": "nnUNet_preprocessed", "results": "nnUNet_results"}[name],
+            str(tmp_path / name),
+        )
     monkeypatch.setenv("nnUNet_extTrainer", str(trainer_folder()))
-    two = dict(data_identifier="nnUNetPlans_2d", preprocessor_name="DefaultPreprocessor", batch_size=2, patch_size=[64, 64], median_image_size_in_voxels=[70., 90.], spacing=[1., 1.], normalization_schemes=["ZScoreNormalization"], use_mask_for_norm=[False],
-               resampling_fn_data="resample_data_or_seg_to_shape", resampling_fn_seg="resample_data_or_seg_to_shape", resampling_fn_probabilities="resample_data_or_seg_to_shape", resampling_fn_data_kwargs=dict(is_seg=False, order=3, order_z=0, force_separate_z=None),
-               resampling_fn_seg_kwargs=dict(is_seg=True, order=1, order_z=0, force_separate_z=None), resampling_fn_probabilities_kwargs=dict(is_seg=False, order=1, order_z=0, force_separate_z=None), batch_dice=True,
-               architecture=dict(network_class_name="none", arch_kwargs={}, _kw_requires_import=[]))
-    content = dict(dataset_name="Dataset901_Small", plans_name="nnUNetPlans", original_median_spacing_after_transp=[999., 1., 1.], original_median_shape_after_transp=[1, 70, 90], image_reader_writer="NaturalImage2DIO", transpose_forward=[0, 1, 2], transpose_backward=[0, 1, 2],
-                   configurations={"2d": two}, experiment_planner_used="ExperimentPlanner", label_manager="LabelManager", foreground_intensity_properties_per_channel={"0": dict(mean=0.5, std=0.3, median=0.5, min=0., max=1., percentile_00_5=0., percentile_99_5=1.)})
-    (folder/"nnUNetPlans.json").write_text(json.dumps(content))
-    return folder/"nnUNetPlans.json"
+    two = dict(
+        data_identifier="nnUNetPlans_2d",
+        preprocessor_name="DefaultPreprocessor",
+        batch_size=2,
+        patch_size=[64, 64],
+        median_image_size_in_voxels=[70.0, 90.0],
+        spacing=[1.0, 1.0],
+        normalization_schemes=["ZScoreNormalization"],
+        use_mask_for_norm=[False],
+        resampling_fn_data="resample_data_or_seg_to_shape",
+        resampling_fn_seg="resample_data_or_seg_to_shape",
+        resampling_fn_probabilities="resample_data_or_seg_to_shape",
+        resampling_fn_data_kwargs=dict(is_seg=False, order=3, order_z=0, force_separate_z=None),
+        resampling_fn_seg_kwargs=dict(is_seg=True, order=1, order_z=0, force_separate_z=None),
+        resampling_fn_probabilities_kwargs=dict(is_seg=False, order=1, order_z=0, force_separate_z=None),
+        batch_dice=True,
+        architecture=dict(network_class_name="none", arch_kwargs={}, _kw_requires_import=[]),
+    )
+    content = dict(
+        dataset_name="Dataset901_Small",
+        plans_name="nnUNetPlans",
+        original_median_spacing_after_transp=[999.0, 1.0, 1.0],
+        original_median_shape_after_transp=[1, 70, 90],
+        image_reader_writer="NaturalImage2DIO",
+        transpose_forward=[0, 1, 2],
+        transpose_backward=[0, 1, 2],
+        configurations={"2d": two},
+        experiment_planner_used="ExperimentPlanner",
+        label_manager="LabelManager",
+        foreground_intensity_properties_per_channel={
+            "0": dict(
+                mean=0.5, std=0.3, median=0.5, min=0.0, max=1.0, percentile_00_5=0.0, percentile_99_5=1.0
+            )
+        },
+    )
+    (folder / "nnUNetPlans.json").write_text(json.dumps(content))
+    return folder / "nnUNetPlans.json"
 
 
-def quick(*more): return setup(901, pairs=[f"backbone={VIT}", "head=upernet", "hidden_size=16", "lora.rank=2", "train.epochs=2", "train.lr=0.01", "train.warmup=0", "crops_per_epoch=8", *more])
+def quick(*more):
+    return setup(
+        901,
+        pairs=[
+            f"backbone={VIT}",
+            "head=upernet",
+            "hidden_size=16",
+            "lora.rank=2",
+            "train.epochs=2",
+            "train.lr=0.01",
+            "train.warmup=0",
+            "crops_per_epoch=8",
+            *more,
+        ],
+    )
 
 
 def trainer(plans, **options):
     "A trainer as the Python API makes it."
     from dinolab.tasks.nnunet import nnUNetTrainerDino
+
     content = json.loads(plans.read_text()) | dict(continue_training=False)
-    dataset = dict(channel_names={"0": "grey"}, labels={"background": 0, "disc": 1, "square": 2}, numTraining=4, file_ending=".png")
-    made = nnUNetTrainerDino(plans=content, configuration="2d_dino", fold=0, dataset_json=dataset, device=torch.device("cpu"), **options)
+    dataset = dict(
+        channel_names={"0": "grey"},
+        labels={"background": 0, "disc": 1, "square": 2},
+        numTraining=4,
+        file_ending=".png",
+    )
+    made = nnUNetTrainerDino(
+        plans=content,
+        configuration="2d_dino",
+        fold=0,
+        dataset_json=dataset,
+        device=torch.device("cpu"),
+        **options,
+    )
     made.dataset_class = None
     return made
 
 
 def initialised(plans, monkeypatch):
     made = trainer(plans)
-    monkeypatch.setattr("nnunetv2.training.nnUNetTrainer.nnUNetTrainer.infer_dataset_class", lambda folder: None)
+    monkeypatch.setattr(
+        "nnunetv2.training.nnUNetTrainer.nnUNetTrainer.infer_dataset_class", lambda folder: None
+    )
     made.initialize()
     return made
 
@@ -59,30 +121,58 @@ def test_setup_keeps_the_plans_of_nnunet(plans):
     after = json.loads(plans.read_text())
     assert done["without_effect"] == ["manifest", "loss"]
     new = after["configurations"].pop("2d_dino")
-    assert after == before and new["patch_size"] == [96, 80] and new["batch_size"] == 3 and new["inherits_from"] == "2d"
-    assert new["dinolab"]["network"]["lora"]["rank"] == 2 and new["dinolab"]["loop"]["epochs"] == 2 and new["dinolab"]["iterations"] == [2, 1]
+    assert (
+        after == before
+        and new["patch_size"] == [96, 80]
+        and new["batch_size"] == 3
+        and new["inherits_from"] == "2d"
+    )
+    assert (
+        new["dinolab"]["network"]["lora"]["rank"] == 2
+        and new["dinolab"]["loop"]["epochs"] == 2
+        and new["dinolab"]["iterations"] == [2, 1]
+    )
     quick("head=segformer")
-    assert json.loads(plans.read_text())["configurations"]["2d_dino"]["dinolab"]["network"]["head"] == "segformer"
+    assert (
+        json.loads(plans.read_text())["configurations"]["2d_dino"]["dinolab"]["network"]["head"]
+        == "segformer"
+    )
 
 
-@pytest.mark.parametrize("pairs,message", [(["hidden=3"], "no key 'hidden'"), (["backbone=resnet18"], "lora target_modules"), (["weights=none.pth"], "no file or folder"), (["train.lr=0"], "lr=0")])
+@pytest.mark.parametrize(
+    "pairs,message",
+    [
+        (["hidden=3"], "no key 'hidden'"),
+        (["backbone=resnet18"], "lora target_modules"),
+        (["weights=none.pth"], "no file or folder"),
+        (["train.lr=0"], "lr=0"),
+    ],
+)
 def test_wrong_recipes_leave_the_plans_alone(plans, pairs, message):
     before = plans.read_text()
-    with pytest.raises(InputError, match=message): quick(*pairs)
+    with pytest.raises(InputError, match=message):
+        quick(*pairs)
     assert plans.read_text() == before
 
 
 def test_without_nnunet_the_extra_is_named():
     code = "import sys; sys.modules['nnunetv2'] = None\nimport dinolab.tasks.nnunet\ntry: dinolab.tasks.nnunet.nnUNetTrainerDino\nexcept ImportError as e: print(e)"
-    assert "dinolab[nnunet]" in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    assert (
+        "dinolab[nnunet]"
+        in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    )
 
 
 @needs
 def test_nnunet_finds_the_trainer(plans):
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
     found = recursive_find_trainer_class_by_name("nnUNetTrainerDino")
-    assert issubclass(found, nnUNetTrainer) and [p.name for p in trainer_folder().glob("*.py")] == ["__init__.py", "dinolab_trainer.py"]
+    assert issubclass(found, nnUNetTrainer) and [p.name for p in trainer_folder().glob("*.py")] == [
+        "__init__.py",
+        "dinolab_trainer.py",
+    ]
 
 
 @needs
@@ -90,17 +180,23 @@ def test_recipe_is_followed(plans, monkeypatch):
     quick("train.clip=0.5", "train.weight_decay=0.1")
     made = initialised(plans, monkeypatch)
     assert made.num_epochs == 2 and made.num_iterations_per_epoch == 2 and not made.enable_deep_supervision
-    assert isinstance(made.optimizer, torch.optim.AdamW) and {g["weight_decay"] for g in made.optimizer.param_groups} == {0., 0.1}
+    assert isinstance(made.optimizer, torch.optim.AdamW) and {
+        g["weight_decay"] for g in made.optimizer.param_groups
+    } == {0.0, 0.1}
     names = {id(p): n for n, p in made.network.named_parameters()}
     trained = {names[id(p)] for g in made.optimizer.param_groups for p in g["params"]}
-    assert trained == {n for n, p in made.network.named_parameters() if p.requires_grad} and any("lora_" in n for n in trained)
+    assert trained == {n for n, p in made.network.named_parameters() if p.requires_grad} and any(
+        "lora_" in n for n in trained
+    )
     made.network.train()
     assert not made.network.model.backbone.model.norm.training
     clips = []
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, n: clips.append(n))
     batch = dict(data=torch.rand(2, 1, 64, 64), target=torch.randint(0, 3, (2, 1, 64, 64)).float())
     first = float(made.train_step(batch)["loss"])
-    for epoch in range(2): made.lr_scheduler.step(0); [made.train_step(batch) for _ in range(6)]
+    for epoch in range(2):
+        made.lr_scheduler.step(0)
+        [made.train_step(batch) for _ in range(6)]
     assert float(made.train_step(batch)["loss"]) < first and clips[0] == 0.5
 
 
@@ -110,36 +206,61 @@ def test_checkpoints_come_back(plans, monkeypatch, tmp_path):
     a, b = initialised(plans, monkeypatch), initialised(plans, monkeypatch)
     with torch.no_grad():
         for p in a.network.parameters():
-            if p.requires_grad: p.normal_(0, 0.1)
-    a.save_checkpoint(str(tmp_path/"c.pth"))
-    b.load_checkpoint(str(tmp_path/"c.pth"))
+            if p.requires_grad:
+                p.normal_(0, 0.1)
+    a.save_checkpoint(str(tmp_path / "c.pth"))
+    b.load_checkpoint(str(tmp_path / "c.pth"))
     x = torch.rand(1, 1, 70, 50)
-    with torch.no_grad(): assert torch.equal(a.network.eval()(x), b.network.eval()(x))
+    with torch.no_grad():
+        assert torch.equal(a.network.eval()(x), b.network.eval()(x))
 
 
 @needs
 def test_prediction_rebuilds_the_network(plans, monkeypatch):
     "As nnUNetv2_predict does: from the class, the plans and the weights; sliding windows, mirrored."
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
     quick()
     made = initialised(plans, monkeypatch)
     weights = {k: v.clone() for k, v in made.network.state_dict().items()}
-    network = type(made).build_network_architecture(made.plans_manager, made.configuration_manager, 1, 3, False)
+    network = type(made).build_network_architecture(
+        made.plans_manager, made.configuration_manager, 1, 3, False
+    )
     predictor = nnUNetPredictor(device=torch.device("cpu"), verbose=False, allow_tqdm=False)
-    predictor.manual_initialization(network, made.plans_manager, made.configuration_manager, [weights], made.dataset_json, "nnUNetTrainerDino", (0, 1))
-    found = predictor.predict_single_npy_array(np.random.default_rng(0).random((1, 1, 90, 100)).astype(np.float32), dict(spacing=(999, 1, 1)), None, None, False)
+    predictor.manual_initialization(
+        network,
+        made.plans_manager,
+        made.configuration_manager,
+        [weights],
+        made.dataset_json,
+        "nnUNetTrainerDino",
+        (0, 1),
+    )
+    found = predictor.predict_single_npy_array(
+        np.random.default_rng(0).random((1, 1, 90, 100)).astype(np.float32),
+        dict(spacing=(999, 1, 1)),
+        None,
+        None,
+        False,
+    )
     assert found.shape == (1, 90, 100) and set(np.unique(found)) <= {0, 1, 2}
 
 
 @needs
 def test_pretrained_weights_start_training_only(plans, monkeypatch, tmp_path):
     from dinolab.models.backbones import create_backbone
+
     torch.manual_seed(5)
-    torch.save(create_backbone(VIT).model.state_dict(), tmp_path/"vit.pth")
-    quick(f"weights={tmp_path/'vit.pth'}")
+    torch.save(create_backbone(VIT).model.state_dict(), tmp_path / "vit.pth")
+    quick(f"weights={tmp_path / 'vit.pth'}")
     made = initialised(plans, monkeypatch)
     own = made.network.model.backbone.state_dict()["model.blocks.2.attn.qkv.base_layer.weight"]
-    assert torch.equal(own, torch.load(tmp_path/"vit.pth", weights_only=True)["blocks.2.attn.qkv.weight"])
-    (tmp_path/"vit.pth").unlink()  # prediction does not need them
+    assert torch.equal(own, torch.load(tmp_path / "vit.pth", weights_only=True)["blocks.2.attn.qkv.weight"])
+    (tmp_path / "vit.pth").unlink()  # prediction does not need them
     recipe = made.recipe
-    assert build_network(recipe, ["ZScoreNormalization"], 1, 3)(torch.rand(1, 1, 64, 64)).shape == (1, 3, 64, 64)
+    assert build_network(recipe, ["ZScoreNormalization"], 1, 3)(torch.rand(1, 1, 64, 64)).shape == (
+        1,
+        3,
+        64,
+        64,
+    )

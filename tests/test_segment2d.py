@@ -1,4 +1,5 @@
 "From folders of pictures to scores and masks, by the commands, and what goes wrong on the way."
+
 import json
 import os
 import subprocess
@@ -15,7 +16,13 @@ from dinolab.models.lora import LoraSpec
 from dinolab.core.errors import InputError
 from dinolab.train.loop import TrainArgs
 from dinolab.data.images import read_image
-from dinolab.tasks.images import evaluate_segmenter, load_segmenter, predict_images, predict_picture, train_segmenter
+from dinolab.tasks.images import (
+    evaluate_segmenter,
+    load_segmenter,
+    predict_images,
+    predict_picture,
+    train_segmenter,
+)
 
 VIT = "vit_tiny_patch16_224"
 QUICK = TrainArgs(epochs=1, batch_size=2, monitor="mean_iou", mode="max", lr=3e-3, device="cpu")
@@ -23,34 +30,56 @@ QUICK = TrainArgs(epochs=1, batch_size=2, monitor="mean_iou", mode="max", lr=3e-
 
 def shapes(folder, n, seed, size=(70, 90)):
     "Bright discs on dark ground, and their masks."
-    for name in ("images", "masks"): (folder/name).mkdir(parents=True, exist_ok=True)
-    yy, xx = np.mgrid[:size[0], :size[1]]
+    for name in ("images", "masks"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    yy, xx = np.mgrid[: size[0], : size[1]]
     for i in range(n):
         rng = np.random.default_rng([seed, i])
         mask = np.hypot(yy - rng.uniform(20, 50), xx - rng.uniform(20, 70)) < rng.uniform(12, 20)
         image = (0.3 + 0.4 * mask + rng.normal(0, 0.05, size)).clip(0, 1)
-        Image.fromarray(np.round(image * 255).astype(np.uint8)).save(folder/f"images/{i}.png")
-        Image.fromarray(mask.astype(np.uint8)).save(folder/f"masks/{i}.png")
+        Image.fromarray(np.round(image * 255).astype(np.uint8)).save(folder / f"images/{i}.png")
+        Image.fromarray(mask.astype(np.uint8)).save(folder / f"masks/{i}.png")
     return folder
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures")
-    return shapes(folder/"train", 5, 0), shapes(folder/"test", 2, 1)
+    return shapes(folder / "train", 5, 0), shapes(folder / "test", 2, 1)
 
 
 def small(data, out, **options):
-    return train_segmenter(data[0]/"images", data[0]/"masks", out=out, **dict(backbone=VIT, head="upernet", hidden_size=16, stem=4, crop=64, scale=(1, 1), crops_per_epoch=8, train=QUICK) | options)
+    return train_segmenter(
+        data[0] / "images",
+        data[0] / "masks",
+        out=out,
+        **dict(
+            backbone=VIT,
+            head="upernet",
+            hidden_size=16,
+            stem=4,
+            crop=64,
+            scale=(1, 1),
+            crops_per_epoch=8,
+            train=QUICK,
+        )
+        | options,
+    )
 
 
 def dinolab(*args, folder):
-    return subprocess.run([sys.executable, "-c", "from dinolab.cli.main import main; main()", *map(str, args)], cwd=folder, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.run(
+        [sys.executable, "-c", "from dinolab.cli.main import main; main()", *map(str, args)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 def test_commands_from_folders_to_masks(data, tmp_path):
     train, test = data
-    (tmp_path/"upernet.yaml").write_text(f"""
+    (tmp_path / "upernet.yaml").write_text(f"""
 recipe: segmenter
 images: {train}/images
 masks: {train}/masks
@@ -68,32 +97,81 @@ train: {{epochs: 2, batch_size: 4, lr: 5e-3, device: cpu, monitor: mean_iou, mod
     done = dinolab("train", "--config", "upernet.yaml", "lora.rank=4", "train.epochs=3", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     run = done.stdout.split()[-1]
-    about = json.loads((tmp_path/run/"model.json").read_text())
+    about = json.loads((tmp_path / run / "model.json").read_text())
     assert about["lora"]["rank"] == 4 and about["network"]["head"] == "upernet"
-    scored = dinolab("evaluate", f"run={run}", f"images={test}/images", f"masks={test}/masks", folder=tmp_path)
+    scored = dinolab(
+        "evaluate", f"run={run}", f"images={test}/images", f"masks={test}/masks", folder=tmp_path
+    )
     assert scored.returncode == 0, scored.stderr
-    metrics = json.loads((tmp_path/run/"metrics.json").read_text())
-    assert metrics["test/iou/disc"] > 0.8 and (tmp_path/run/"confusion.csv").exists() and (tmp_path/run/"figures/test_worst.png").exists()
+    metrics = json.loads((tmp_path / run / "metrics.json").read_text())
+    assert (
+        metrics["test/iou/disc"] > 0.8
+        and (tmp_path / run / "confusion.csv").exists()
+        and (tmp_path / run / "figures/test_worst.png").exists()
+    )
     found = dinolab("predict", f"{test}/images", "masks", f"run={run}", folder=tmp_path)
     assert found.returncode == 0, found.stderr
-    got = np.asarray(Image.open(tmp_path/"masks/0.png"))
-    true = np.asarray(Image.open(test/"masks/0.png"))
+    got = np.asarray(Image.open(tmp_path / "masks/0.png"))
+    true = np.asarray(Image.open(test / "masks/0.png"))
     assert got.shape == true.shape and 2 * (got & true).sum() / (got.sum() + true.sum()) > 0.85
-    one = dinolab("predict", f"{test}/images/0.png", f"{test}/images/1.png", "two", f"run={run}", "probabilities=true", folder=tmp_path)
-    assert one.returncode == 0 and (np.load(tmp_path/"two/1.npz")["probabilities"].argmax(0) == np.asarray(Image.open(tmp_path/"two/1.png"))).mean() > 0.999
+    one = dinolab(
+        "predict",
+        f"{test}/images/0.png",
+        f"{test}/images/1.png",
+        "two",
+        f"run={run}",
+        "probabilities=true",
+        folder=tmp_path,
+    )
+    assert (
+        one.returncode == 0
+        and (
+            np.load(tmp_path / "two/1.npz")["probabilities"].argmax(0)
+            == np.asarray(Image.open(tmp_path / "two/1.png"))
+        ).mean()
+        > 0.999
+    )
 
 
-@pytest.mark.parametrize("wrong,message", [
-    ("lora.rnk=4", "did you mean lora.rank?"), ("heads=upernet", "did you mean head?"), ("train.epoch=3", "did you mean train.epochs?"), ("head=upernext", "did you mean 'upernet'"), ("backbone=dinov4", "unknown backbone 'dinov4'"),
-    ("masks=nowhere", "no file or folder 'nowhere'"), ("classes=1", "has the value"), ("crop=0", "crop (0, 0)"), ("weights=none.pth", "no file or folder"), ("layers=[99]", "12 layers"), ("pool_scales=[1]", "the linear head has no pool_scales")])
+@pytest.mark.parametrize(
+    "wrong,message",
+    [
+        ("lora.rnk=4", "did you mean lora.rank?"),
+        ("heads=upernet", "did you mean head?"),
+        ("train.epoch=3", "did you mean train.epochs?"),
+        ("head=upernext", "did you mean 'upernet'"),
+        ("backbone=dinov4", "unknown backbone 'dinov4'"),
+        ("masks=nowhere", "no file or folder 'nowhere'"),
+        ("classes=1", "has the value"),
+        ("crop=0", "crop (0, 0)"),
+        ("weights=none.pth", "no file or folder"),
+        ("layers=[99]", "12 layers"),
+        ("pool_scales=[1]", "the linear head has no pool_scales"),
+    ],
+)
 def test_wrong_settings_are_one_line(data, tmp_path, wrong, message):
-    labels = data[0]/"masks"
+    labels = data[0] / "masks"
     if wrong == "classes=1":
-        (tmp_path/"masks").mkdir()
-        for p in labels.iterdir(): Image.fromarray(np.asarray(Image.open(p)) * 3).save(tmp_path/"masks"/p.name)
-        labels = tmp_path/"masks"
-    done = dinolab("train", "recipe=segmenter", f"images={data[0]}/images", f"masks={labels}", f"backbone={VIT}", "head=linear", "train.device=cpu", wrong, folder=tmp_path)
-    assert done.returncode == 2 and message in done.stderr and done.stderr.strip().splitlines()[-1].startswith("dinolab: "), done.stderr
+        (tmp_path / "masks").mkdir()
+        for p in labels.iterdir():
+            Image.fromarray(np.asarray(Image.open(p)) * 3).save(tmp_path / "masks" / p.name)
+        labels = tmp_path / "masks"
+    done = dinolab(
+        "train",
+        "recipe=segmenter",
+        f"images={data[0]}/images",
+        f"masks={labels}",
+        f"backbone={VIT}",
+        "head=linear",
+        "train.device=cpu",
+        wrong,
+        folder=tmp_path,
+    )
+    assert (
+        done.returncode == 2
+        and message in done.stderr
+        and done.stderr.strip().splitlines()[-1].startswith("dinolab: ")
+    ), done.stderr
     assert not list(tmp_path.glob("runs/*/*/checkpoints"))
 
 
@@ -102,43 +180,72 @@ def test_a_run_gives_back_its_network(data, tmp_path, options):
     done = small(data, tmp_path, **options)
     again = load_segmenter(done.run.path)
     x = torch.rand(1, 3, 50, 60)
-    with torch.no_grad(): assert torch.equal(done.model(x), again.model(x))
-    size, trained = (done.run.path/"checkpoints/best/model.safetensors").stat().st_size, sum(p.numel() * 4 for p in done.model.parameters() if p.requires_grad)
+    with torch.no_grad():
+        assert torch.equal(done.model(x), again.model(x))
+    size, trained = (
+        (done.run.path / "checkpoints/best/model.safetensors").stat().st_size,
+        sum(p.numel() * 4 for p in done.model.parameters() if p.requires_grad),
+    )
     assert bool(options) == (trained < 2e6 * 4) and size < 1.2 * trained
 
 
 def test_another_backbone_is_noticed(data, tmp_path):
     "The adapters of a run belong to one set of weights."
     done = small(data, tmp_path, lora=LoraSpec(rank=2))
-    about = json.loads((done.run.path/"model.json").read_text())
+    about = json.loads((done.run.path / "model.json").read_text())
     about["backbone"]["seed"] += 1
-    (done.run.path/"model.json").write_text(json.dumps(about))
-    with pytest.raises(InputError, match="expected the same"): load_segmenter(done.run.path)
+    (done.run.path / "model.json").write_text(json.dumps(about))
+    with pytest.raises(InputError, match="expected the same"):
+        load_segmenter(done.run.path)
 
 
 def test_an_interrupted_training_goes_on(data, tmp_path):
-    whole = small(data, tmp_path/"a", lora=LoraSpec(rank=2), train=replace(QUICK, epochs=3))
-    part = small(data, tmp_path/"b", lora=LoraSpec(rank=2), train=replace(QUICK, epochs=3, max_seconds=1e-9))
+    whole = small(data, tmp_path / "a", lora=LoraSpec(rank=2), train=replace(QUICK, epochs=3))
+    part = small(
+        data, tmp_path / "b", lora=LoraSpec(rank=2), train=replace(QUICK, epochs=3, max_seconds=1e-9)
+    )
     assert part.run.history()[-1]["step"] < whole.run.history()[-1]["step"]
-    done = small(data, tmp_path/"b", lora=LoraSpec(rank=2), train=replace(QUICK, epochs=3), run=part.run.path)
-    assert (done.run.path/"checkpoints/last/model.safetensors").read_bytes() == (whole.run.path/"checkpoints/last/model.safetensors").read_bytes()
+    done = small(
+        data, tmp_path / "b", lora=LoraSpec(rank=2), train=replace(QUICK, epochs=3), run=part.run.path
+    )
+    assert (done.run.path / "checkpoints/last/model.safetensors").read_bytes() == (
+        whole.run.path / "checkpoints/last/model.safetensors"
+    ).read_bytes()
 
 
 def test_one_class(data, tmp_path):
     "One name stands for a class against the background."
     done = small(data, tmp_path, classes=["disc"])
     assert done.classes.names == ("background", "disc")
-    assert "test/iou/disc" in evaluate_segmenter(done.run.path, data[1]/"images", data[1]/"masks")
+    assert "test/iou/disc" in evaluate_segmenter(done.run.path, data[1] / "images", data[1] / "masks")
 
 
 def test_tables_and_splits(data, tmp_path):
-    rows = ["image,mask,split", *(f"{data[0]}/images/{i}.png,{data[0]}/masks/{i}.png,{'train' if i < 4 else 'valid'}" for i in range(5)), *(f"{data[1]}/images/{i}.png,{data[1]}/masks/{i}.png,test" for i in range(2))]
-    (tmp_path/"t.csv").write_text("\n".join(rows))
-    done = train_segmenter(table=tmp_path/"t.csv", backbone=VIT, head="linear", crop=64, freeze_backbone=True, train=QUICK, out=tmp_path)
-    assert evaluate_segmenter(done.run.path, table=tmp_path/"t.csv")["test/mean_iou"] > 0
-    with pytest.raises(InputError, match="no data to score on"): evaluate_segmenter(done.run.path)
-    with pytest.raises(InputError, match="no row of split 'other'"): evaluate_segmenter(done.run.path, table=tmp_path/"t.csv", split="other")
-    with pytest.raises(InputError, match="expected one of manifest, images"): train_segmenter(data[0]/"images", table=tmp_path/"t.csv")
+    rows = [
+        "image,mask,split",
+        *(
+            f"{data[0]}/images/{i}.png,{data[0]}/masks/{i}.png,{'train' if i < 4 else 'valid'}"
+            for i in range(5)
+        ),
+        *(f"{data[1]}/images/{i}.png,{data[1]}/masks/{i}.png,test" for i in range(2)),
+    ]
+    (tmp_path / "t.csv").write_text("\n".join(rows))
+    done = train_segmenter(
+        table=tmp_path / "t.csv",
+        backbone=VIT,
+        head="linear",
+        crop=64,
+        freeze_backbone=True,
+        train=QUICK,
+        out=tmp_path,
+    )
+    assert evaluate_segmenter(done.run.path, table=tmp_path / "t.csv")["test/mean_iou"] > 0
+    with pytest.raises(InputError, match="no data to score on"):
+        evaluate_segmenter(done.run.path)
+    with pytest.raises(InputError, match="no row of split 'other'"):
+        evaluate_segmenter(done.run.path, table=tmp_path / "t.csv", split="other")
+    with pytest.raises(InputError, match="expected one of manifest, images"):
+        train_segmenter(data[0] / "images", table=tmp_path / "t.csv")
 
 
 def test_bands_do_not_show(data, tmp_path, monkeypatch):
@@ -148,37 +255,44 @@ def test_bands_do_not_show(data, tmp_path, monkeypatch):
     labels, p = predict_picture(done.model, image, (32, 32), probabilities=True)
     from dinolab.volumes.tiles import all_tiles, blend
     from dinolab.tasks.images import BandPredictor
+
     tiles = all_tiles((1, 700, 40), (1, 32, 32), 0.5)
-    whole = blend(BandPredictor(done.model, image), (slice(0, 1), slice(0, 700), slice(0, 40)), tiles, 2)[:, 0]
+    whole = blend(BandPredictor(done.model, image), (slice(0, 1), slice(0, 700), slice(0, 40)), tiles, 2)[
+        :, 0
+    ]
     assert np.abs(p / 255 - whole).max() <= 0.5 / 255 + 1e-6 and (labels == whole.argmax(0)).all()
 
 
 def test_prediction_goes_on_and_loses_nothing(data, tmp_path):
-    done = small(data, tmp_path/"runs", freeze_backbone=True)
-    out = tmp_path/"out"
+    done = small(data, tmp_path / "runs", freeze_backbone=True)
+    out = tmp_path / "out"
     out.mkdir()
-    Image.fromarray(np.full((70, 90), 1, np.uint8)).save(out/"0.png")
-    predict_images(done.run.path, data[1]/"images", out)
-    assert (np.asarray(Image.open(out/"0.png")) == 1).all() and (out/"1.png").exists()
-    predict_images(done.run.path, data[1]/"images", out, overwrite=True)
-    assert not (np.asarray(Image.open(out/"0.png")) == 1).all()
-    with pytest.raises(InputError, match="share their names"): predict_images(done.run.path, [data[0]/"images", data[1]/"images"], out)
+    Image.fromarray(np.full((70, 90), 1, np.uint8)).save(out / "0.png")
+    predict_images(done.run.path, data[1] / "images", out)
+    assert (np.asarray(Image.open(out / "0.png")) == 1).all() and (out / "1.png").exists()
+    predict_images(done.run.path, data[1] / "images", out, overwrite=True)
+    assert not (np.asarray(Image.open(out / "0.png")) == 1).all()
+    with pytest.raises(InputError, match="share their names"):
+        predict_images(done.run.path, [data[0] / "images", data[1] / "images"], out)
     with pytest.raises(InputError, match="has 3 channels: expected 1; set in_channels=3"):
-        Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(tmp_path/"x.png")
-        wide = small(data, tmp_path/"runs", freeze_backbone=True, in_channels=1)
-        predict_images(wide.run.path, tmp_path/"x.png", tmp_path/"o")
+        Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(tmp_path / "x.png")
+        wide = small(data, tmp_path / "runs", freeze_backbone=True, in_channels=1)
+        predict_images(wide.run.path, tmp_path / "x.png", tmp_path / "o")
 
 
 def test_shipped_recipes_are_valid():
     from dinolab.models.heads import create_segmentation_model
     from dinolab.tasks.recipes import arguments, recipe_of
-    for path in (Path(__file__).parents[1]/"nbs/experiments/configs").glob("*.yaml"):
+
+    for path in (Path(__file__).parents[1] / "nbs/experiments/configs").glob("*.yaml"):
         function, config = recipe_of("train", path)
         given = arguments(function, config)
         if function is train_segmenter:
             keys = ("head", "hidden_size", "pool_scales", "neck", "stem", "norm", "lora", "freeze_backbone")
-            assert create_segmentation_model(VIT, **{k: given[k] for k in keys}).eval()(torch.rand(1, 3, 32, 32)).shape == (1, 1, 32, 32)
+            assert create_segmentation_model(VIT, **{k: given[k] for k in keys}).eval()(
+                torch.rand(1, 3, 32, 32)
+            ).shape == (1, 1, 32, 32)
 
 
 def test_a_picture_as_it_was_read(data):
-    assert read_image(data[0]/"images/0.png", 3).shape == (3, 70, 90)
+    assert read_image(data[0] / "images/0.png", 3).shape == (3, 70, 90)

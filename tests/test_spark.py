@@ -1,4 +1,5 @@
 "UNet3+ on the files of the challenge: the commands, bad input, kills, and several processes."
+
 import json
 import os
 import random
@@ -18,10 +19,35 @@ from dinolab.data.images import ImageDataset
 from dinolab.train.losses import make_loss
 from dinolab.train.metrics import ConfusionMatrix
 from dinolab.synth.spacecraft import spacecraft_image, write_spark
-from dinolab.tasks.spark import SPARK, WholeValidation, evaluate_unet3plus, infer_unet3plus, layer_names, load_unet3plus, scores_of, spark_pictures, train_unet3plus
+from dinolab.tasks.spark import (
+    SPARK,
+    WholeValidation,
+    infer_unet3plus,
+    layer_names,
+    load_unet3plus,
+    scores_of,
+    spark_pictures,
+    train_unet3plus,
+)
 from dinolab.models.unet3plus import UNet3Plus
 
-TINY = ["--backbone", "resnet10t", "--no_pretrained", "--cat_channels", "4", "--batch_size", "2", "--target_size", "32", "--num_workers", "0", "--validate_every", "1", "--device", "cpu"]
+TINY = [
+    "--backbone",
+    "resnet10t",
+    "--no_pretrained",
+    "--cat_channels",
+    "4",
+    "--batch_size",
+    "2",
+    "--target_size",
+    "32",
+    "--num_workers",
+    "0",
+    "--validate_every",
+    "1",
+    "--device",
+    "cpu",
+]
 SCRIPT = "import sys; from dinolab.cli.main import main; sys.argv[0] = 'dinolab'; main()"
 
 
@@ -36,10 +62,26 @@ def command(*args, processes=1, **env):
     "Start `dinolab unet3plus ARGS`, by torchrun where there are several processes."
     launch = [sys.executable, "-c", SCRIPT]
     if processes > 1:
-        file = Path(os.environ.get("TMPDIR", "/tmp"))/"dinolab_main.py"
+        file = Path(os.environ.get("TMPDIR", "/tmp")) / "dinolab_main.py"
         file.write_text(SCRIPT)
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(random.Random().randint(20000, 50000)), str(file)]
-    return subprocess.Popen([*launch, "unet3plus", *map(str, args)], start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"} | env)
+        launch = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            str(processes),
+            "--master_port",
+            str(random.Random().randint(20000, 50000)),
+            str(file),
+        ]
+    return subprocess.Popen(
+        [*launch, "unet3plus", *map(str, args)],
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"} | env,
+    )
 
 
 def run(*args, processes=1, **env):
@@ -47,115 +89,308 @@ def run(*args, processes=1, **env):
     return done.communicate()[0], done.returncode
 
 
-def weights(folder, name="unet3plus_final"): return (folder/name/"unet3plus_model.safetensors").read_bytes()
+def weights(folder, name="unet3plus_final"):
+    return (folder / name / "unet3plus_model.safetensors").read_bytes()
 
 
 def test_commands_and_their_files(data, tmp_path):
-    out, code = run("train", *TINY, "--data_root", data, "--save_path", tmp_path/"m", "--epochs", 2, "--save_every", 1, "--deep_supervision", "--cgm")
+    out, code = run(
+        "train",
+        *TINY,
+        "--data_root",
+        data,
+        "--save_path",
+        tmp_path / "m",
+        "--epochs",
+        2,
+        "--save_every",
+        1,
+        "--deep_supervision",
+        "--cgm",
+    )
     assert code == 0, out
-    assert {p.name for p in (tmp_path/"m").glob("unet3plus_*")} == {"unet3plus_best", "unet3plus_final", "unet3plus_epoch_1", "unet3plus_epoch_2"} and (tmp_path/"m/training_plots.png").stat().st_size > 5000
-    config = json.loads((tmp_path/"m/unet3plus_best/config.json").read_text())
-    assert config["backbone"] == "resnet10t" and config["target_size"] == 32 and config["network"]["deep_supervision"] and config["network"]["cgm"]
-    out, code = run("eval", "--model_path", tmp_path/"m/unet3plus_best", "--val_csv", data/"val.csv", "--image_root", data/"images", "--mask_root", data/"mask", "--output_path", tmp_path/"e", "--save_examples", "--num_examples", 2)
+    assert {p.name for p in (tmp_path / "m").glob("unet3plus_*")} == {
+        "unet3plus_best",
+        "unet3plus_final",
+        "unet3plus_epoch_1",
+        "unet3plus_epoch_2",
+    } and (tmp_path / "m/training_plots.png").stat().st_size > 5000
+    config = json.loads((tmp_path / "m/unet3plus_best/config.json").read_text())
+    assert (
+        config["backbone"] == "resnet10t"
+        and config["target_size"] == 32
+        and config["network"]["deep_supervision"]
+        and config["network"]["cgm"]
+    )
+    out, code = run(
+        "eval",
+        "--model_path",
+        tmp_path / "m/unet3plus_best",
+        "--val_csv",
+        data / "val.csv",
+        "--image_root",
+        data / "images",
+        "--mask_root",
+        data / "mask",
+        "--output_path",
+        tmp_path / "e",
+        "--save_examples",
+        "--num_examples",
+        2,
+    )
     assert code == 0, out
-    assert sorted(str(p.relative_to(tmp_path/"e")) for p in (tmp_path/"e").rglob("*.*")) == ["confusion_matrix.png", "evaluation_report.txt", "examples/example_0.png", "examples/example_1.png", "metrics.json"]
-    metrics = json.loads((tmp_path/"e/metrics.json").read_text())
-    assert set(metrics) == {"overall", "per_satellite", "mean_iou_per_image"} and set(metrics["overall"]["per_class"]) == set(SPARK.names)
-    assert sum(c["support"] for c in metrics["overall"]["per_class"].values()) == 3 * 40 * 48  # at the size of the pictures
-    (tmp_path/"in").mkdir()
-    for i in range(5): Image.fromarray(spacecraft_image((30, 50), i).image).save(tmp_path/f"in/test_{i:05}_img.jpg")
-    out, code = run("infer", "--model_path", tmp_path/"m/unet3plus_best", "--data_path", tmp_path/"in", "--output_dir", tmp_path/"o", "--num_workers", 0, "--save_visualizations", processes=2)
+    assert sorted(str(p.relative_to(tmp_path / "e")) for p in (tmp_path / "e").rglob("*.*")) == [
+        "confusion_matrix.png",
+        "evaluation_report.txt",
+        "examples/example_0.png",
+        "examples/example_1.png",
+        "metrics.json",
+    ]
+    metrics = json.loads((tmp_path / "e/metrics.json").read_text())
+    assert set(metrics) == {"overall", "per_satellite", "mean_iou_per_image"} and set(
+        metrics["overall"]["per_class"]
+    ) == set(SPARK.names)
+    assert (
+        sum(c["support"] for c in metrics["overall"]["per_class"].values()) == 3 * 40 * 48
+    )  # at the size of the pictures
+    (tmp_path / "in").mkdir()
+    for i in range(5):
+        Image.fromarray(spacecraft_image((30, 50), i).image).save(tmp_path / f"in/test_{i:05}_img.jpg")
+    out, code = run(
+        "infer",
+        "--model_path",
+        tmp_path / "m/unet3plus_best",
+        "--data_path",
+        tmp_path / "in",
+        "--output_dir",
+        tmp_path / "o",
+        "--num_workers",
+        0,
+        "--save_visualizations",
+        processes=2,
+    )
     assert code == 0, out
-    assert sorted(p.name for p in (tmp_path/"o").iterdir()) == sorted(f"test_{i:05}_{k}" for i in range(5) for k in ("layer.npz", "vis.png"))
-    layer = np.load(tmp_path/"o/test_00003_layer.npz")["data"]
+    assert sorted(p.name for p in (tmp_path / "o").iterdir()) == sorted(
+        f"test_{i:05}_{k}" for i in range(5) for k in ("layer.npz", "vis.png")
+    )
+    layer = np.load(tmp_path / "o/test_00003_layer.npz")["data"]
     assert layer.shape == (30, 50, 3) and layer.dtype == bool and not layer[..., 1].any()
-    colours = np.asarray(Image.open(tmp_path/"o/test_00003_vis.png"))
+    colours = np.asarray(Image.open(tmp_path / "o/test_00003_vis.png"))
     assert ((colours > 127) == layer).all()
-    assert infer_unet3plus(model_path=tmp_path/"m/unet3plus_best", data_path=tmp_path/"in", output_dir=tmp_path/"o", num_workers=0, npz_dtype="uint8", overwrite=True) == 5
-    assert (np.load(tmp_path/"o/test_00003_layer.npz")["data"] == layer * np.uint8(255)).all()
+    assert (
+        infer_unet3plus(
+            model_path=tmp_path / "m/unet3plus_best",
+            data_path=tmp_path / "in",
+            output_dir=tmp_path / "o",
+            num_workers=0,
+            npz_dtype="uint8",
+            overwrite=True,
+        )
+        == 5
+    )
+    assert (np.load(tmp_path / "o/test_00003_layer.npz")["data"] == layer * np.uint8(255)).all()
 
 
 def test_report_agrees_with_torchmetrics(data, tmp_path):
     from torchmetrics.classification import MulticlassJaccardIndex
     from torchmetrics.segmentation import DiceScore
+
     pred, true = torch.randint(3, (4, 20, 30)), torch.randint(2, (4, 20, 30))  # class 2 is never true
     scores = scores_of(ConfusionMatrix(list(SPARK.names)).update(pred, true))
-    iou, dice = MulticlassJaccardIndex(3, average=None)(pred, true), DiceScore(3, average=None, aggregation_level="global", input_format="index")(pred, true)
-    for i, c in enumerate(SPARK.names): assert abs(scores["per_class"][c]["iou"] - iou[i]) < 1e-6 and abs(scores["per_class"][c]["dice"] - dice[i]) < 1e-6
+    iou, dice = (
+        MulticlassJaccardIndex(3, average=None)(pred, true),
+        DiceScore(3, average=None, aggregation_level="global", input_format="index")(pred, true),
+    )
+    for i, c in enumerate(SPARK.names):
+        assert (
+            abs(scores["per_class"][c]["iou"] - iou[i]) < 1e-6
+            and abs(scores["per_class"][c]["dice"] - dice[i]) < 1e-6
+        )
     none = scores_of(ConfusionMatrix(list(SPARK.names)).update(true, true))
-    assert none["per_class"]["solar panels"]["iou"] is None and none["mean_iou"] == none["mean_iou_no_bg"] == 1.
+    assert (
+        none["per_class"]["solar panels"]["iou"] is None and none["mean_iou"] == none["mean_iou_no_bg"] == 1.0
+    )
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_trainings_end_with_the_same_bytes(processes, data, tmp_path):
-    args = ["train", *TINY, "--data_root", data, "--epochs", 10, "--save_every", 3, "--deep_supervision", "--no_check"]
+    args = [
+        "train",
+        *TINY,
+        "--data_root",
+        data,
+        "--epochs",
+        10,
+        "--save_every",
+        3,
+        "--deep_supervision",
+        "--no_check",
+    ]
     began = time.time()
-    out, code = run(*args, "--save_path", tmp_path/"whole", processes=processes)
+    out, code = run(*args, "--save_path", tmp_path / "whole", processes=processes)
     assert code == 0, out
-    length, rng, kills = time.time() - began, random.Random(processes), int(os.environ.get("DINOLAB_KILLS", 2))
+    length, rng, kills = (
+        time.time() - began,
+        random.Random(processes),
+        int(os.environ.get("DINOLAB_KILLS", 2)),
+    )
     for n in range(kills):
-        going = command(*args, "--save_path", tmp_path/"killed", "--resume", processes=processes)
-        try: going.communicate(timeout=length * rng.uniform(0.5, 1))
-        except subprocess.TimeoutExpired: os.killpg(going.pid, signal.SIGKILL); going.communicate()
-    out, code = run(*args, "--save_path", tmp_path/"killed", "--resume", processes=processes)
+        going = command(*args, "--save_path", tmp_path / "killed", "--resume", processes=processes)
+        try:
+            going.communicate(timeout=length * rng.uniform(0.5, 1))
+        except subprocess.TimeoutExpired:
+            os.killpg(going.pid, signal.SIGKILL)
+            going.communicate()
+    out, code = run(*args, "--save_path", tmp_path / "killed", "--resume", processes=processes)
     assert code == 0, out
-    for name in ("unet3plus_final", "unet3plus_best", "unet3plus_epoch_3", "unet3plus_epoch_9"): assert weights(tmp_path/"whole", name) == weights(tmp_path/"killed", name), name
-    lines = lambda p: [{k: v for k, v in json.loads(l).items() if k != "seconds"} for l in (p/"log.jsonl").read_text().splitlines()]
-    assert lines(tmp_path/"whole") == lines(tmp_path/"killed")
+    for name in ("unet3plus_final", "unet3plus_best", "unet3plus_epoch_3", "unet3plus_epoch_9"):
+        assert weights(tmp_path / "whole", name) == weights(tmp_path / "killed", name), name
+    lines = lambda p: [
+        {k: v for k, v in json.loads(l).items() if k != "seconds"}
+        for l in (p / "log.jsonl").read_text().splitlines()
+    ]
+    assert lines(tmp_path / "whole") == lines(tmp_path / "killed")
 
 
 def test_validation_counts_each_picture_once(data):
-    pictures = spark_pictures(data/"train.csv", data/"images", data/"mask")
+    pictures = spark_pictures(data / "train.csv", data / "images", data / "mask")
     torch.manual_seed(0)
-    net, whole = UNet3Plus("resnet10t", 3, cat_channels=4).eval(), ImageDataset(pictures, SPARK, (32, 32), channels=3, augment=None, whole=True)
-    with torch.no_grad(): scores = [WholeValidation(whole, make_loss("ce"), n)(net) for n in (1, 4, 6)]
-    for s in scores[1:]: assert abs(s["loss"] - scores[0]["loss"]) < 1e-5 and s["mean_iou"] == scores[0]["mean_iou"]
+    net, whole = (
+        UNet3Plus("resnet10t", 3, cat_channels=4).eval(),
+        ImageDataset(pictures, SPARK, (32, 32), channels=3, augment=None, whole=True),
+    )
+    with torch.no_grad():
+        scores = [WholeValidation(whole, make_loss("ce"), n)(net) for n in (1, 4, 6)]
+    for s in scores[1:]:
+        assert abs(s["loss"] - scores[0]["loss"]) < 1e-5 and s["mean_iou"] == scores[0]["mean_iou"]
 
 
-@pytest.mark.parametrize("change, error", [
-    (lambda d: (d/"train.csv").write_text("Class,Image\na,b\n"), "expected Class, Image name, Mask name; Image name is missing"),
-    (lambda d: (d/"train.csv").write_text("Class,Image name,Mask name\n"), "no rows"),
-    (lambda d: next((d/"images").rglob("train/*.jpg")).unlink(), "1 files are not there, such as"),
-    (lambda d: next((d/"images").rglob("train/*.jpg")).write_bytes(b"\xff\xd8\xff junk"), "1 of 4 pictures cannot be used"),
-    (lambda d: (p := next((d/"mask").rglob("train/*.jpg"))) and Image.open(p).resize((10, 10)).save(p), "expected the same size"),
-    (lambda d: (p := next((d/"images").rglob("train/*.jpg"))) and p.write_bytes(p.read_bytes()[:600]), "1 of 4 pictures cannot be used")])
+@pytest.mark.parametrize(
+    "change, error",
+    [
+        (
+            lambda d: (d / "train.csv").write_text("Class,Image\na,b\n"),
+            "expected Class, Image name, Mask name; Image name is missing",
+        ),
+        (lambda d: (d / "train.csv").write_text("Class,Image name,Mask name\n"), "no rows"),
+        (lambda d: next((d / "images").rglob("train/*.jpg")).unlink(), "1 files are not there, such as"),
+        (
+            lambda d: next((d / "images").rglob("train/*.jpg")).write_bytes(b"\xff\xd8\xff junk"),
+            "1 of 4 pictures cannot be used",
+        ),
+        (
+            lambda d: (
+                (p := next((d / "mask").rglob("train/*.jpg"))) and Image.open(p).resize((10, 10)).save(p)
+            ),
+            "expected the same size",
+        ),
+        (
+            lambda d: (
+                (p := next((d / "images").rglob("train/*.jpg"))) and p.write_bytes(p.read_bytes()[:600])
+            ),
+            "1 of 4 pictures cannot be used",
+        ),
+    ],
+)
 def test_bad_data_is_one_line(change, error, tmp_path):
-    write_spark(tmp_path/"d", dict(train=range(4), val=range(4, 6)), shape=(40, 48))
-    change(tmp_path/"d")
-    with pytest.raises((InputError, MissingError)) as e: train_unet3plus(backbone="resnet10t", pretrained=False, data_root=str(tmp_path/"d"), save_path=str(tmp_path/"m"))
-    assert error in str(e.value) and "\n" not in str(e.value) and not (tmp_path/"m/run.json").exists()
+    write_spark(tmp_path / "d", dict(train=range(4), val=range(4, 6)), shape=(40, 48))
+    change(tmp_path / "d")
+    with pytest.raises((InputError, MissingError)) as e:
+        train_unet3plus(
+            backbone="resnet10t",
+            pretrained=False,
+            data_root=str(tmp_path / "d"),
+            save_path=str(tmp_path / "m"),
+        )
+    assert error in str(e.value) and "\n" not in str(e.value) and not (tmp_path / "m/run.json").exists()
 
 
 def test_unreadable_pictures_can_be_left_out(tmp_path, capsys):
-    write_spark(tmp_path/"d", dict(train=range(5), val=range(5, 7)), shape=(40, 48))
-    bad = next((tmp_path/"d/images").rglob("train/*.jpg"))
+    write_spark(tmp_path / "d", dict(train=range(5), val=range(5, 7)), shape=(40, 48))
+    bad = next((tmp_path / "d/images").rglob("train/*.jpg"))
     bad.write_bytes(bad.read_bytes()[:600])
-    small = dict(backbone="resnet10t", pretrained=False, cat_channels=4, epochs=1, batch_size=2, target_size=32, num_workers=0, data_root=str(tmp_path/"d"), device="cpu")
-    train_unet3plus(**small, save_path=str(tmp_path/"m"), skip_unreadable=True)
+    small = dict(
+        backbone="resnet10t",
+        pretrained=False,
+        cat_channels=4,
+        epochs=1,
+        batch_size=2,
+        target_size=32,
+        num_workers=0,
+        data_root=str(tmp_path / "d"),
+        device="cpu",
+    )
+    train_unet3plus(**small, save_path=str(tmp_path / "m"), skip_unreadable=True)
     assert f"left out 1 of 5 pictures: {bad}" in capsys.readouterr().out
-    with pytest.raises(InputError, match="skip_unreadable goes on without it"): infer_unet3plus(model_path=tmp_path/"m/unet3plus_final", data_path=bad.parent, output_dir=tmp_path/"o", num_workers=0)
-    infer_unet3plus(model_path=tmp_path/"m/unet3plus_final", data_path=bad.parent, output_dir=tmp_path/"o", num_workers=0, skip_unreadable=True)
-    assert "left out 1 of" in capsys.readouterr().out and not (tmp_path/f"o/{bad.stem}_layer.npz").exists()
+    with pytest.raises(InputError, match="skip_unreadable goes on without it"):
+        infer_unet3plus(
+            model_path=tmp_path / "m/unet3plus_final",
+            data_path=bad.parent,
+            output_dir=tmp_path / "o",
+            num_workers=0,
+        )
+    infer_unet3plus(
+        model_path=tmp_path / "m/unet3plus_final",
+        data_path=bad.parent,
+        output_dir=tmp_path / "o",
+        num_workers=0,
+        skip_unreadable=True,
+    )
+    assert "left out 1 of" in capsys.readouterr().out and not (tmp_path / f"o/{bad.stem}_layer.npz").exists()
 
 
 def test_flags_are_checked(data, tmp_path):
-    for args, error in [(["train", "--epoch", 3], "no flag --epoch, did you mean --epochs"), (["train", "--epochs", "many"], "'many' is not a valid integer"), (["infer", "--data_path", data], "Missing option '--model_path'"),
-                        (["eval", "--model_path", tmp_path], "no model in"), (["train", "--backbone", "resnet3400", "--no_pretrained", "--data_root", data, "--save_path", tmp_path/"x"], "resnet34")]:
+    for args, error in [
+        (["train", "--epoch", 3], "no flag --epoch, did you mean --epochs"),
+        (["train", "--epochs", "many"], "'many' is not a valid integer"),
+        (["infer", "--data_path", data], "Missing option '--model_path'"),
+        (["eval", "--model_path", tmp_path], "no model in"),
+        (
+            [
+                "train",
+                "--backbone",
+                "resnet3400",
+                "--no_pretrained",
+                "--data_root",
+                data,
+                "--save_path",
+                tmp_path / "x",
+            ],
+            "resnet34",
+        ),
+    ]:
         out, code = run(*args)
         assert code == 2 and error in out and out.startswith("dinolab: ") and out.count("\n") == 1, out
 
 
 def test_a_model_of_another_architecture(data, tmp_path):
-    small = dict(backbone="resnet10t", pretrained=False, cat_channels=4, epochs=1, batch_size=2, target_size=32, num_workers=0, data_root=str(data), device="cpu", save_path=str(tmp_path/"m"))
+    small = dict(
+        backbone="resnet10t",
+        pretrained=False,
+        cat_channels=4,
+        epochs=1,
+        batch_size=2,
+        target_size=32,
+        num_workers=0,
+        data_root=str(data),
+        device="cpu",
+        save_path=str(tmp_path / "m"),
+    )
     train_unet3plus(**small)
-    file = tmp_path/"m/unet3plus_final/config.json"
+    file = tmp_path / "m/unet3plus_final/config.json"
     file.write_text(file.read_text().replace('"cat_channels": 4', '"cat_channels": 5'))
-    with pytest.raises(InputError, match="another architecture"): load_unet3plus(tmp_path/"m/unet3plus_final")
+    with pytest.raises(InputError, match="another architecture"):
+        load_unet3plus(tmp_path / "m/unet3plus_final")
 
 
 def test_names_keep_the_whole_stem():
-    assert layer_names(["a/test_00000.jpg", "a/b.c_d.png", "a/e_img.jpg"]) == {"a/test_00000.jpg": "test_00000", "a/b.c_d.png": "b.c_d", "a/e_img.jpg": "e"}
-    with pytest.raises(InputError, match="would both write x_layer.npz"): layer_names(["a/x.jpg", "a/x_img.jpg"])
+    assert layer_names(["a/test_00000.jpg", "a/b.c_d.png", "a/e_img.jpg"]) == {
+        "a/test_00000.jpg": "test_00000",
+        "a/b.c_d.png": "b.c_d",
+        "a/e_img.jpg": "e",
+    }
+    with pytest.raises(InputError, match="would both write x_layer.npz"):
+        layer_names(["a/x.jpg", "a/x_img.jpg"])
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -164,29 +399,71 @@ def test_deepspeed(stage, data, tmp_path):
     pytest.importorskip("deepspeed")
     args = ["train", *TINY, "--data_root", data, "--epochs", 2, "--deepspeed", "--zero_stage", stage]
     for name, epochs in (("whole", 2),):
-        out, code = run(*args, "--save_path", tmp_path/name, processes=2, DS_ACCELERATOR="cpu")
+        out, code = run(*args, "--save_path", tmp_path / name, processes=2, DS_ACCELERATOR="cpu")
         assert code == 0, out[-2000:]
-    trained = load_unet3plus(tmp_path/"whole/unet3plus_final")
+    trained = load_unet3plus(tmp_path / "whole/unet3plus_final")
     assert all(p.isfinite().all() and p.numel() for p in trained.model.parameters())
 
 
 def test_slurm_scripts(data, tmp_path):
     "The scripts as they are, with one node of two processes in the place of the cluster: train, then eval and infer."
-    launch, tools = Path(__file__).parents[1]/"nbs/experiments/launch", tmp_path/"bin"
+    launch, tools = Path(__file__).parents[1] / "nbs/experiments/launch", tmp_path / "bin"
     tools.mkdir()
-    (tools/"srun").write_text('#!/bin/sh\nexec "$@"\n')
-    (tools/"scontrol").write_text("#!/bin/sh\necho localhost\n")
-    (tools/"dinolab").write_text(f"#!{sys.executable}\n{SCRIPT}\n")
-    (tools/"torchrun").write_text(f'#!/bin/sh\nexec {sys.executable} -m torch.distributed.run "$@"\n')
-    for f in tools.iterdir(): f.chmod(0o755)
-    env = dict(os.environ, PATH=f"{tools}:{os.environ['PATH']}", SLURM_JOB_NODELIST="localhost", SLURM_NNODES="1", SLURM_GPUS_ON_NODE="2", SLURM_JOB_ID="7", SLURM_CPUS_PER_TASK="1", PORT=str(random.Random().randint(20000, 50000)), OMP_NUM_THREADS="1")
+    (tools / "srun").write_text('#!/bin/sh\nexec "$@"\n')
+    (tools / "scontrol").write_text("#!/bin/sh\necho localhost\n")
+    (tools / "dinolab").write_text(f"#!{sys.executable}\n{SCRIPT}\n")
+    (tools / "torchrun").write_text(f'#!/bin/sh\nexec {sys.executable} -m torch.distributed.run "$@"\n')
+    for f in tools.iterdir():
+        f.chmod(0o755)
+    env = dict(
+        os.environ,
+        PATH=f"{tools}:{os.environ['PATH']}",
+        SLURM_JOB_NODELIST="localhost",
+        SLURM_NNODES="1",
+        SLURM_GPUS_ON_NODE="2",
+        SLURM_JOB_ID="7",
+        SLURM_CPUS_PER_TASK="1",
+        PORT=str(random.Random().randint(20000, 50000)),
+        OMP_NUM_THREADS="1",
+    )
+
     def job(name, *args):
-        done = subprocess.run(["bash", launch/f"unet3plus_{name}.slurm", *map(str, args)], env=env, capture_output=True, text=True)
+        done = subprocess.run(
+            ["bash", launch / f"unet3plus_{name}.slurm", *map(str, args)],
+            env=env,
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr[-2000:]
-    job("train", *TINY, "--data_root", data, "--epochs", 1, "--save_path", tmp_path/"m")
-    job("eval", "--model_path", tmp_path/"m/unet3plus_best", "--val_csv", data/"val.csv", "--image_root", data/"images", "--mask_root", data/"mask", "--output_path", tmp_path/"e")
-    (tmp_path/"in").mkdir()
-    for i in range(3): Image.fromarray(spacecraft_image((30, 50), i).image).save(tmp_path/f"in/{i}.jpg")
-    job("infer", "--model_path", tmp_path/"m/unet3plus_best", "--data_path", tmp_path/"in", "--output_dir", tmp_path/"o", "--num_workers", 0)
-    assert (tmp_path/"e/metrics.json").exists() and len(list((tmp_path/"o").iterdir())) == 3
-    for script in launch.iterdir(): assert not any(word in script.read_text() for word in ("/project/", "/scratch", "--account=p"))
+
+    job("train", *TINY, "--data_root", data, "--epochs", 1, "--save_path", tmp_path / "m")
+    job(
+        "eval",
+        "--model_path",
+        tmp_path / "m/unet3plus_best",
+        "--val_csv",
+        data / "val.csv",
+        "--image_root",
+        data / "images",
+        "--mask_root",
+        data / "mask",
+        "--output_path",
+        tmp_path / "e",
+    )
+    (tmp_path / "in").mkdir()
+    for i in range(3):
+        Image.fromarray(spacecraft_image((30, 50), i).image).save(tmp_path / f"in/{i}.jpg")
+    job(
+        "infer",
+        "--model_path",
+        tmp_path / "m/unet3plus_best",
+        "--data_path",
+        tmp_path / "in",
+        "--output_dir",
+        tmp_path / "o",
+        "--num_workers",
+        0,
+    )
+    assert (tmp_path / "e/metrics.json").exists() and len(list((tmp_path / "o").iterdir())) == 3
+    for script in launch.iterdir():
+        assert not any(word in script.read_text() for word in ("/project/", "/scratch", "--account=p"))

@@ -1,4 +1,5 @@
 """Properties of `synth:em` over many small requests, which the notebook cannot show one by one."""
+
 import hashlib
 import os
 import subprocess
@@ -74,16 +75,33 @@ def test_seeds_differ():
 
 
 def test_same_bytes_in_another_process_with_other_threads():
-    code = ("import hashlib; from dinolab.synth.em import em_volume; v = em_volume((20, 30, 30), seed=9);"
-            "print(hashlib.sha256(b''.join(a.tobytes() for a in v[:3])).hexdigest())")
+    code = (
+        "import hashlib; from dinolab.synth.em import em_volume; v = em_volume((20, 30, 30), seed=9);"
+        "print(hashlib.sha256(b''.join(a.tobytes() for a in v[:3])).hexdigest())"
+    )
     env = dict(os.environ, OMP_NUM_THREADS="2", OPENBLAS_NUM_THREADS="2", PYTHONHASHSEED="77")
-    there = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout.strip()
+    there = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+    ).stdout.strip()
     here = hashlib.sha256(b"".join(a.tobytes() for a in em_volume((20, 30, 30), seed=9)[:3])).hexdigest()
     assert there == here
 
 
-@pytest.mark.parametrize("bad", [dict(shape=(8, 0, 8)), dict(shape=(2048, 2048, 2048)), dict(seed=-1), dict(voxel_size=(8, 8, 1e6)), dict(drift=-1),
-                                 dict(blur=-1), dict(electrons=float("nan")), dict(electrons="many"), dict(blur=None)])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(shape=(8, 0, 8)),
+        dict(shape=(2048, 2048, 2048)),
+        dict(seed=-1),
+        dict(voxel_size=(8, 8, 1e6)),
+        dict(drift=-1),
+        dict(blur=-1),
+        dict(electrons=float("nan")),
+        dict(electrons="many"),
+        dict(blur=None),
+    ],
+)
 def test_bad_requests_are_one_line(bad):
-    with pytest.raises(InputError, match="expected") as e: em_volume(**bad)
+    with pytest.raises(InputError, match="expected") as e:
+        em_volume(**bad)
     assert "\n" not in str(e.value)

@@ -21,94 +21,158 @@ from ..core.show import png_bytes
 
 # %% ../../nbs/api/book/docs.ipynb #e2c3978b
 def from_root(
-    text:str,  # markdown written in nbs/
-)->str:        # the same, seen from the repository's root
+    text: str,  # markdown written in nbs/
+) -> str:  # the same, seen from the repository's root
     "Turn relative links and pictures into ones that work outside `nbs/`."
     return re.sub(r"(\]\()(?!\w+:|#|/)([^)\s]+)", r"\1nbs/\2", text)
 
 # %% ../../nbs/api/book/docs.ipynb #3dfc9e80
 def cell_markdown(
-    cell:dict,  # of a notebook
-)->str:
+    cell: dict,  # of a notebook
+) -> str:
     "A cell as markdown: code without directives, then what it printed; empty where the cell is hidden."
     source = "".join(cell["source"])
-    if cell["cell_type"] == "markdown": return from_root(source.replace("<!-- hide -->", ""))
-    if cell["cell_type"] != "code" or re.search(r"^#\|\s*(hide|echo:\s*false|include:\s*false)", source, re.M): return ""
+    if cell["cell_type"] == "markdown":
+        return from_root(source.replace("<!-- hide -->", ""))
+    if cell["cell_type"] != "code" or re.search(
+        r"^#\|\s*(hide|echo:\s*false|include:\s*false)", source, re.M
+    ):
+        return ""
     code = "\n".join(line for line in source.split("\n") if not line.startswith("#|")).strip()
-    printed = "".join("".join(o.get("text", "")) or "".join(o.get("data", {}).get("text/plain", "")) for o in cell.get("outputs", []) if o.get("name") != "stderr")
+    printed = "".join(
+        "".join(o.get("text", "")) or "".join(o.get("data", {}).get("text/plain", ""))
+        for o in cell.get("outputs", [])
+        if o.get("name") != "stderr"
+    )
     return f"```python\n{code}\n```" + (f"\n\n```text\n{printed.rstrip()}\n```" if printed.strip() else "")
 
 # %% ../../nbs/api/book/docs.ipynb #53754bd0
 def readme(
-    notebook:str|Path="nbs/index.ipynb",  # a page
-)->str:
+    notebook: str | Path = "nbs/index.ipynb",  # a page
+) -> str:
     "A page as Markdown for the root: every visible cell, and where it comes from."
-    if not Path(notebook).exists(): raise InputError(f"no file {str(notebook)!r}: run this in the root of the repository")
+    if not Path(notebook).exists():
+        raise InputError(f"no file {str(notebook)!r}: run this in the root of the repository")
     cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
     parts = [cell_markdown(c).strip() for c in cells]
-    return "\n\n".join([f"<!-- Written by `make readme` from nbs/{Path(notebook).name}; edit that. -->", *filter(None, parts)]) + "\n"
+    return (
+        "\n\n".join(
+            [
+                f"<!-- Written by `make readme` from nbs/{Path(notebook).name}; edit that. -->",
+                *filter(None, parts),
+            ]
+        )
+        + "\n"
+    )
 
 # %% ../../nbs/api/book/docs.ipynb #a0473cbf
 ROOT_PAGES = {"README.md": "nbs/index.ipynb", "CONTRIBUTING.md": "nbs/contribute.ipynb"}
+
 
 def write_readme():
     "Write README.md and CONTRIBUTING.md, each whole or not at all."
     for name, notebook in ROOT_PAGES.items():
         text = readme(notebook)
-        with atomic_write(name) as f: f.write(text)
+        with atomic_write(name) as f:
+            f.write(text)
 
 # %% ../../nbs/api/book/docs.ipynb #468a7ce1
 ABOUT = """Made by `make results` from the summaries in `nbs/results`; nothing here is written by hand. `dinolab keep RUN` adds the summary of a run and takes the one of the same machine away. Behind each mean stand the lowest and the highest value over seeds, cases or repetitions, and how many of these there were; of a single number there is no spread. Methods and conclusions stand on the page of each experiment.
 
 Weights are random unless the experiment says otherwise: no pretrained ones could be had on the machine of these runs. What is compared is networks, losses and implementations, not foundation models."""
 
+
 def run_table(
-    summaries:list,  # as kept gives them
-)->str:
+    summaries: list,  # as kept gives them
+) -> str:
     "Where and when each summary was made, as Markdown."
-    rows = [f"| [{s['experiment']}](experiments/{s['experiment']}.ipynb) | {s['date']} | {'' if s['minutes'] is None else number(s['minutes'])} | `{s['commit']}` | {s['machine']} |" for s in summaries]
-    return "\n".join(["| experiment | date | minutes | commit | machine |", "|---|---|--:|---|---|", *rows]) + "\n\nA plus behind a commit says that files differed from it."
+    rows = [
+        f"| [{s['experiment']}](experiments/{s['experiment']}.ipynb) | {s['date']} | {'' if s['minutes'] is None else number(s['minutes'])} | `{s['commit']}` | {s['machine']} |"
+        for s in summaries
+    ]
+    return (
+        "\n".join(["| experiment | date | minutes | commit | machine |", "|---|---|--:|---|---|", *rows])
+        + "\n\nA plus behind a commit says that files differed from it."
+    )
 
 # %% ../../nbs/api/book/docs.ipynb #17528967
-def page_cell(kind:str, source:str, outputs:Sequence=())->dict:
+def page_cell(kind: str, source: str, outputs: Sequence = ()) -> dict:
     "A cell; its id follows from its place in the list of all."
-    return dict(cell_type=kind, metadata={}, source=source.splitlines(True)) | (dict(execution_count=None, outputs=list(outputs)) if kind == "code" else {})
+    return dict(cell_type=kind, metadata={}, source=source.splitlines(True)) | (
+        dict(execution_count=None, outputs=list(outputs)) if kind == "code" else {}
+    )
+
 
 def plot_cell(
-    summary:dict,  # of a run
-    index:int,     # of the summary among those of its experiment
-)->dict:
+    summary: dict,  # of a run
+    index: int,  # of the summary among those of its experiment
+) -> dict:
     "The cell that plots the results of one summary, with its figure."
     found = len(summary["results"])
     code = f'#| echo: false\n#| fig-alt: "Means of the {found} results in the table above as dots, each with a line from lowest to highest."\nplot_results([s for s in kept("results") if s["experiment"] == "{summary["experiment"]}"][{index}]["results"])'
     png = base64.b64encode(png_bytes(plot_results(summary["results"]))).decode()
-    return page_cell("code", code, [dict(output_type="display_data", metadata={}, data={"image/png": png + "\n", "text/plain": ["<Figure>"]})])
+    return page_cell(
+        "code",
+        code,
+        [
+            dict(
+                output_type="display_data",
+                metadata={},
+                data={"image/png": png + "\n", "text/plain": ["<Figure>"]},
+            )
+        ],
+    )
+
 
 def results_page(
-    summaries:list,     # as kept gives them
-    titles:dict,        # experiment -> its question
-    before:Sequence=(), # cells of the page as it is
-)->list:                # cells
+    summaries: list,  # as kept gives them
+    titles: dict,  # experiment -> its question
+    before: Sequence = (),  # cells of the page as it is
+) -> list:  # cells
     "The page of results; plots below a table that has not changed are taken over."
-    old = {"".join(table["source"]): plot for table, plot in zip(before, before[1:]) if plot["cell_type"] == "code"}
-    cells = [page_cell("markdown", "# Results\n\n> What every experiment found, with its spread, the machine and the commit."), page_cell("markdown", ABOUT),
-             page_cell("code", "#| echo: false\nfrom dinolab.book.results import kept, plot_results"), page_cell("markdown", "## Runs\n\n" + run_table(summaries))]
+    old = {
+        "".join(table["source"]): plot
+        for table, plot in zip(before, before[1:])
+        if plot["cell_type"] == "code"
+    }
+    cells = [
+        page_cell(
+            "markdown",
+            "# Results\n\n> What every experiment found, with its spread, the machine and the commit.",
+        ),
+        page_cell("markdown", ABOUT),
+        page_cell("code", "#| echo: false\nfrom dinolab.book.results import kept, plot_results"),
+        page_cell("markdown", "## Runs\n\n" + run_table(summaries)),
+    ]
     for i, s in enumerate(summaries):
         same = [o for o in summaries if o["experiment"] == s["experiment"]]
-        head = f"## {titles.get(s['experiment'], s['experiment'])}\n\n[{s['experiment']}](experiments/{s['experiment']}.ipynb)\n\n" if same[0] is s else ""
+        head = (
+            f"## {titles.get(s['experiment'], s['experiment'])}\n\n[{s['experiment']}](experiments/{s['experiment']}.ipynb)\n\n"
+            if same[0] is s
+            else ""
+        )
         table = head + f"{s['machine']}, commit `{s['commit']}`:\n\n" + result_table(s["results"])
         cells += [page_cell("markdown", table), old.get(table) or plot_cell(s, same.index(s))]
     return [c | dict(id=f"results-{i}") for i, c in enumerate(cells)]
 
 # %% ../../nbs/api/book/docs.ipynb #e301bb25
 def write_results(
-    folder:str|Path="nbs/results",      # of the summaries
-    page:str|Path="nbs/results.ipynb",
+    folder: str | Path = "nbs/results",  # of the summaries
+    page: str | Path = "nbs/results.ipynb",
 ):
     "Write the page of results."
     found = kept(folder)
-    if not found: raise InputError(f"no summaries in {str(folder)!r}: expected the root of the repository, and runs that were kept with dinolab keep RUN")
+    if not found:
+        raise InputError(
+            f"no summaries in {str(folder)!r}: expected the root of the repository, and runs that were kept with dinolab keep RUN"
+        )
     before = json.loads(Path(page).read_text(encoding="utf-8"))["cells"] if Path(page).exists() else []
     titles = {name: experiment_title(path) for name, path in list_experiments().items()}
-    text = dict(cells=results_page(found, titles, before), metadata=dict(kernelspec=dict(display_name="python3", language="python", name="python3")), nbformat=4, nbformat_minor=5)
-    with atomic_write(page) as f: f.write(json.dumps(text, sort_keys=True, indent=1, ensure_ascii=False) + "\n")
+    text = dict(
+        cells=results_page(found, titles, before),
+        metadata=dict(kernelspec=dict(display_name="python3", language="python", name="python3")),
+        nbformat=4,
+        nbformat_minor=5,
+    )
+    with atomic_write(page) as f:
+        f.write(json.dumps(text, sort_keys=True, indent=1, ensure_ascii=False) + "\n")

@@ -20,7 +20,8 @@ import tokenize
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
+from collections.abc import Mapping
 
 import yaml
 
@@ -30,174 +31,257 @@ from ..core.files import write_json
 from ..train.runs import Run
 
 # %% ../../nbs/api/book/experiment.ipynb #169e1f09
-def list_experiments(
-)->dict:  # name -> path of the notebook
+def list_experiments() -> dict:  # name -> path of the notebook
     "The notebooks in nbs/experiments."
     for base in (Path.cwd(), *Path.cwd().parents, Path(dinolab.__file__).resolve().parents[1]):
-        if (base/"nbs/experiments").is_dir():
-            return {p.stem: p for p in sorted((base/"nbs/experiments").glob("*.ipynb")) if p.name[0] not in "._"}
+        if (base / "nbs/experiments").is_dir():
+            return {
+                p.stem: p for p in sorted((base / "nbs/experiments").glob("*.ipynb")) if p.name[0] not in "._"
+            }
     return {}
 
 # %% ../../nbs/api/book/experiment.ipynb #f7e77e42
 def find_experiment(
-    name:str,  # a name in nbs/experiments, or a path that ends in .ipynb
-)->Path:       # the notebook
+    name: str,  # a name in nbs/experiments, or a path that ends in .ipynb
+) -> Path:  # the notebook
     "The notebook of an experiment."
     if str(name).endswith(".ipynb"):
-        if Path(name).is_file(): return Path(name)
-        raise MissingError(f"no notebook {str(name)!r}: expected an existing file, or a name: {', '.join(list_experiments()) or 'none here'}")
-    if found := list_experiments(): return pick(found, str(name), "experiment")
-    raise InputError(f"unknown experiment {name!r}: no nbs/experiments with notebooks here; go to the repository, or give the path of an .ipynb")
+        if Path(name).is_file():
+            return Path(name)
+        raise MissingError(
+            f"no notebook {str(name)!r}: expected an existing file, or a name: {', '.join(list_experiments()) or 'none here'}"
+        )
+    if found := list_experiments():
+        return pick(found, str(name), "experiment")
+    raise InputError(
+        f"unknown experiment {name!r}: no nbs/experiments with notebooks here; go to the repository, or give the path of an .ipynb"
+    )
 
 # %% ../../nbs/api/book/experiment.ipynb #00c82b78
 def read_notebook(
-    path:str|Path,  # an .ipynb
-)->dict:            # the notebook with the source of each cell as one text
+    path: str | Path,  # an .ipynb
+) -> dict:  # the notebook with the source of each cell as one text
     "A notebook as plain JSON."
     try:
         nb = json.loads(Path(path).read_text(encoding="utf-8"))
-        for c in nb["cells"]: c["source"] = "".join(c["source"])
+        for c in nb["cells"]:
+            c["source"] = "".join(c["source"])
     except (ValueError, KeyError, TypeError) as e:
-        raise InputError(f"{str(path)!r} is not a notebook ({type(e).__name__}: {e}): expected JSON of nbformat 4") from e
+        raise InputError(
+            f"{str(path)!r} is not a notebook ({type(e).__name__}: {e}): expected JSON of nbformat 4"
+        ) from e
     return nb
 
 # %% ../../nbs/api/book/experiment.ipynb #26fc09bb
 def experiment_title(
-    path:str|Path,  # an .ipynb
-)->str:             # its first heading; empty when it has none
+    path: str | Path,  # an .ipynb
+) -> str:  # its first heading; empty when it has none
     "The question that an experiment asks."
-    lines = (l for c in read_notebook(path)["cells"] if c["cell_type"] == "markdown" for l in c["source"].splitlines())
+    lines = (
+        l
+        for c in read_notebook(path)["cells"]
+        if c["cell_type"] == "markdown"
+        for l in c["source"].splitlines()
+    )
     return next((l[2:].strip() for l in lines if l.startswith("# ")), "")
 
 # %% ../../nbs/api/book/experiment.ipynb #d4582b96
 TYPES = dict(int=int, float=float, str=str, bool=bool, list=list, tuple=tuple, dict=dict)
 
+
 @dataclass(frozen=True)
 class Parameter:
     "One parameter of an experiment."
-    default:Any  # value in the notebook
-    type:str     # its annotation, else the type of the default; any when that is None
-    help:str     # comment behind it
+
+    default: Any  # value in the notebook
+    type: str  # its annotation, else the type of the default; any when that is None
+    help: str  # comment behind it
 
     @property
-    def kind(self)->type|None:
+    def kind(self) -> type | None:
         "The type that a value must have; None for any."
         return next((TYPES[w] for w in re.findall(r"\w+", self.type) if w in TYPES), None)
 
     @property
-    def optional(self)->bool:
+    def optional(self) -> bool:
         "Whether None is a value."
         return self.default is None or "None" in self.type or "Optional" in self.type
 
 # %% ../../nbs/api/book/experiment.ipynb #436e26a4
 def read_parameters(
-    source:str,  # code of the parameters cell
-)->dict:         # name -> Parameter, in order
+    source: str,  # code of the parameters cell
+) -> dict:  # name -> Parameter, in order
     "The assignments of a parameters cell."
     body = ast.parse(source).body
-    comments = {t.start[0]: t.string.lstrip("# ") for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT}
+    comments = {
+        t.start[0]: t.string.lstrip("# ")
+        for t in tokenize.generate_tokens(io.StringIO(source).readline)
+        if t.type == tokenize.COMMENT
+    }
     found = {}
     for node in body:
         try:
-            target, = [node.target] if isinstance(node, ast.AnnAssign) else node.targets
+            (target,) = [node.target] if isinstance(node, ast.AnnAssign) else node.targets
             value = ast.literal_eval(node.value)
-            kind = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else "any" if value is None else type(value).__name__
+            kind = (
+                ast.unparse(node.annotation)
+                if isinstance(node, ast.AnnAssign)
+                else "any"
+                if value is None
+                else type(value).__name__
+            )
             found[target.id] = Parameter(value, kind, comments.get(node.end_lineno, ""))
         except (AttributeError, ValueError, TypeError):
-            raise InputError(f"parameters cell, line {node.lineno}: got {ast.unparse(node)!r}, expected name = literal  # comment") from None
+            raise InputError(
+                f"parameters cell, line {node.lineno}: got {ast.unparse(node)!r}, expected name = literal  # comment"
+            ) from None
     return found
 
 # %% ../../nbs/api/book/experiment.ipynb #eb284ffa
 def experiment_parameters(
-    path:str|Path,  # an .ipynb
-)->dict:            # name -> Parameter, in order
+    path: str | Path,  # an .ipynb
+) -> dict:  # name -> Parameter, in order
     "The parameters of an experiment notebook: those of its cell tagged parameters."
-    tagged = [c for c in read_notebook(path)["cells"] if "parameters" in c.get("metadata", {}).get("tags", ())]
-    if len(tagged) != 1: raise InputError(f"{str(path)!r} has {len(tagged)} cells tagged parameters: expected 1")
-    try: return read_parameters(tagged[0]["source"])
-    except (InputError, SyntaxError) as e: raise InputError(f"{str(path)!r}: {e}") from None
+    tagged = [
+        c for c in read_notebook(path)["cells"] if "parameters" in c.get("metadata", {}).get("tags", ())
+    ]
+    if len(tagged) != 1:
+        raise InputError(f"{str(path)!r} has {len(tagged)} cells tagged parameters: expected 1")
+    try:
+        return read_parameters(tagged[0]["source"])
+    except (InputError, SyntaxError) as e:
+        raise InputError(f"{str(path)!r}: {e}") from None
 
 # %% ../../nbs/api/book/experiment.ipynb #31105d21
 def read_literal(
-    text:str,  # as typed
-):             # a value; the text itself where it is no literal
+    text: str,  # as typed
+):  # a value; the text itself where it is no literal
     "The Python or YAML literal in `text`."
     words = dict(true=True, false=False, none=None, null=None)
-    if text.strip().lower() in words: return words[text.strip().lower()]
-    try: return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError): pass
-    try: return yaml.safe_load(text) if text.strip()[:1] in ("[", "{") else text
-    except yaml.YAMLError: return text
+    if text.strip().lower() in words:
+        return words[text.strip().lower()]
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError):
+        pass
+    try:
+        return yaml.safe_load(text) if text.strip()[:1] in ("[", "{") else text
+    except yaml.YAMLError:
+        return text
 
 # %% ../../nbs/api/book/experiment.ipynb #a75d34ac
 def convert(
-    name:str,             # of the parameter, for the error
-    value,                # text as typed, or a value
-    parameter:Parameter,  # what the notebook says about it
-):                        # a literal of the parameter's type
+    name: str,  # of the parameter, for the error
+    value,  # text as typed, or a value
+    parameter: Parameter,  # what the notebook says about it
+):  # a literal of the parameter's type
     "`value` as the type of `parameter`; raises InputError where it has another."
     kind, given = parameter.kind, value
-    if isinstance(value, Path): value = str(value)
-    if hasattr(value, "tolist"): value = value.tolist()
+    if isinstance(value, Path):
+        value = str(value)
+    if hasattr(value, "tolist"):
+        value = value.tolist()
     if isinstance(value, str):
         read = read_literal(value)
-        if kind is not str or isinstance(read, str) or read is None and parameter.optional: value = read
-    if value is None and parameter.optional: return None
-    if kind is float and type(value) is int: value = float(value)
-    if kind in (list, tuple) and type(value) in (list, tuple): value = kind(value)
+        if kind is not str or isinstance(read, str) or read is None and parameter.optional:
+            value = read
+    if value is None and parameter.optional:
+        return None
+    if kind is float and type(value) is int:
+        value = float(value)
+    if kind in (list, tuple) and type(value) in (list, tuple):
+        value = kind(value)
     if kind is None or type(value) is kind:
-        try: return ast.literal_eval(repr(value))
-        except (ValueError, SyntaxError): pass
-    raise InputError(f"parameter {name} = {given!r}: expected {parameter.type}, such as {parameter.default!r}")
+        try:
+            return ast.literal_eval(repr(value))
+        except (ValueError, SyntaxError):
+            pass
+    raise InputError(
+        f"parameter {name} = {given!r}: expected {parameter.type}, such as {parameter.default!r}"
+    )
 
 # %% ../../nbs/api/book/experiment.ipynb #27b6a5ac
 def resolve_parameters(
-    known:Mapping,  # name -> Parameter
-    given:Mapping,  # name -> text or value
-)->dict:            # name -> value, given ones only
+    known: Mapping,  # name -> Parameter
+    given: Mapping,  # name -> text or value
+) -> dict:  # name -> value, given ones only
     "Check `given` against the parameters of a notebook."
     for name in given:
         if name not in known:
             near = nearest(name, known, n=1)
-            raise InputError(f"unknown parameter {name!r}: " + (f"did you mean {near[0]!r}? " if near else "") + f"expected one of {', '.join(known)}")
+            raise InputError(
+                f"unknown parameter {name!r}: "
+                + (f"did you mean {near[0]!r}? " if near else "")
+                + f"expected one of {', '.join(known)}"
+            )
     return {name: convert(name, v, known[name]) for name, v in given.items()}
 
 # %% ../../nbs/api/book/experiment.ipynb #4d63258d
 def inject(
-    nb:dict,         # a notebook with a cell tagged parameters
-    values:Mapping,  # name -> literal
-)->dict:             # a notebook with one more cell
+    nb: dict,  # a notebook with a cell tagged parameters
+    values: Mapping,  # name -> literal
+) -> dict:  # a notebook with one more cell
     "Put `values` behind the parameters cell."
     at = next(i for i, c in enumerate(nb["cells"]) if "parameters" in c.get("metadata", {}).get("tags", ()))
     source = "# Parameters of this run\n" + "\n".join(f"{k} = {v!r}" for k, v in values.items())
-    cell = dict(cell_type="code", metadata=dict(tags=["injected-parameters"]), source=source, outputs=[], execution_count=None)
-    if "id" in nb["cells"][at]: cell["id"] = "injected-parameters"
-    return nb | dict(cells=[*nb["cells"][:at + 1], cell, *nb["cells"][at + 1:]])
+    cell = dict(
+        cell_type="code",
+        metadata=dict(tags=["injected-parameters"]),
+        source=source,
+        outputs=[],
+        execution_count=None,
+    )
+    if "id" in nb["cells"][at]:
+        cell["id"] = "injected-parameters"
+    return nb | dict(cells=[*nb["cells"][: at + 1], cell, *nb["cells"][at + 1 :]])
 
 # %% ../../nbs/api/book/experiment.ipynb #d53ff9cd
 def kernel_class(
-    run:Run,  # the run that the notebook shall fill
-)->type:      # a kernel manager for nbclient
+    run: Run,  # the run that the notebook shall fill
+) -> type:  # a kernel manager for nbclient
     "Kernels of this very Python, with DINOLAB_RUN set."
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpec
+
     class Kernel(AsyncKernelManager):
         @property
         def kernel_spec(self):
-            argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=CRITICAL"]
-            return KernelSpec(argv=argv, display_name="Python 3", language="python", env={"DINOLAB_RUN": str(run.path.resolve())})
+            argv = [
+                sys.executable,
+                "-m",
+                "ipykernel_launcher",
+                "-f",
+                "{connection_file}",
+                "--log-level=CRITICAL",
+            ]
+            return KernelSpec(
+                argv=argv,
+                display_name="Python 3",
+                language="python",
+                env={"DINOLAB_RUN": str(run.path.resolve())},
+            )
+
     return Kernel
 
 # %% ../../nbs/api/book/experiment.ipynb #4654a27e
 def execute(
-    path:Path,  # notebook, executed in place and saved after each cell
-    run:Run,    # the run that it shall fill
+    path: Path,  # notebook, executed in place and saved after each cell
+    run: Run,  # the run that it shall fill
 ):
     "Execute a notebook from the current working directory; raises papermill's PapermillExecutionError."
     from papermill import execute_notebook
+
     name = str(path).replace("{", "{{").replace("}", "}}")  # papermill formats paths
-    execute_notebook(name, name, kernel_name="python3", language="python", progress_bar=sys.stderr.isatty(), log_output=False,
-                     coalesce_streams=True, kernel_manager_class=kernel_class(run))
+    execute_notebook(
+        name,
+        name,
+        kernel_name="python3",
+        language="python",
+        progress_bar=sys.stderr.isatty(),
+        log_output=False,
+        coalesce_streams=True,
+        kernel_manager_class=kernel_class(run),
+    )
 
 # %% ../../nbs/api/book/experiment.ipynb #b5d14820
 @contextmanager
@@ -206,10 +290,15 @@ def sigterm_raises():
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    def stop(*_): raise SystemExit(143)
+
+    def stop(*_):
+        raise SystemExit(143)
+
     before = signal.signal(signal.SIGTERM, stop)
-    try: yield
-    finally: signal.signal(signal.SIGTERM, before)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 # %% ../../nbs/api/book/experiment.ipynb #0f689662
 class ExperimentError(RuntimeError):
@@ -217,14 +306,16 @@ class ExperimentError(RuntimeError):
 
 # %% ../../nbs/api/book/experiment.ipynb #ce247ef1
 def launch(
-    run:Run,  # a new run with its notebook.ipynb
+    run: Run,  # a new run with its notebook.ipynb
 ):
     "Execute the notebook of `run` and write down how it ended."
     from nbclient.exceptions import DeadKernelError
     from papermill import PapermillExecutionError
-    path, name = run.path/"notebook.ipynb", run.info["experiment"]
+
+    path, name = run.path / "notebook.ipynb", run.info["experiment"]
     try:
-        with sigterm_raises(): execute(path, run)
+        with sigterm_raises():
+            execute(path, run)
     except PapermillExecutionError as e:
         error = f"{e.ename}: {e.evalue}".strip()
         run.fail(error, re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(e.traceback)))
@@ -232,7 +323,9 @@ def launch(
         raise kind(f"{name} failed in cell [{e.exec_count}], {error.splitlines()[0]}; see {path}") from None
     except DeadKernelError as e:
         run.fail(e)
-        raise ExperimentError(f"{name}: its Python died without an error (out of memory, or killed); see {path}") from None
+        raise ExperimentError(
+            f"{name}: its Python died without an error (out of memory, or killed); see {path}"
+        ) from None
     except BaseException as e:
         run.fail(e)
         raise
@@ -240,20 +333,21 @@ def launch(
 
 # %% ../../nbs/api/book/experiment.ipynb #4c33b216
 def run_experiment(
-    name:str,                  # a name in nbs/experiments, or the path of an .ipynb
-    params:Mapping=None,       # name -> text or value; the others keep the notebook's defaults
-    out:str|Path="runs",       # folder of all runs; the parameter out, where the notebook has one
-    figures_to:str|Path=None,  # folder that gets copies of figures/*.png after success
-)->Run:                        # the finished run
+    name: str,  # a name in nbs/experiments, or the path of an .ipynb
+    params: Mapping = None,  # name -> text or value; the others keep the notebook's defaults
+    out: str | Path = "runs",  # folder of all runs; the parameter out, where the notebook has one
+    figures_to: str | Path = None,  # folder that gets copies of figures/*.png after success
+) -> Run:  # the finished run
     "Execute an experiment notebook into a new run folder; its working directory is the current one."
     path = find_experiment(name)
     known = experiment_parameters(path)
     given = resolve_parameters(known, (dict(out=str(out)) if "out" in known else {}) | dict(params or {}))
     run = Run.create(path.stem, {k: p.default for k, p in known.items()} | given, root=given.get("out", out))
-    if sys.stderr.isatty(): print(f"{path.stem} -> {run.path}", file=sys.stderr)
-    write_json(run.path/"notebook.ipynb", inject(read_notebook(path), given))
+    if sys.stderr.isatty():
+        print(f"{path.stem} -> {run.path}", file=sys.stderr)
+    write_json(run.path / "notebook.ipynb", inject(read_notebook(path), given))
     launch(run)
-    for figure in sorted((run.path/"figures").glob("*.png")) if figures_to else ():
+    for figure in sorted((run.path / "figures").glob("*.png")) if figures_to else ():
         Path(figures_to).mkdir(parents=True, exist_ok=True)
         shutil.copy(figure, figures_to)
     return run

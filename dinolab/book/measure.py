@@ -21,12 +21,15 @@ from ..core.machine import memory_mb, reset_peak_memory
 
 # %% ../../nbs/api/book/measure.ipynb #f14bcdf7
 def use_threads(
-    threads:int=0,  # 0: leave torch's number
-)->int:             # the number
+    threads: int = 0,  # 0: leave torch's number
+) -> int:  # the number
     "Let torch, and NumPy where threadpoolctl is installed, compute with so many threads."
-    if threads: torch.set_num_threads(threads)
-    try: from threadpoolctl import threadpool_limits
-    except ImportError: return torch.get_num_threads()
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        from threadpoolctl import threadpool_limits
+    except ImportError:
+        return torch.get_num_threads()
     threadpool_limits(torch.get_num_threads())
     return torch.get_num_threads()
 
@@ -35,72 +38,88 @@ def wait_for(
     device="cpu",  # where something computes
 ):
     "Wait until a GPU has done what it was given."
-    if torch.device(device).type == "cuda": torch.cuda.synchronize(device)
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
 
 def seconds_of(
-    f:Callable,    # without arguments
-    calls:int=1,   # one after the other
+    f: Callable,  # without arguments
+    calls: int = 1,  # one after the other
     device="cpu",  # where it computes
-    clock:Callable=time.perf_counter,  # or time.process_time
-)->float:          # of one call
+    clock: Callable = time.perf_counter,  # or time.process_time
+) -> float:  # of one call
     "How long a call takes."
     wait_for(device)
     enabled = gc.isenabled()
     gc.disable()
     try:
         start = clock()
-        for _ in range(calls): f()
+        for _ in range(calls):
+            f()
         wait_for(device)
         return (clock() - start) / calls
     finally:
-        if enabled: gc.enable()
+        if enabled:
+            gc.enable()
 
 # %% ../../nbs/api/book/measure.ipynb #30c18c95
 def difference(
-    result,     # of one side: numbers, arrays or tensors, or lists, tuples and dicts of them
+    result,  # of one side: numbers, arrays or tensors, or lists, tuples and dicts of them
     reference,  # of the other
-)->float:       # infinite where one holds other than finite numbers
+) -> float:  # infinite where one holds other than finite numbers
     "Largest difference, relative to the largest magnitude of the reference."
-    if isinstance(reference, Mapping): result, reference = ([x[k] for k in sorted(x)] for x in (result, reference))
+    if isinstance(reference, Mapping):
+        result, reference = ([x[k] for k in sorted(x)] for x in (result, reference))
     size = np.size if np.isscalar(reference) or hasattr(reference, "dtype") else len
     a, b = (x.detach().double().cpu().numpy() if torch.is_tensor(x) else x for x in (result, reference))
-    if size(a) != size(b): raise InputError(f"results of {size(a)} and {size(b)} parts: expected the same; do both sides compute the same?")
-    if size is len: return max(map(difference, a, b), default=0.)
+    if size(a) != size(b):
+        raise InputError(
+            f"results of {size(a)} and {size(b)} parts: expected the same; do both sides compute the same?"
+        )
+    if size is len:
+        return max(map(difference, a, b), default=0.0)
     a, b = (np.asarray(x, np.float64).ravel() for x in (a, b))
-    if np.array_equal(a, b): return 0.
+    if np.array_equal(a, b):
+        return 0.0
     found = np.abs(a - b).max() / max(np.abs(b).max(), 1e-300)
     return float(found) if np.isfinite(found) else math.inf
 
 # %% ../../nbs/api/book/measure.ipynb #75e219e2
 def in_turns(
-    sides:Mapping,        # name -> function without arguments
-    repeats:int=5,        # rounds
+    sides: Mapping,  # name -> function without arguments
+    repeats: int = 5,  # rounds
     *,
-    device="cpu",         # where they compute
-    clock:Callable=time.perf_counter,  # as of seconds_of
-    at_least:float=0.02,  # seconds of one measurement: quick sides are called several times
-    at_most:float=math.inf,  # seconds of all rounds: after them no round starts, but three are made
-)->dict:                  # name -> seconds of each round
+    device="cpu",  # where they compute
+    clock: Callable = time.perf_counter,  # as of seconds_of
+    at_least: float = 0.02,  # seconds of one measurement: quick sides are called several times
+    at_most: float = math.inf,  # seconds of all rounds: after them no round starts, but three are made
+) -> dict:  # name -> seconds of each round
     "Time all sides in turns; they must have run before."
-    calls = {name: max(1, math.ceil(at_least / max(seconds_of(f, 1, device, clock), 1e-9))) for name, f in sides.items()}
+    calls = {
+        name: max(1, math.ceil(at_least / max(seconds_of(f, 1, device, clock), 1e-9)))
+        for name, f in sides.items()
+    }
     times, start = {name: [] for name in sides}, time.perf_counter()
     for i in range(repeats):
-        if i >= 3 and time.perf_counter() - start > at_most: break
+        if i >= 3 and time.perf_counter() - start > at_most:
+            break
         gc.collect()
-        for name in list(sides)[::1 if i % 2 == 0 else -1]: times[name].append(seconds_of(sides[name], calls[name], device, clock))
+        for name in list(sides)[:: 1 if i % 2 == 0 else -1]:
+            times[name].append(seconds_of(sides[name], calls[name], device, clock))
     return times
 
 # %% ../../nbs/api/book/measure.ipynb #758fbe1d
 def spread_of(
-    values,    # numbers
-)->tuple:      # median, lower quartile, upper quartile
+    values,  # numbers
+) -> tuple:  # median, lower quartile, upper quartile
     "The middle of some numbers, and where half of them lie."
     low, middle, high = np.quantile(np.asarray(values, float), (0.25, 0.5, 0.75))
     return float(middle), float(low), float(high)
 
+
 def ratio_rows(
-    times:Mapping,  # name -> seconds of each round, as from in_turns
-)->list:            # a dict per side: side, rounds, seconds, ratio, low, high
+    times: Mapping,  # name -> seconds of each round, as from in_turns
+) -> list:  # a dict per side: side, rounds, seconds, ratio, low, high
     "Each side's time by that of the first in the same round."
     first = np.asarray(next(iter(times.values())))
     rows = []
@@ -111,28 +130,34 @@ def ratio_rows(
 
 # %% ../../nbs/api/book/measure.ipynb #542bffdf
 def compare(
-    sides:Mapping,         # name -> function without arguments; the first is what the others are measured by
-    repeats:int=5,         # rounds
+    sides: Mapping,  # name -> function without arguments; the first is what the others are measured by
+    repeats: int = 5,  # rounds
     *,
-    tolerance:float=None,  # largest difference of a result from the first; None: results are not compared
-    apart:tuple=(),        # names of sides that do other work, such as matmul_like, and are only timed
-    **options,             # device, clock, at_least, at_most: as of in_turns
-)->list:                   # a dict per side: side, rounds, seconds, ratio, low, high, difference (None where not compared)
+    tolerance: float = None,  # largest difference of a result from the first; None: results are not compared
+    apart: tuple = (),  # names of sides that do other work, such as matmul_like, and are only timed
+    **options,  # device, clock, at_least, at_most: as of in_turns
+) -> list:  # a dict per side: side, rounds, seconds, ratio, low, high, difference (None where not compared)
     "Time ways to do the same thing against the first of them; raises InputError where one does something else."
     results = {name: f() for name, f in sides.items()}
     first, found = next(iter(sides)), dict.fromkeys(sides)
     for name, result in results.items() if tolerance is not None else ():
-        if name == first or name in apart: continue
+        if name == first or name in apart:
+            continue
         found[name] = difference(result, results[first])
-        if found[name] > tolerance: raise InputError(f"{name} differs from {first} by {found[name]:.2g} of its largest value: expected at most {tolerance:g}; let both compute the same")
+        if found[name] > tolerance:
+            raise InputError(
+                f"{name} differs from {first} by {found[name]:.2g} of its largest value: expected at most {tolerance:g}; let both compute the same"
+            )
     results.clear()
-    return [row | dict(difference=found[row["side"]]) for row in ratio_rows(in_turns(sides, repeats, **options))]
+    return [
+        row | dict(difference=found[row["side"]]) for row in ratio_rows(in_turns(sides, repeats, **options))
+    ]
 
 # %% ../../nbs/api/book/measure.ipynb #72db2bfb
 def peak_mb(
-    f:Callable,    # without arguments
+    f: Callable,  # without arguments
     device="cpu",  # where it computes
-)->float:          # MB of 2**20 bytes
+) -> float:  # MB of 2**20 bytes
     "The highest memory during one call, beyond that before it."
     gc.collect()
     wait_for(device)
@@ -142,34 +167,40 @@ def peak_mb(
         f()
         wait_for(device)
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"): libc.malloc_trim(0)
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
     reset_peak_memory()
     before = memory_mb()[0]
     f()
-    return max(0., memory_mb()[1] - before)
+    return max(0.0, memory_mb()[1] - before)
 
 # %% ../../nbs/api/book/measure.ipynb #fe74a559
 def matmul_like(
-    flops:float,          # floating-point operations; a multiplication and an addition are two
-    device="cpu",         # where
+    flops: float,  # floating-point operations; a multiplication and an addition are two
+    device="cpu",  # where
     dtype=torch.float32,  # of the numbers
-    side:int=None,        # of the square matrices; None: 1024 on a CPU, 8192 on a GPU, less for little work
-)->Callable:              # without arguments
+    side: int = None,  # of the square matrices; None: 1024 on a CPU, 8192 on a GPU, less for little work
+) -> Callable:  # without arguments
     "Products of square matrices with so many operations; the last has fewer rows."
     side = side or (8192 if torch.device(device).type == "cuda" else 1024)
     side = max(64, min(side, round((flops / 2) ** (1 / 3))))
     a, b = torch.randn(2, side, side, device=device).to(dtype)
     out, (whole, rest) = torch.empty_like(a), divmod(flops, 2 * side**3)
     rows = round(rest / (2 * side**2))
+
     def multiply():
-        for _ in range(int(whole)): torch.mm(a, b, out=out)
-        if rows: torch.mm(a[:rows], b, out=out[:rows])
+        for _ in range(int(whole)):
+            torch.mm(a, b, out=out)
+        if rows:
+            torch.mm(a[:rows], b, out=out[:rows])
+
     return multiply
 
+
 def copy_like(
-    bytes:float,   # of the copy
+    bytes: float,  # of the copy
     device="cpu",  # where
-)->Callable:       # without arguments
+) -> Callable:  # without arguments
     "A copy of so many bytes, from and to memory that is larger than the caches where the copy is."
     x = torch.zeros(max(1, round(bytes / 4)), device=device)
     y = torch.empty_like(x).copy_(x)
@@ -177,16 +208,24 @@ def copy_like(
 
 # %% ../../nbs/api/book/measure.ipynb #569acc1e
 def machine_limits(
-    threads:int=0,   # of the CPU; 0: as many as torch uses
-    device="cpu",    # cpu or cuda
-    repeats:int=7,   # measurements, of which the best counts
-    clock:Callable=time.perf_counter,  # as of seconds_of
-)->dict:             # device, threads, matmul_gflops, matmul_bf16_gflops (GPU; None on a CPU), copy_gb_s
+    threads: int = 0,  # of the CPU; 0: as many as torch uses
+    device="cpu",  # cpu or cuda
+    repeats: int = 7,  # measurements, of which the best counts
+    clock: Callable = time.perf_counter,  # as of seconds_of
+) -> dict:  # device, threads, matmul_gflops, matmul_bf16_gflops (GPU; None on a CPU), copy_gb_s
     "How fast a machine multiplies and copies: the bytes of a copy count twice, read and written."
     gpu = torch.device(device).type == "cuda"
-    threads, flops, size = use_threads(threads), 2 * (8192 if gpu else 1024)**3, 2**30 if gpu else 2**27
+    threads, flops, size = use_threads(threads), 2 * (8192 if gpu else 1024) ** 3, 2**30 if gpu else 2**27
+
     def best(f):
         f()
         return min(seconds_of(f, 1, device, clock) for _ in range(repeats))
+
     speed = lambda dtype: flops / best(matmul_like(flops, device, dtype)) / 1e9
-    return dict(device=torch.cuda.get_device_name(device) if gpu else "cpu", threads=threads, matmul_gflops=speed(torch.float32), matmul_bf16_gflops=speed(torch.bfloat16) if gpu else None, copy_gb_s=2 * size / best(copy_like(size, device)) / 1e9)
+    return dict(
+        device=torch.cuda.get_device_name(device) if gpu else "cpu",
+        threads=threads,
+        matmul_gflops=speed(torch.float32),
+        matmul_bf16_gflops=speed(torch.bfloat16) if gpu else None,
+        copy_gb_s=2 * size / best(copy_like(size, device)) / 1e9,
+    )

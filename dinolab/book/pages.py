@@ -16,123 +16,170 @@ from importlib import import_module
 # %% ../../nbs/api/book/pages.ipynb #a9e45335
 def type_text(
     annotation,  # a type, a string, or inspect's mark of none
-)->str:
+) -> str:
     "How a type is written in a table."
-    if annotation is None or annotation is type(None): return "None"
-    if annotation in (inspect.Parameter.empty, inspect.Signature.empty): return ""
+    if annotation is None or annotation is type(None):
+        return "None"
+    if annotation in (inspect.Parameter.empty, inspect.Signature.empty):
+        return ""
     text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
     return re.sub(r"\s*\|\s*", " or ", re.sub(r"\b[a-z_][\w]*\.", "", text))
 
 # %% ../../nbs/api/book/pages.ipynb #b6c8e53a
 def signature_text(
-    symbol:Callable,  # function, method or class
-    name:str,         # as it is called
-    width:int=100,    # letters on a line
-)->str:
+    symbol: Callable,  # function, method or class
+    name: str,  # as it is called
+    width: int = 100,  # letters on a line
+) -> str:
     "A call with all parameters and their defaults."
-    try: found = inspect.signature(symbol).parameters.values()
-    except (ValueError, TypeError): return name
+    try:
+        found = inspect.signature(symbol).parameters.values()
+    except (ValueError, TypeError):
+        return name
     bare = [p.replace(annotation=inspect.Parameter.empty) for p in found if p.name not in ("self", "cls")]
     text = re.sub(r"<(?:function|class) '?([\w.]+)[^>]*>", r"\1", str(inspect.Signature(bare)))
-    if len(name + text) <= width: return name + text
+    if len(name + text) <= width:
+        return name + text
     inside = re.split(r", (?=[*\w]+(?:=|,|$|\)))", text[1:-1])
     return f"{name}(\n    " + ",\n    ".join(inside) + "\n)"
 
 # %% ../../nbs/api/book/pages.ipynb #8a054698
 def default_text(
     value,  # any
-)->str:     # 40 letters at most
+) -> str:  # 40 letters at most
     "A default, short."
     text = getattr(value, "__name__", None) or repr(value)
     return text if len(text) <= 40 else text[:37] + "..."
 
 # %% ../../nbs/api/book/pages.ipynb #8e81aae0
 def parameter_rows(
-    symbol:Callable,  # function, method or class
-)->list:              # (name, type, default, meaning), texts
+    symbol: Callable,  # function, method or class
+) -> list:  # (name, type, default, meaning), texts
     "What a caller must know of each parameter, and of the result."
     from fastcore.docments import docments
-    try: found = docments(symbol, full=True, returns=not inspect.isclass(symbol), eval_str=False)
-    except (NameError, TypeError, ValueError, SyntaxError, AttributeError): return []
+
+    try:
+        found = docments(symbol, full=True, returns=not inspect.isclass(symbol), eval_str=False)
+    except (NameError, TypeError, ValueError, SyntaxError, AttributeError):
+        return []
     rows = []
     for name, about in found.items():
         kind, said = type_text(about["anno"]), about["docment"] or ""
-        if name in ("self", "cls") or not (said or kind) or name == "return" and not said and kind in ("", "None"): continue
-        default = "" if about["default"] is inspect.Parameter.empty or name == "return" else default_text(about["default"])
+        if (
+            name in ("self", "cls")
+            or not (said or kind)
+            or name == "return"
+            and not said
+            and kind in ("", "None")
+        ):
+            continue
+        default = (
+            ""
+            if about["default"] is inspect.Parameter.empty or name == "return"
+            else default_text(about["default"])
+        )
         rows.append((name, kind, default, " ".join(said.split())))
     return rows
 
 # %% ../../nbs/api/book/pages.ipynb #1267a980
 def parameter_table(
-    rows:list,  # of parameter_rows
-)->str:
+    rows: list,  # of parameter_rows
+) -> str:
     "The table of parameters; empty where nothing is said of any."
-    if not any(meaning for *_, meaning in rows): return ""
+    if not any(meaning for *_, meaning in rows):
+        return ""
     heads, cell = ("Parameter", "Type", "Default", "Meaning"), lambda text: text.replace("|", "\\|")
     code = lambda text: f"`{text}`" if text else ""
-    body = [("*returns*" if name == "return" else f"**{name}**", code(kind), code(default), meaning) for name, kind, default, meaning in rows]
+    body = [
+        ("*returns*" if name == "return" else f"**{name}**", code(kind), code(default), meaning)
+        for name, kind, default, meaning in rows
+    ]
     keep = [i for i in range(4) if i == 0 or any(row[i] for row in body)]
     line = lambda row: "| " + " | ".join(cell(row[i]) for i in keep) + " |"
     return "\n".join([line(heads), "|" + "---|" * len(keep), *map(line, body)])
 
 # %% ../../nbs/api/book/pages.ipynb #311907eb
 def public_methods(
-    cls:type,
-)->list:  # (name, function or property)
+    cls: type,
+) -> list:  # (name, function or property)
     "Methods and properties that are documented, in the order in which they are written."
     seen, lib = {}, cls.__module__.split(".")[0]
     for base in (b for b in cls.__mro__ if b.__module__.split(".")[0] == lib):
         for name, value in vars(base).items():
             inner = getattr(value, "fget", None) or getattr(value, "__func__", None) or value
-            if (name[0] != "_" or name == "__call__") and inspect.isfunction(inner) and (inner.__doc__ or name == "__call__"): seen.setdefault(name, (inner, isinstance(value, property)))
+            if (
+                (name[0] != "_" or name == "__call__")
+                and inspect.isfunction(inner)
+                and (inner.__doc__ or name == "__call__")
+            ):
+                seen.setdefault(name, (inner, isinstance(value, property)))
     return [(name, *found) for name, found in seen.items()]
 
 # %% ../../nbs/api/book/pages.ipynb #f42ccc6b
 def in_package(
-    symbol,      # function, method, class or property
-)->Callable:     # the function behind a property
+    symbol,  # function, method, class or property
+) -> Callable:  # the function behind a property
     "The same symbol of the installed package; itself where there is none."
     plain = lambda found: getattr(found, "fget", None) or found
     symbol = plain(symbol)
     name = symbol.__qualname__
     for module, known in import_module("dinolab._modidx").d["syms"].items():
-        if f"{module}.{name}" not in known: continue
-        try: found = plain(reduce(getattr, name.split("."), import_module(module)))
-        except (ImportError, AttributeError): continue
-        if inspect.getdoc(found) == inspect.getdoc(symbol): return found
+        if f"{module}.{name}" not in known:
+            continue
+        try:
+            found = plain(reduce(getattr, name.split("."), import_module(module)))
+        except (ImportError, AttributeError):
+            continue
+        if inspect.getdoc(found) == inspect.getdoc(symbol):
+            return found
     return symbol
 
 # %% ../../nbs/api/book/pages.ipynb #cd2f55e9
 def described(
-    symbol:Callable,
-    name:str,
-    is_property:bool=False,
-)->str:
+    symbol: Callable,
+    name: str,
+    is_property: bool = False,
+) -> str:
     "Signature, docstring and parameters of one symbol."
     text = inspect.getdoc(symbol) or ""
-    if inspect.isclass(symbol) and text.startswith(f"{symbol.__name__}("): text = ""  # what dataclasses make up
+    if inspect.isclass(symbol) and text.startswith(f"{symbol.__name__}("):
+        text = ""  # what dataclasses make up
     signature = name if is_property else signature_text(symbol, name)
-    return "\n\n".join(filter(None, [f"```python\n{signature}\n```", text, parameter_table(parameter_rows(symbol))]))
+    return "\n\n".join(
+        filter(None, [f"```python\n{signature}\n```", text, parameter_table(parameter_rows(symbol))])
+    )
 
 # %% ../../nbs/api/book/pages.ipynb #81053154
 class SymbolPage:
     "What the site shows of a symbol; the setting `renderer` names it."
-    def __init__(self,
-        symbol:Callable,     # function, method or class
-        name:str=None,       # None: its own
-        title_level:int=3,   # of its heading
+
+    def __init__(
+        self,
+        symbol: Callable,  # function, method or class
+        name: str = None,  # None: its own
+        title_level: int = 3,  # of its heading
     ):
         self.symbol = in_package(symbol)
         self.name, self.level = name or self.symbol.__qualname__, title_level
 
-    def source_link(self)->str:
+    def source_link(self) -> str:
         "Where the source stands on the web; empty where that is not known."
         from nbdev.doclinks import NbdevLookup
+
         url = NbdevLookup().code(f"{self.symbol.__module__}.{self.symbol.__qualname__}")
         return f'[source]({url}){{target="_blank" style="float:right; font-size:smaller"}}' if url else ""
 
-    def _repr_markdown_(self)->str:
-        heads = ["---", self.source_link(), "#" * self.level + " " + self.name, described(self.symbol, self.name)]
+    def _repr_markdown_(self) -> str:
+        heads = [
+            "---",
+            self.source_link(),
+            "#" * self.level + " " + self.name,
+            described(self.symbol, self.name),
+        ]
         methods = public_methods(self.symbol) if inspect.isclass(self.symbol) else []
-        for name, method, is_property in methods: heads += ["#" * (self.level + 1) + f" {self.name}.{name}", described(method, f"{self.name}.{name}", is_property)]
+        for name, method, is_property in methods:
+            heads += [
+                "#" * (self.level + 1) + f" {self.name}.{name}",
+                described(method, f"{self.name}.{name}", is_property),
+            ]
         return "\n\n".join(filter(None, heads))

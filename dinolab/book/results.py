@@ -17,65 +17,100 @@ from ..core.show import new_figure
 
 # %% ../../nbs/api/book/results.ipynb #5003bafb
 def found_in(
-    metrics:Mapping,  # of a run, flat
-)->dict:              # name -> mean, low, high, n
+    metrics: Mapping,  # of a run, flat
+) -> dict:  # name -> mean, low, high, n
     "The results among the metrics of a run."
     found = {}
     for key, value in metrics.items():
-        if key.startswith("result/"): found.setdefault(key.split("/")[1], {})[key.split("/")[2]] = value
+        if key.startswith("result/"):
+            found.setdefault(key.split("/")[1], {})[key.split("/")[2]] = value
     return found
 
 # %% ../../nbs/api/book/results.ipynb #5732f8cb
 def machine_text(
-    machine:Mapping,  # of run.json
-)->str:
+    machine: Mapping,  # of run.json
+) -> str:
     "A machine in a few words."
     cpu = (machine["cpu"] or "unknown processor").replace("(R)", "").replace("(TM)", "")
     gpus = machine["gpus"] or []
-    return ", ".join([f"{' '.join(cpu.split())}, {machine['cores']} cores", *(g if isinstance(g, str) else g["name"] for g in gpus)])
+    return ", ".join(
+        [
+            f"{' '.join(cpu.split())}, {machine['cores']} cores",
+            *(g if isinstance(g, str) else g["name"] for g in gpus),
+        ]
+    )
+
 
 def summary(
-    run:Run,  # that is done
-)->dict:
+    run: Run,  # that is done
+) -> dict:
     "What is kept of a run."
     info, found = run.info, found_in(run.metrics())
-    if run.status != "done": raise InputError(f"{run.path} is {run.status}: expected a run that is done")
-    if not found: raise InputError(f"{run.path} has no results: expected run.result(name, values) in its notebook")
-    return dict(experiment=info["experiment"], run=run.path.name, date=info["started"][:10], minutes=round(info["seconds"] / 60, 1), machine=machine_text(info["machine"]),
-                commit=(info["commit"] or "")[:10] + "+" * bool(info["dirty"]), versions=info["versions"], params={k: v for k, v in run.params.items() if k not in ("out", "root", "launcher")}, results=found)
+    if run.status != "done":
+        raise InputError(f"{run.path} is {run.status}: expected a run that is done")
+    if not found:
+        raise InputError(f"{run.path} has no results: expected run.result(name, values) in its notebook")
+    return dict(
+        experiment=info["experiment"],
+        run=run.path.name,
+        date=info["started"][:10],
+        minutes=round(info["seconds"] / 60, 1),
+        machine=machine_text(info["machine"]),
+        commit=(info["commit"] or "")[:10] + "+" * bool(info["dirty"]),
+        versions=info["versions"],
+        params={k: v for k, v in run.params.items() if k not in ("out", "root", "launcher")},
+        results=found,
+    )
 
 # %% ../../nbs/api/book/results.ipynb #12095c94
 def keep(
-    path:str|Path,                  # folder of a run
-    folder:str|Path="nbs/results",  # of the summaries
-)->Path:                            # the file
+    path: str | Path,  # folder of a run
+    folder: str | Path = "nbs/results",  # of the summaries
+) -> Path:  # the file
     "Add the summary of a run to those that are kept."
-    if not (Path(path)/"run.json").is_file(): raise MissingError(f"{str(path)!r} is no run: expected a folder with run.json, such as runs/<experiment>/<utc>-<hash>")
-    if not Path(folder).is_dir(): raise MissingError(f"no folder {str(folder)!r}: expected the root of the repository, or --folder")
+    if not (Path(path) / "run.json").is_file():
+        raise MissingError(
+            f"{str(path)!r} is no run: expected a folder with run.json, such as runs/<experiment>/<utc>-<hash>"
+        )
+    if not Path(folder).is_dir():
+        raise MissingError(f"no folder {str(folder)!r}: expected the root of the repository, or --folder")
     new = summary(Run.open(path))
-    file = Path(folder)/f"{new['experiment']}.json"
-    others = [s for s in kept(folder) if s["experiment"] == new["experiment"] and s["machine"] != new["machine"]]
+    file = Path(folder) / f"{new['experiment']}.json"
+    others = [
+        s for s in kept(folder) if s["experiment"] == new["experiment"] and s["machine"] != new["machine"]
+    ]
     write_json(file, sorted([*others, new], key=lambda s: s["machine"]))
     return file
 
+
 def kept(
-    folder:str|Path="nbs/results",
-)->list:  # of summaries, by experiment
+    folder: str | Path = "nbs/results",
+) -> list:  # of summaries, by experiment
     "All summaries."
-    return [s for file in sorted(Path(folder).glob("*.json")) for s in json.loads(file.read_text(encoding="utf-8"))]
+    return [
+        s
+        for file in sorted(Path(folder).glob("*.json"))
+        for s in json.loads(file.read_text(encoding="utf-8"))
+    ]
 
 # %% ../../nbs/api/book/results.ipynb #3d372ed5
 def number(
-    value:float,
-    spread:float=0,  # highest minus lowest
-)->str:
+    value: float,
+    spread: float = 0,  # highest minus lowest
+) -> str:
     "A number with about three digits, fewer where it is uncertain."
-    if value == 0: return "0"
-    return f"{value:.{2 if spread and spread > 0.3 * abs(value) and abs(value) < 100 else 3}g}" if abs(value) < 1000 else f"{value:,.0f}"
+    if value == 0:
+        return "0"
+    return (
+        f"{value:.{2 if spread and spread > 0.3 * abs(value) and abs(value) < 100 else 3}g}"
+        if abs(value) < 1000
+        else f"{value:,.0f}"
+    )
+
 
 def result_table(
-    results:Mapping,  # of a summary
-)->str:
+    results: Mapping,  # of a summary
+) -> str:
     "The results of a run as Markdown."
     lines = ["| result | mean | lowest to highest | of |", "|---|--:|---|--:|"]
     for name, r in results.items():
@@ -85,8 +120,8 @@ def result_table(
 
 # %% ../../nbs/api/book/results.ipynb #d2116fe2
 def by_unit(
-    results:Mapping,  # of a summary
-)->dict:              # unit -> name -> result
+    results: Mapping,  # of a summary
+) -> dict:  # unit -> name -> result
     "Results that can share an axis."
     groups = {}
     for name, r in results.items():
@@ -94,9 +129,10 @@ def by_unit(
         groups.setdefault(unit if what else "", {})[what or name] = r
     return groups
 
+
 def plot_results(
-    results:Mapping,  # of a summary
-):                    # a figure
+    results: Mapping,  # of a summary
+):  # a figure
     "Means and ranges, one panel per unit."
     groups = by_unit(results)
     rows = [len(g) for g in groups.values()]
@@ -107,11 +143,13 @@ def plot_results(
         for y, r in enumerate(group.values()):
             ax.plot([r["low"], r["high"]], [y, y], color="0.6", lw=2, solid_capstyle="round")
             ax.plot(r["mean"], y, "o", color="C0", ms=5)
-        if unit == "x": ax.axvline(1, color="0.7", lw=1, ls="--", zorder=0)
+        if unit == "x":
+            ax.axvline(1, color="0.7", lw=1, ls="--", zorder=0)
         ax.set(yticks=range(len(group)), ylim=(len(group) - 0.5, -0.5))
         ax.set_yticklabels(group, fontsize=8)
         ax.set_xlabel({"x": "ratio", "": ""}.get(unit, unit), fontsize=8, labelpad=1)
         ax.tick_params(axis="x", labelsize=8)
         ax.grid(axis="x", color="0.92")
-        for side in ("top", "right"): ax.spines[side].set_visible(False)
+        for side in ("top", "right"):
+            ax.spines[side].set_visible(False)
     return fig

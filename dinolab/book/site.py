@@ -24,8 +24,8 @@ from ..core.files import write_json
 
 # %% ../../nbs/api/book/site.ipynb #75c5d78c
 def page_name(
-    path:str,  # of a notebook, relative to nbs/
-)->str:
+    path: str,  # of a notebook, relative to nbs/
+) -> str:
     "Path of the page of a notebook."
     p = PurePosixPath(path)
     return str(p.with_name(re.sub(r"^\d+[a-z]?_", "", p.name)))
@@ -35,38 +35,50 @@ SYMBOL = re.compile(r"\[`([^`\]]+)`\]\(([^)\s]+)\)")
 NOTEBOOK = re.compile(r"(\]\()(?!\w+:)([^)#\s]+\.ipynb)")
 FENCE = re.compile(r"(^```.*?^```)", re.M | re.S)
 
+
 def relative(
-    url:str,   # page#anchor, from the root of the site
-    page:str,  # on which the link stands
-)->str:
+    url: str,  # page#anchor, from the root of the site
+    page: str,  # on which the link stands
+) -> str:
     "The address as seen from a page."
     path, _, anchor = url.partition("#")
     return os.path.relpath(path, PurePosixPath(page).parent) + (f"#{anchor}" if anchor else "")
 
+
 def link_symbol(
-    match:re.Match,  # of SYMBOL
-    base:str,        # address of the site
-    page:str,        # on which it stands
-    own:set,         # symbols of that page
-)->str:              # HTML; links to elsewhere stay as they are
+    match: re.Match,  # of SYMBOL
+    base: str,  # address of the site
+    page: str,  # on which it stands
+    own: set,  # symbols of that page
+) -> str:  # HTML; links to elsewhere stay as they are
     "A link to a symbol that works everywhere."
     name, url = match.groups()
-    if not url.startswith(base): return match[0]
-    inside = PurePosixPath(page).with_suffix(".html").name + f"#{name.lower()}" if name in own else relative(url[len(base):], page)
+    if not url.startswith(base):
+        return match[0]
+    inside = (
+        PurePosixPath(page).with_suffix(".html").name + f"#{name.lower()}"
+        if name in own
+        else relative(url[len(base) :], page)
+    )
     return f'<a class="symbol" href="{inside}"><code>{name}</code></a>'
 
 # %% ../../nbs/api/book/site.ipynb #164d881c
 def convert_text(
-    md:str,          # Quarto's dialect
-    base:str,        # address of the site
-    page:str,        # on which it stands
-    own:set=set(),   # symbols of that page
-)->str:              # MyST's
+    md: str,  # Quarto's dialect
+    base: str,  # address of the site
+    page: str,  # on which it stands
+    own: set = set(),  # symbols of that page
+) -> str:  # MyST's
     "Markdown, links mended."
     parts = FENCE.split(md)
     for i, part in enumerate(parts):
-        if part.startswith("```"): parts[i] = SYMBOL.sub(r"\1", part); continue
-        if found := re.search(r"^:::.*|\{\{<.*|@(?:fig|tbl|sec)-\w+", part, re.M): raise InputError(f"{page}: {found[0]!r} is Quarto's dialect: expected plain Markdown, or teach dinolab.book.site to read it")
+        if part.startswith("```"):
+            parts[i] = SYMBOL.sub(r"\1", part)
+            continue
+        if found := re.search(r"^:::.*|\{\{<.*|@(?:fig|tbl|sec)-\w+", part, re.M):
+            raise InputError(
+                f"{page}: {found[0]!r} is Quarto's dialect: expected plain Markdown, or teach dinolab.book.site to read it"
+            )
         part = SYMBOL.sub(lambda m: link_symbol(m, base, page, own), part)
         parts[i] = NOTEBOOK.sub(lambda m: m[1] + page_name(m[2]), part)
     return "".join(parts)
@@ -74,24 +86,30 @@ def convert_text(
 # %% ../../nbs/api/book/site.ipynb #2a3565e0
 SOURCE = re.compile(r"^\[source\]\((\S+?)\)\{[^}]*\}\s*$", re.M)
 
+
 def symbol_markdown(
-    md:str,  # of one show_doc
-)->str:
+    md: str,  # of one show_doc
+) -> str:
     "The description of a symbol, with anchors."
     source = SOURCE.search(md)
     md = SOURCE.sub("", re.sub(r"\A---\n+", "", md))
     link = f'<a class="source-link" href="{source[1]}">source of {{}}</a>\n\n' if source else ""
+
     def heading(m):
-        return f'<span id="{m[2].lower()}"></span>\n\n{m[1]} {m[2]}\n\n' + (link.format(m[2]) if m.start() == first else "")
+        return f'<span id="{m[2].lower()}"></span>\n\n{m[1]} {m[2]}\n\n' + (
+            link.format(m[2]) if m.start() == first else ""
+        )
+
     first = min((m.start() for m in re.finditer(r"^#+ \S+\s*$", md, re.M)), default=0)
     return re.sub(r"^(#+) (\S+)\s*$", heading, md, flags=re.M).strip()
 
 # %% ../../nbs/api/book/site.ipynb #dcadcbf5
 DIRECTIVE = re.compile(r"^#\|\s*([\w-]+)\s*:?\s*(.*)$")
 
+
 def read_directives(
-    source:str,  # of a code cell
-)->tuple:        # name -> value, and the code below them
+    source: str,  # of a code cell
+) -> tuple:  # name -> value, and the code below them
     "What stands at the head of a cell."
     lines, options = source.split("\n"), {}
     while lines and (m := DIRECTIVE.match(lines[0])):
@@ -99,63 +117,128 @@ def read_directives(
         lines.pop(0)
     return options, "\n".join(lines)
 
+
 def convert_cell(
-    cell:dict,
-    **where,     # base, page and own of convert_text
-)->dict:         # None: it is left out
+    cell: dict,
+    **where,  # base, page and own of convert_text
+) -> dict:  # None: it is left out
     "A cell for MyST."
     source, kept = "".join(cell["source"]), dict(cell_type=cell["cell_type"], metadata={})
-    if cell["cell_type"] == "markdown": return None if "THIS FILE WAS AUTOGENERATED" in source else kept | dict(source=convert_text(source, **where))
+    if cell["cell_type"] == "markdown":
+        return (
+            None
+            if "THIS FILE WAS AUTOGENERATED" in source
+            else kept | dict(source=convert_text(source, **where))
+        )
     options, code = read_directives(source)
     if options.get("output") == "asis":
-        said = ["".join(o["data"]["text/markdown"]) for o in cell["outputs"] if "text/markdown" in o.get("data", {})]
+        said = [
+            "".join(o["data"]["text/markdown"])
+            for o in cell["outputs"]
+            if "text/markdown" in o.get("data", {})
+        ]
         shown = symbol_markdown if code.lstrip().startswith("show_doc") else str
-        return dict(cell_type="markdown", metadata={}, source=convert_text("\n\n".join(map(shown, said)), **where)) if said else None
-    kept["metadata"] = (dict(tags=["remove-input"]) if options.get("echo") == "false" else {}) | (dict(mystnb=dict(image=dict(alt=options["fig-alt"]))) if "fig-alt" in options else {})
-    return kept | dict(source=code, outputs=[o for o in cell["outputs"] if o.get("name") != "stderr"], execution_count=None)
+        return (
+            dict(
+                cell_type="markdown", metadata={}, source=convert_text("\n\n".join(map(shown, said)), **where)
+            )
+            if said
+            else None
+        )
+    kept["metadata"] = (dict(tags=["remove-input"]) if options.get("echo") == "false" else {}) | (
+        dict(mystnb=dict(image=dict(alt=options["fig-alt"]))) if "fig-alt" in options else {}
+    )
+    return kept | dict(
+        source=code, outputs=[o for o in cell["outputs"] if o.get("name") != "stderr"], execution_count=None
+    )
 
 # %% ../../nbs/api/book/site.ipynb #a7c77e43
 def convert_notebook(
-    nb:dict,         # as nbdev has processed it
-    base:str,        # address of the site
-    page:str,        # path of the page
-    own:set=set(),   # symbols of the page
-)->dict:
+    nb: dict,  # as nbdev has processed it
+    base: str,  # address of the site
+    page: str,  # path of the page
+    own: set = set(),  # symbols of the page
+) -> dict:
     "A notebook for MyST."
     where, cells = dict(base=base, page=page, own=own), list(nb["cells"])
     if cells and cells[0]["cell_type"] == "raw":
         head = yaml.safe_load("".join(cells.pop(0)["source"]).strip().strip("-"))
-        lead = f"{{.lead}}\n{convert_text(str(head['description']), **where)}\n" if head.get("description") else ""
+        lead = (
+            f"{{.lead}}\n{convert_text(str(head['description']), **where)}\n"
+            if head.get("description")
+            else ""
+        )
         cells.insert(0, dict(cell_type="markdown", metadata={}, source=f"# {head['title']}\n\n{lead}"))
     cells = [made for c in cells if (made := convert_cell(c, **where))]
-    for i, c in enumerate(cells): c["id"] = f"cell-{i}"
-    return dict(cells=cells, metadata=dict(kernelspec=dict(display_name="python3", language="python", name="python3")), nbformat=4, nbformat_minor=5)
+    for i, c in enumerate(cells):
+        c["id"] = f"cell-{i}"
+    return dict(
+        cells=cells,
+        metadata=dict(kernelspec=dict(display_name="python3", language="python", name="python3")),
+        nbformat=4,
+        nbformat_minor=5,
+    )
 
 # %% ../../nbs/api/book/site.ipynb #b71dbca7
 def contents(
-    sidebar:list,  # of _quarto.yml: paths, or sections with contents
-)->dict:
+    sidebar: list,  # of _quarto.yml: paths, or sections with contents
+) -> dict:
     "Jupyter Book's table of contents."
     entry = lambda path: dict(file=page_name(path).removesuffix(".ipynb"))
+
     def parts(items, caption):
         loose = [entry(i) for i in items if isinstance(i, str)]
         found = [dict(caption=caption, chapters=loose) if caption else dict(chapters=loose)] if loose else []
-        for i in (i for i in items if isinstance(i, dict)): found += parts(i["contents"], f"{caption}: {i['section']}" if caption else i["section"])
+        for i in (i for i in items if isinstance(i, dict)):
+            found += parts(i["contents"], f"{caption}: {i['section']}" if caption else i["section"])
         return found
+
     return dict(format="jb-book", root=entry(sidebar[0])["file"], parts=parts(sidebar[1:], ""))
 
 # %% ../../nbs/api/book/site.ipynb #79701819
 def settings(
-    cfg:dict,  # title, author, copyright, git_url, branch, doc_host, doc_baseurl
-)->dict:
+    cfg: dict,  # title, author, copyright, git_url, branch, doc_host, doc_baseurl
+) -> dict:
     "Jupyter Book's settings."
-    sphinx = dict(html_theme_options=dict(navbar_persistent=[], show_toc_level=2, use_download_button=False, use_fullscreen_button=False, pygments_light_style="a11y-high-contrast-light", pygments_dark_style="a11y-high-contrast-dark"),
-                  html_math_renderer="mathml", html_static_path=["_static"], html_show_copyright=False, html_context=dict(default_mode="auto"), suppress_warnings=["mystnb.unknown_mime_type", "myst.header", "misc.highlighting_failure"], myst_heading_anchors=4, language="en")  # cells of shell lines are highlighted as far as they can be
-    return dict(title=cfg["title"], author=cfg["author"], copyright=cfg["copyright"], logo="", only_build_toc_files=True, execute=dict(execute_notebooks="off"),
-                parse=dict(myst_enable_extensions=["colon_fence", "dollarmath", "deflist", "attrs_inline", "attrs_block"]),
-                html=dict(use_issues_button=False, use_repository_button=True, home_page_in_navbar=True, baseurl=cfg["doc_host"] + cfg["doc_baseurl"], favicon="images/icon.png"),
-                repository=dict(url=cfg["git_url"], branch=cfg["branch"]), launch_buttons=dict(notebook_interface="", thebe=False),
-                sphinx=dict(extra_extensions=["dinolab.book.site"], recursive_update=True, config=sphinx))
+    sphinx = dict(
+        html_theme_options=dict(
+            navbar_persistent=[],
+            show_toc_level=2,
+            use_download_button=False,
+            use_fullscreen_button=False,
+            pygments_light_style="a11y-high-contrast-light",
+            pygments_dark_style="a11y-high-contrast-dark",
+        ),
+        html_math_renderer="mathml",
+        html_static_path=["_static"],
+        html_show_copyright=False,
+        html_context=dict(default_mode="auto"),
+        suppress_warnings=["mystnb.unknown_mime_type", "myst.header", "misc.highlighting_failure"],
+        myst_heading_anchors=4,
+        language="en",
+    )  # cells of shell lines are highlighted as far as they can be
+    return dict(
+        title=cfg["title"],
+        author=cfg["author"],
+        copyright=cfg["copyright"],
+        logo="",
+        only_build_toc_files=True,
+        execute=dict(execute_notebooks="off"),
+        parse=dict(
+            myst_enable_extensions=["colon_fence", "dollarmath", "deflist", "attrs_inline", "attrs_block"]
+        ),
+        html=dict(
+            use_issues_button=False,
+            use_repository_button=True,
+            home_page_in_navbar=True,
+            baseurl=cfg["doc_host"] + cfg["doc_baseurl"],
+            favicon="images/icon.png",
+        ),
+        repository=dict(url=cfg["git_url"], branch=cfg["branch"]),
+        launch_buttons=dict(notebook_interface="", thebe=False),
+        sphinx=dict(extra_extensions=["dinolab.book.site"], recursive_update=True, config=sphinx),
+    )
+
 
 STYLE = """
 p.lead { font-size: 1.15rem; color: var(--pst-color-text-muted); }
@@ -172,77 +255,114 @@ a.source-link { font-size: .85rem; display: block; text-align: right; margin-top
 
 # %% ../../nbs/api/book/site.ipynb #b0c84d15
 def write_formula(
-    visitor,      # of Sphinx, gets the HTML
-    node,         # of docutils, the formula
-    display:str,  # inline or block
+    visitor,  # of Sphinx, gets the HTML
+    node,  # of docutils, the formula
+    display: str,  # inline or block
 ):
     "A formula as MathML."
     from docutils.nodes import SkipNode
     from latex2mathml.converter import convert
+
     text = convert(node.astext(), display=display)
     visitor.body.append(f'<div class="math" tabindex="0">{text}</div>' if display == "block" else text)
     raise SkipNode
 
-def leave_out_thebe(app, page:str, template:str, context:dict, doctree):
+
+def leave_out_thebe(app, page: str, template: str, context: dict, doctree):
     "Jupyter Book's scripts that run cells on a server elsewhere are not loaded."
-    for kind in ("script_files", "css_files"): context[kind] = [f for f in context[kind] if "thebe" not in f"{f.filename} {f.attributes}".lower()]
+    for kind in ("script_files", "css_files"):
+        context[kind] = [f for f in context[kind] if "thebe" not in f"{f.filename} {f.attributes}".lower()]
+
 
 def setup(
     app,  # of Sphinx
-)->dict:
+) -> dict:
     "Called by Sphinx."
     app.connect("html-page-context", leave_out_thebe, priority=900)
     nothing = lambda visitor, node: None
-    app.add_html_math_renderer("mathml", (lambda v, n: write_formula(v, n, "inline"), nothing), (lambda v, n: write_formula(v, n, "block"), nothing))
+    app.add_html_math_renderer(
+        "mathml",
+        (lambda v, n: write_formula(v, n, "inline"), nothing),
+        (lambda v, n: write_formula(v, n, "block"), nothing),
+    )
     app.add_css_file("dinolab.css")
     return dict(parallel_read_safe=True, parallel_write_safe=True)
 
 # %% ../../nbs/api/book/site.ipynb #74fdee3b
-def processed(
-)->tuple:  # folder of the processed notebooks, and nbdev's settings
+def processed() -> tuple:  # folder of the processed notebooks, and nbdev's settings
     "Let nbdev process all notebooks."
     try:
         from nbdev.config import get_config
         from nbdev.serve import proc_nbs
-    except ImportError: raise ImportError("building the site needs nbdev and Jupyter Book; install the extra: pip install 'dinolab[dev]'") from None
+    except ImportError:
+        raise ImportError(
+            "building the site needs nbdev and Jupyter Book; install the extra: pip install 'dinolab[dev]'"
+        ) from None
     return Path(proc_nbs(n_workers=0, force=True)), get_config()
 
+
 def own_symbols(
-    page:str,  # path of a page
-)->set:
+    page: str,  # path of a page
+) -> set:
     "The symbols that a page documents."
-    return {full[len(module) + 1:] for module, known in import_module("dinolab._modidx").d["syms"].items() for full, (where, _) in known.items() if where.startswith(page.removesuffix(".ipynb") + ".html")}
+    return {
+        full[len(module) + 1 :]
+        for module, known in import_module("dinolab._modidx").d["syms"].items()
+        for full, (where, _) in known.items()
+        if where.startswith(page.removesuffix(".ipynb") + ".html")
+    }
 
 # %% ../../nbs/api/book/site.ipynb #fd0f09a0
 def write_book(
-    source:Path,   # processed notebooks
-    book:Path,     # new folder
-    cfg,           # of nbdev
-    quarto:dict,   # _quarto.yml
+    source: Path,  # processed notebooks
+    book: Path,  # new folder
+    cfg,  # of nbdev
+    quarto: dict,  # _quarto.yml
 ):
     "The source of the book: pages, pictures, contents, settings."
     base = cfg.doc_host + cfg.doc_baseurl + "/"
     shutil.rmtree(book, ignore_errors=True)
-    for path in sorted(p for p in source.rglob("*") if p.suffix in (".ipynb", ".png", ".svg") and not p.relative_to(source).parts[0].startswith("_")):
+    for path in sorted(
+        p
+        for p in source.rglob("*")
+        if p.suffix in (".ipynb", ".png", ".svg") and not p.relative_to(source).parts[0].startswith("_")
+    ):
         page = page_name(path.relative_to(source).as_posix())
-        (book/page).parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix != ".ipynb": shutil.copyfile(path, book/page)
-        else: write_json(book/page, convert_notebook(json.loads(path.read_text(encoding="utf-8")), base, page, own_symbols(page)))
-    (book/"_static").mkdir()
-    (book/"_static/dinolab.css").write_text(STYLE)
-    for name, value in {"_toc.yml": contents(quarto["website"]["sidebar"]["contents"]), "_config.yml": settings({k: str(cfg[k]) for k in ("title", "author", "copyright", "git_url", "branch", "doc_host", "doc_baseurl")})}.items():
-        (book/name).write_text(yaml.safe_dump(value, sort_keys=False), encoding="utf-8")
+        (book / page).parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix != ".ipynb":
+            shutil.copyfile(path, book / page)
+        else:
+            write_json(
+                book / page,
+                convert_notebook(json.loads(path.read_text(encoding="utf-8")), base, page, own_symbols(page)),
+            )
+    (book / "_static").mkdir()
+    (book / "_static/dinolab.css").write_text(STYLE)
+    for name, value in {
+        "_toc.yml": contents(quarto["website"]["sidebar"]["contents"]),
+        "_config.yml": settings(
+            {
+                k: str(cfg[k])
+                for k in ("title", "author", "copyright", "git_url", "branch", "doc_host", "doc_baseurl")
+            }
+        ),
+    }.items():
+        (book / name).write_text(yaml.safe_dump(value, sort_keys=False), encoding="utf-8")
+
 
 def build(
-    out:str|Path=None,  # folder of the site; None: doc_path of settings.ini
-)->Path:
+    out: str | Path = None,  # folder of the site; None: doc_path of settings.ini
+) -> Path:
     "Render the site; a warning of Sphinx is an error."
     source, cfg = processed()
-    root, book = Path(cfg.config_path), source/"_book"
-    out = Path(out or root/cfg.doc_path)
-    write_book(source, book, cfg, yaml.safe_load((root/"_quarto.yml").read_text(encoding="utf-8")))
-    subprocess.run([str(Path(sys.executable).with_name("jupyter-book")), "build", str(book), "-W", "--keep-going", "-q"], check=True)
+    root, book = Path(cfg.config_path), source / "_book"
+    out = Path(out or root / cfg.doc_path)
+    write_book(source, book, cfg, yaml.safe_load((root / "_quarto.yml").read_text(encoding="utf-8")))
+    subprocess.run(
+        [str(Path(sys.executable).with_name("jupyter-book")), "build", str(book), "-W", "--keep-going", "-q"],
+        check=True,
+    )
     shutil.rmtree(out, ignore_errors=True)
-    shutil.copytree(book/"_build/html", out)
-    (out/".nojekyll").touch()
+    shutil.copytree(book / "_build/html", out)
+    (out / ".nojekyll").touch()
     return out

@@ -14,7 +14,7 @@ __all__ = ['app', 'SAYS', 'OnCluster', 'Job', 'JobScript', 'Config', 'Pairs', 'K
 import inspect
 import os
 import sys
-from typing import Annotated, Optional
+from typing import Annotated
 
 import click
 import typer
@@ -25,58 +25,108 @@ from ..core.errors import InputError
 from ..core.progress import format_table
 
 # %% ../../nbs/api/cli/main.ipynb #4587ffd7
-app = typer.Typer(help="Dense prediction with foundation features on scientific images and volumes.", no_args_is_help=True,
-                  context_settings=dict(help_option_names=["-h", "--help"]), add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(
+    help="Dense prediction with foundation features on scientific images and volumes.",
+    no_args_is_help=True,
+    context_settings=dict(help_option_names=["-h", "--help"]),
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
 
-def show_version(wanted:bool):
+
+def show_version(wanted: bool):
     "Print the version and stop, where that is wanted."
     if wanted:
         print(__version__)
         raise typer.Exit()
 
+
 @app.callback()
 def options(
-    version:Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version and stop.")]=False,
-): "Options before the command."
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=show_version, is_eager=True, help="Print the version and stop."),
+    ] = False,
+):
+    "Options before the command."
 
 # %% ../../nbs/api/cli/main.ipynb #b00d3127
 def join_pairs(
-    args:list,  # command line
-)->list:        # with each pair after -p as one argument
+    args: list,  # command line
+) -> list:  # with each pair after -p as one argument
     "Turn `-p name value` into `-p name=value`."
     args, joined = list(args), []
     while args:
         joined.append(args.pop(0))
-        if joined[-1] == "-p" and args and "=" not in args[0]: joined.append("=".join(args[:2])); del args[:2]
+        if joined[-1] == "-p" and args and "=" not in args[0]:
+            joined.append("=".join(args[:2]))
+            del args[:2]
     return joined
 
 # %% ../../nbs/api/cli/main.ipynb #6cb08e2c
 class PairCommand(TyperCommand):
     "A command with `-p name value`."
-    def parse_args(self, ctx, args): "With each pair joined."; return super().parse_args(ctx, join_pairs(args))
+
+    def parse_args(self, ctx, args):
+        "With each pair joined."
+        return super().parse_args(ctx, join_pairs(args))
 
 # %% ../../nbs/api/cli/main.ipynb #bcdc4d82
 @app.command(cls=PairCommand)
 def run(
-    experiment:Annotated[Optional[str], typer.Argument(help="A name, or the path of an .ipynb; without it, the names are listed.", show_default=False)]=None,
-    param:Annotated[Optional[list[str]], typer.Option("-p", metavar="NAME VALUE", help="Set a parameter; can be repeated.", show_default=False)]=None,
-    params:Annotated[bool, typer.Option("--params", help="List the parameters with their defaults, and stop.")]=False,
-    out:Annotated[str, typer.Option(help="Folder of all runs.")]="runs",
-    figures_to:Annotated[Optional[str], typer.Option(help="Folder that gets copies of the run's figures (PNG).", show_default="none")]=None,
+    experiment: Annotated[
+        str | None,
+        typer.Argument(
+            help="A name, or the path of an .ipynb; without it, the names are listed.", show_default=False
+        ),
+    ] = None,
+    param: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-p", metavar="NAME VALUE", help="Set a parameter; can be repeated.", show_default=False
+        ),
+    ] = None,
+    params: Annotated[
+        bool, typer.Option("--params", help="List the parameters with their defaults, and stop.")
+    ] = False,
+    out: Annotated[str, typer.Option(help="Folder of all runs.")] = "runs",
+    figures_to: Annotated[
+        str | None,
+        typer.Option(help="Folder that gets copies of the run's figures (PNG).", show_default="none"),
+    ] = None,
 ):
     "Run an experiment notebook into a new folder, and print that folder."
     import dinolab.book.experiment as ex
+
     if experiment is None:
         found = ex.list_experiments()
-        print(format_table(dict(experiment=name, question=ex.experiment_title(path)) for name, path in found.items()) if found else "no nbs/experiments here")
+        print(
+            format_table(
+                dict(experiment=name, question=ex.experiment_title(path)) for name, path in found.items()
+            )
+            if found
+            else "no nbs/experiments here"
+        )
         return
     if params:
         known = ex.experiment_parameters(ex.find_experiment(experiment))
-        print(format_table(dict(parameter=name, type=p.type, default=repr(p.default), meaning=p.help) for name, p in known.items()))
+        print(
+            format_table(
+                dict(parameter=name, type=p.type, default=repr(p.default), meaning=p.help)
+                for name, p in known.items()
+            )
+        )
         return
     for pair in param or ():
-        if "=" not in pair: raise InputError(f"got -p {pair}: expected -p name value")
-    try: print(ex.run_experiment(experiment, dict(pair.split("=", 1) for pair in param or ()), out=out, figures_to=figures_to).path)
+        if "=" not in pair:
+            raise InputError(f"got -p {pair}: expected -p name value")
+    try:
+        print(
+            ex.run_experiment(
+                experiment, dict(pair.split("=", 1) for pair in param or ()), out=out, figures_to=figures_to
+            ).path
+        )
     except ex.ExperimentError as e:
         print(f"dinolab: {e}", file=sys.stderr)
         raise typer.Exit(1)
@@ -84,297 +134,564 @@ def run(
 # %% ../../nbs/api/cli/main.ipynb #0d3ca5d4
 @app.command()
 def gather(
-    root:Annotated[str, typer.Argument(help="Folder of all runs.")]="runs",
-    format:Annotated[str, typer.Option(help="text, markdown or csv. Only csv keeps parameters that are the same in all runs.")]="text",
-    experiment:Annotated[Optional[str], typer.Option(help="Only the runs of this experiment.", show_default="all")]=None,
+    root: Annotated[str, typer.Argument(help="Folder of all runs.")] = "runs",
+    format: Annotated[
+        str,
+        typer.Option(help="text, markdown or csv. Only csv keeps parameters that are the same in all runs."),
+    ] = "text",
+    experiment: Annotated[
+        str | None, typer.Option(help="Only the runs of this experiment.", show_default="all")
+    ] = None,
 ):
     "Print one table of all runs: status, seconds, commit, parameters, metrics."
     from dinolab.train.runs import gather, gather_table
+
     print(gather_table(gather(root, experiment), format))
 
 # %% ../../nbs/api/cli/main.ipynb #c9c285e6
 @app.command()
 def keep(
-    run:Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run that is done.")],
-    folder:Annotated[str, typer.Option(help="Folder of the summaries.")]="nbs/results",
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run that is done.")],
+    folder: Annotated[str, typer.Option(help="Folder of the summaries.")] = "nbs/results",
 ):
     "Add the summary of a run to those from which the page of results is made; prints its file."
     from dinolab.book.results import keep
+
     print(keep(run, folder))
 
 # %% ../../nbs/api/cli/main.ipynb #2c156a3f
 def numbers(
-    text:str,  # such as "8" or "40,8,8"
-    name:str,  # of the option
-):             # one number, a tuple, or None
+    text: str,  # such as "8" or "40,8,8"
+    name: str,  # of the option
+):  # one number, a tuple, or None
     "Numbers separated by commas."
-    if text is None: return None
-    try: values = tuple(float(t) for t in text.split(","))
-    except ValueError: raise InputError(f"{name} {text!r}: expected a number, or numbers separated by commas such as 40,8,8") from None
+    if text is None:
+        return None
+    try:
+        values = tuple(float(t) for t in text.split(","))
+    except ValueError:
+        raise InputError(
+            f"{name} {text!r}: expected a number, or numbers separated by commas such as 40,8,8"
+        ) from None
     return values[0] if len(values) == 1 else values
 
 # %% ../../nbs/api/cli/main.ipynb #aff3c742
 def whole_numbers(
-    text:str,  # such as "4" or "5,8,11"
-    name:str,  # of the option
-):             # one integer, a tuple, or None
+    text: str,  # such as "4" or "5,8,11"
+    name: str,  # of the option
+):  # one integer, a tuple, or None
     "Whole numbers separated by commas."
     values = numbers(text, name)
-    if any(v != int(v) for v in _as_tuple(values)): raise InputError(f"{name} {text!r}: expected whole numbers")
+    if any(v != int(v) for v in _as_tuple(values)):
+        raise InputError(f"{name} {text!r}: expected whole numbers")
     return tuple(map(int, values)) if isinstance(values, tuple) else None if values is None else int(values)
 
-def _as_tuple(x): return x if isinstance(x, tuple) else () if x is None else (x,)
+
+def _as_tuple(x):
+    return x if isinstance(x, tuple) else () if x is None else (x,)
 
 # %% ../../nbs/api/cli/main.ipynb #40afee24
-SAYS = {"voxel_size": "--source-voxel-size", "unit=": "--unit ", "channel=": "--channel ", "time=": "--time ", "axes=": "--axes ", "missing=": "--missing "}
+SAYS = {
+    "voxel_size": "--source-voxel-size",
+    "unit=": "--unit ",
+    "channel=": "--channel ",
+    "time=": "--time ",
+    "axes=": "--axes ",
+    "missing=": "--missing ",
+}
+
 
 def open_source(
-    path:str,  # the command's SOURCE
-    **options, # of open_levels
-):             # Multiscale
+    path: str,  # the command's SOURCE
+    **options,  # of open_levels
+):  # Multiscale
     "Open the source; errors speak of the command's options."
     from dinolab.volumes.volume import open_levels
-    try: return open_levels(path, **options)
+
+    try:
+        return open_levels(path, **options)
     except InputError as e:
         text = str(e)
-        for python, option in SAYS.items(): text = text.replace(python, option)
+        for python, option in SAYS.items():
+            text = text.replace(python, option)
         raise type(e)(text) from None
 
 # %% ../../nbs/api/cli/main.ipynb #693b4ea6
 def find_device(
-    name:str,        # auto, cpu, cuda, cuda:1 ...
-    elsewhere=False, # on workers that may have other devices: only the name is checked
-)->str:              # a device that is there
+    name: str,  # auto, cpu, cuda, cuda:1 ...
+    elsewhere=False,  # on workers that may have other devices: only the name is checked
+) -> str:  # a device that is there
     "The device of that name; the first GPU for auto, where there is one."
     import torch
-    if elsewhere and name.split(":")[0] in ("auto", "cpu", "cuda"): return name
-    if name == "auto": return "cuda" if torch.cuda.is_available() else "cpu"
-    try: torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as e: raise InputError(f"--device {name!r} cannot be used ({str(e).splitlines()[0][:80]}): expected auto, cpu, or cuda where there is a GPU") from None
+
+    if elsewhere and name.split(":")[0] in ("auto", "cpu", "cuda"):
+        return name
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as e:
+        raise InputError(
+            f"--device {name!r} cannot be used ({str(e).splitlines()[0][:80]}): expected auto, cpu, or cuda where there is a GPU"
+        ) from None
     return name
 
 # %% ../../nbs/api/cli/main.ipynb #e6865bea
-OnCluster = Annotated[Optional[str], typer.Option("--cluster", help="Give the work to a dask cluster: local, slurm or lsf.", show_default="none")]
-Job = Annotated[Optional[list[str]], typer.Option("--job", metavar="NAME=VALUE", help="What a job gets; can be repeated. queue, account, cores (4), memory (16GB), gpus (0), walltime (4:00:00), setup (a line before the worker starts), "
-                                                  "python, logs (dask-logs), interface, extra (a directive), wait (1d, for the first job).", show_default=False)]
+OnCluster = Annotated[
+    str | None,
+    typer.Option(
+        "--cluster", help="Give the work to a dask cluster: local, slurm or lsf.", show_default="none"
+    ),
+]
+Job = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--job",
+        metavar="NAME=VALUE",
+        help="What a job gets; can be repeated. queue, account, cores (4), memory (16GB), gpus (0), walltime (4:00:00), setup (a line before the worker starts), "
+        "python, logs (dask-logs), interface, extra (a directive), wait (1d, for the first job).",
+        show_default=False,
+    ),
+]
 JobScript = Annotated[bool, typer.Option("--job-script", help="Print the script of a job, and stop.")]
 
+
 def find_cluster(
-    kind:str,     # local, slurm, lsf or None
-    workers:int,  # how many
-    job:list,     # of name=value, or None
-    script:bool,  # print the job script and stop
-):                # Cluster, or None
+    kind: str,  # local, slurm, lsf or None
+    workers: int,  # how many
+    job: list,  # of name=value, or None
+    script: bool,  # print the job script and stop
+):  # Cluster, or None
     "The cluster that a command line describes."
-    if kind is None and (job or script): raise InputError("--job or --job-script without --cluster: expected --cluster slurm or --cluster lsf")
-    if kind is None: return None
+    if kind is None and (job or script):
+        raise InputError("--job or --job-script without --cluster: expected --cluster slurm or --cluster lsf")
+    if kind is None:
+        return None
     from dinolab.volumes.cluster import cluster_of
+
     cluster = cluster_of(kind, workers, job)
-    if not script: return cluster
+    if not script:
+        return cluster
     print(cluster.job_script())
     raise typer.Exit()
 
 # %% ../../nbs/api/cli/main.ipynb #cce54a70
 @app.command()
 def features(
-    source:Annotated[str, typer.Argument(help="OME-Zarr image (folder, zip or URL), one of its levels, N5 array, NIfTI, TIFF (file or folder of slices) or .npy.")],
-    out:Annotated[str, typer.Argument(help="Folder of the new feature store; an unfinished one goes on.")],
-    backbone:Annotated[str, typer.Option(help="Family (dinov3, dinov2, retfound, visionfm) or any timm model.")]="dinov3",
-    size:Annotated[str, typer.Option(help="Size within the family.")]="small",
-    weights:Annotated[Optional[str], typer.Option(help="pretrained, or a file or folder.", show_default="random")]=None,
-    layers:Annotated[Optional[str], typer.Option(help="Blocks whose features are concatenated, such as 5,8,11; one number means so many, evenly spread.", show_default="the last")]=None,
-    planes:Annotated[str, typer.Option(help="Which slices the backbone sees.")]="xy,xz,yz",
-    voxel_size:Annotated[Optional[str], typer.Option(help="Voxel size of the features, nm; one number or z,y,x.", show_default="as the image")]=None,
-    raw_resolution:Annotated[Optional[str], typer.Option(help="Voxel size of the level to read, nm.", show_default="a quarter of --voxel-size")]=None,
-    pixel_size:Annotated[Optional[float], typer.Option(help="Side of a network pixel, nm.", show_default="patches two target voxels apart")]=None,
-    fusion:Annotated[str, typer.Option(help="mean, weighted (by sampling) or concat.")]="mean",
-    neighbours:Annotated[bool, typer.Option(help="Give the slices before and after as red and blue.")]=False,
-    slice_stride:Annotated[int, typer.Option(help="Look at one in this many of the slices that a target plane averages.")]=1,
-    intensity:Annotated[Optional[str], typer.Option(help="Raw values low,high that become 0 and 1.", show_default="percentiles 0.5 and 99.5")]=None,
-    components:Annotated[Optional[int], typer.Option(help="Project to this many principal components.", show_default="all channels")]=None,
-    block:Annotated[int, typer.Option(help="Target voxels per block and axis; also the shard of the store.")]=64,
-    halo:Annotated[int, typer.Option(help="Patches of context around a block.")]=4,
-    batch_size:Annotated[Optional[int], typer.Option(help="Images per batch.", show_default="from memory")]=None,
-    precision:Annotated[str, typer.Option(help="auto, fp32 or bf16.")]="auto",
-    device:Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]="auto",
-    workers:Annotated[int, typer.Option(min=1, help="Processes on this machine, or jobs of the cluster.")]=1,
-    cluster:OnCluster=None,
-    job:Job=None,
-    job_script:JobScript=False,
-    source_voxel_size:Annotated[Optional[str], typer.Option(help="Voxel size of a source that does not state it, nm; one number or z,y,x.", show_default="as stated")]=None,
-    channel:Annotated[Optional[int], typer.Option(help="Index on the channel axis.", show_default="none")]=None,
-    time:Annotated[Optional[int], typer.Option(help="Index on the time axis.", show_default="none")]=None,
-    unit:Annotated[Optional[str], typer.Option(help="Unit of the source's lengths where it names none.", show_default="as stated")]=None,
-    axes:Annotated[Optional[str], typer.Option(help="Axes of a TIFF that does not state them, e.g. zyx.", show_default="as stated")]=None,
-    missing:Annotated[Optional[str], typer.Option(help="What an absent chunk of the source is: error, or fill for its fill value.", show_default="error")]=None,
-    seed:Annotated[int, typer.Option(help="Of random weights.")]=0,
-    rgb:Annotated[bool, typer.Option(help="Also write the picture of principal components.")]=True,
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="OME-Zarr image (folder, zip or URL), one of its levels, N5 array, NIfTI, TIFF (file or folder of slices) or .npy."
+        ),
+    ],
+    out: Annotated[str, typer.Argument(help="Folder of the new feature store; an unfinished one goes on.")],
+    backbone: Annotated[
+        str, typer.Option(help="Family (dinov3, dinov2, retfound, visionfm) or any timm model.")
+    ] = "dinov3",
+    size: Annotated[str, typer.Option(help="Size within the family.")] = "small",
+    weights: Annotated[
+        str | None, typer.Option(help="pretrained, or a file or folder.", show_default="random")
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Blocks whose features are concatenated, such as 5,8,11; one number means so many, evenly spread.",
+            show_default="the last",
+        ),
+    ] = None,
+    planes: Annotated[str, typer.Option(help="Which slices the backbone sees.")] = "xy,xz,yz",
+    voxel_size: Annotated[
+        str | None,
+        typer.Option(
+            help="Voxel size of the features, nm; one number or z,y,x.", show_default="as the image"
+        ),
+    ] = None,
+    raw_resolution: Annotated[
+        str | None,
+        typer.Option(help="Voxel size of the level to read, nm.", show_default="a quarter of --voxel-size"),
+    ] = None,
+    pixel_size: Annotated[
+        float | None,
+        typer.Option(help="Side of a network pixel, nm.", show_default="patches two target voxels apart"),
+    ] = None,
+    fusion: Annotated[str, typer.Option(help="mean, weighted (by sampling) or concat.")] = "mean",
+    neighbours: Annotated[
+        bool, typer.Option(help="Give the slices before and after as red and blue.")
+    ] = False,
+    slice_stride: Annotated[
+        int, typer.Option(help="Look at one in this many of the slices that a target plane averages.")
+    ] = 1,
+    intensity: Annotated[
+        str | None,
+        typer.Option(
+            help="Raw values low,high that become 0 and 1.", show_default="percentiles 0.5 and 99.5"
+        ),
+    ] = None,
+    components: Annotated[
+        int | None,
+        typer.Option(help="Project to this many principal components.", show_default="all channels"),
+    ] = None,
+    block: Annotated[
+        int, typer.Option(help="Target voxels per block and axis; also the shard of the store.")
+    ] = 64,
+    halo: Annotated[int, typer.Option(help="Patches of context around a block.")] = 4,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images per batch.", show_default="from memory")
+    ] = None,
+    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes on this machine, or jobs of the cluster.")
+    ] = 1,
+    cluster: OnCluster = None,
+    job: Job = None,
+    job_script: JobScript = False,
+    source_voxel_size: Annotated[
+        str | None,
+        typer.Option(
+            help="Voxel size of a source that does not state it, nm; one number or z,y,x.",
+            show_default="as stated",
+        ),
+    ] = None,
+    channel: Annotated[
+        int | None, typer.Option(help="Index on the channel axis.", show_default="none")
+    ] = None,
+    time: Annotated[int | None, typer.Option(help="Index on the time axis.", show_default="none")] = None,
+    unit: Annotated[
+        str | None,
+        typer.Option(help="Unit of the source's lengths where it names none.", show_default="as stated"),
+    ] = None,
+    axes: Annotated[
+        str | None,
+        typer.Option(help="Axes of a TIFF that does not state them, e.g. zyx.", show_default="as stated"),
+    ] = None,
+    missing: Annotated[
+        str | None,
+        typer.Option(
+            help="What an absent chunk of the source is: error, or fill for its fill value.",
+            show_default="error",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of random weights.")] = 0,
+    rgb: Annotated[bool, typer.Option(help="Also write the picture of principal components.")] = True,
 ):
     "Extract features of a volume into a zarr store, in constant memory; run again to go on after an interruption."
     jobs = find_cluster(cluster, workers, job, job_script)
     import torch
     from dinolab.models.backbones import create_backbone
     from dinolab.features.extract import extract_to_zarr, timing_table
-    volume = open_source(source, voxel_size=numbers(source_voxel_size, "--source-voxel-size"), channel=channel, time=time, unit=unit, axes=axes, missing=missing)
+
+    volume = open_source(
+        source,
+        voxel_size=numbers(source_voxel_size, "--source-voxel-size"),
+        channel=channel,
+        time=time,
+        unit=unit,
+        axes=axes,
+        missing=missing,
+    )
     torch.manual_seed(seed)
     model = create_backbone(backbone, size, weights=weights, layers=whole_numbers(layers, "--layers"))
     device = find_device(device, elsewhere=jobs is not None)
-    store = extract_to_zarr(volume, out, model if jobs else model.to(device), voxel_size=numbers(voxel_size, "--voxel-size"), raw_resolution=numbers(raw_resolution, "--raw-resolution"), planes=planes, pixel_size=pixel_size,
-                            block=block, halo=halo, n_components=components, fusion=fusion, neighbours=neighbours, slice_stride=slice_stride, intensity=numbers(intensity, "--intensity"),
-                            batch_size=batch_size, precision=precision, rgb=rgb, workers=workers, client=jobs, device=device)
+    store = extract_to_zarr(
+        volume,
+        out,
+        model if jobs else model.to(device),
+        voxel_size=numbers(voxel_size, "--voxel-size"),
+        raw_resolution=numbers(raw_resolution, "--raw-resolution"),
+        planes=planes,
+        pixel_size=pixel_size,
+        block=block,
+        halo=halo,
+        n_components=components,
+        fusion=fusion,
+        neighbours=neighbours,
+        slice_stride=slice_stride,
+        intensity=numbers(intensity, "--intensity"),
+        batch_size=batch_size,
+        precision=precision,
+        rgb=rgb,
+        workers=workers,
+        client=jobs,
+        device=device,
+    )
     print(f"{out}: {store}")
-    if store.info["seconds"]: print(timing_table(store.info))
+    if store.info["seconds"]:
+        print(timing_table(store.info))
 
 # %% ../../nbs/api/cli/main.ipynb #d04f8ab8
-Config = Annotated[Optional[str], typer.Option("--config", "-c", metavar="FILE", help="YAML file of the recipe.", show_default="none")]
-Pairs = Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="Set or override keys, such as crop=48 train.epochs=5.", show_default=False)]
+Config = Annotated[
+    str | None,
+    typer.Option("--config", "-c", metavar="FILE", help="YAML file of the recipe.", show_default="none"),
+]
+Pairs = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Set or override keys, such as crop=48 train.epochs=5.",
+        show_default=False,
+    ),
+]
 Keys = Annotated[bool, typer.Option("--keys", help="List the keys with their defaults, and stop.")]
 
+
 def start_recipe(
-    command:str,  # train, evaluate or predict
-    config:str,   # YAML file, or None
-    pairs:list,   # of key=value, or None
-    keys:bool,    # only list the keys
-    **objects,    # arguments that cannot be written, such as client
-):                # what the recipe returns; None for a list
+    command: str,  # train, evaluate or predict
+    config: str,  # YAML file, or None
+    pairs: list,  # of key=value, or None
+    keys: bool,  # only list the keys
+    **objects,  # arguments that cannot be written, such as client
+):  # what the recipe returns; None for a list
     "Run a recipe, or list its keys."
     from dinolab.tasks.recipes import recipe_of, describe, run_recipe
-    if keys: print(format_table(describe(recipe_of(command, config, pairs or [])[0])))
-    elif not config and not pairs: raise InputError(f"{command} without settings: expected --config FILE or key=value; --keys lists them")
-    else: return run_recipe(command, config, pairs or [], **objects)
+
+    if keys:
+        print(format_table(describe(recipe_of(command, config, pairs or [])[0])))
+    elif not config and not pairs:
+        raise InputError(
+            f"{command} without settings: expected --config FILE or key=value; --keys lists them"
+        )
+    else:
+        return run_recipe(command, config, pairs or [], **objects)
 
 # %% ../../nbs/api/cli/main.ipynb #cfdb0c29
 @app.command()
-def train(pairs:Pairs=None, config:Config=None, keys:Keys=False):
+def train(pairs: Pairs = None, config: Config = None, keys: Keys = False):
     "Train a network on volumes or pictures with labels; prints the folder of the run."
     done = start_recipe("train", config, pairs, keys)
-    if done and os.environ.get("RANK", "0") == "0": print(done.run.path)  # once, where torchrun started many
+    if done and os.environ.get("RANK", "0") == "0":
+        print(done.run.path)  # once, where torchrun started many
+
 
 @app.command()
-def evaluate(pairs:Pairs=None, config:Config=None, keys:Keys=False):
+def evaluate(pairs: Pairs = None, config: Config = None, keys: Keys = False):
     "Score a run on volumes or pictures that it has not seen."
     scores = start_recipe("evaluate", config, pairs, keys)
-    if scores: print(format_table(dict(score=k, value=v) for k, v in scores.items()))
+    if scores:
+        print(format_table(dict(score=k, value=v) for k, v in scores.items()))
 
 # %% ../../nbs/api/cli/main.ipynb #ca3511a1
 def name_places(
-    pairs:list,  # IN ... OUT key=value ...
-)->list:         # key=value
+    pairs: list,  # IN ... OUT key=value ...
+) -> list:  # key=value
     "Paths without a key: the last one is store, those before it are source."
     places, named = [p for p in pairs if "=" not in p], [p for p in pairs if "=" in p]
-    if not places: return named
-    if len(places) == 1: raise InputError(f"one path, {places[0]}: expected IN and OUT")
-    return [f"source={places[0]}" if len(places) == 2 else f"source=[{','.join(places[:-1])}]", f"store={places[-1]}", *named]
+    if not places:
+        return named
+    if len(places) == 1:
+        raise InputError(f"one path, {places[0]}: expected IN and OUT")
+    return [
+        f"source={places[0]}" if len(places) == 2 else f"source=[{','.join(places[:-1])}]",
+        f"store={places[-1]}",
+        *named,
+    ]
 
 # %% ../../nbs/api/cli/main.ipynb #d03daf71
 @app.command()
-def predict(pairs:Annotated[Optional[list[str]], typer.Argument(metavar="[IN]... [OUT] [KEY=VALUE]...", help="What to segment, where to, and keys such as run=runs/segmenter/... overlap=0.25.", show_default=False)]=None, config:Config=None, keys:Keys=False,
-            workers:Annotated[Optional[int], typer.Option(min=1, help="Processes on this machine, or jobs of the cluster; as the key workers.", show_default="1")]=None, cluster:OnCluster=None, job:Job=None, job_script:JobScript=False):
+def predict(
+    pairs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[IN]... [OUT] [KEY=VALUE]...",
+            help="What to segment, where to, and keys such as run=runs/segmenter/... overlap=0.25.",
+            show_default=False,
+        ),
+    ] = None,
+    config: Config = None,
+    keys: Keys = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Processes on this machine, or jobs of the cluster; as the key workers.",
+            show_default="1",
+        ),
+    ] = None,
+    cluster: OnCluster = None,
+    job: Job = None,
+    job_script: JobScript = False,
+):
     "Segment a volume into OME-Zarr, or pictures into masks, of any size; run again to go on after an interruption."
     jobs, pairs = find_cluster(cluster, workers or 1, job, job_script), name_places(pairs or [])
-    if jobs and any(p.startswith("workers=") for p in pairs): raise InputError("workers= with --cluster: expected --workers")
-    found = start_recipe("predict", config, pairs + [f"workers={workers}"] * (workers is not None and not jobs), keys, **(dict(client=jobs) if jobs else {}))
-    if found: print("\n".join(found.values()) if isinstance(found, dict) else f"{found.path}: {found.labels}")
+    if jobs and any(p.startswith("workers=") for p in pairs):
+        raise InputError("workers= with --cluster: expected --workers")
+    found = start_recipe(
+        "predict",
+        config,
+        pairs + [f"workers={workers}"] * (workers is not None and not jobs),
+        keys,
+        **(dict(client=jobs) if jobs else {}),
+    )
+    if found:
+        print("\n".join(found.values()) if isinstance(found, dict) else f"{found.path}: {found.labels}")
 
 # %% ../../nbs/api/cli/main.ipynb #2f6f3084
 def flag_of(
-    p,             # inspect.Parameter: name, type, default
-    meaning:str,   # help
-    dash:str="_",  # between the words of a flag
-)->click.Parameter:
+    p,  # inspect.Parameter: name, type, default
+    meaning: str,  # help
+    dash: str = "_",  # between the words of a flag
+) -> click.Parameter:
     "An argument of a function as a flag; one that is true or false has an opposite, one without a name has none."
     kind, needed, name = p.annotation, p.default is p.empty, p.name.replace("_", dash)
-    if p.kind is not p.KEYWORD_ONLY: return click.Argument([p.name], type=kind)
-    if kind is bool: return click.Option([f"--{name}/--no{dash}{name}"], default=p.default, help=meaning, show_default=True)
-    if needed: return click.Option([f"--{name}"], type=kind, required=True, help=meaning)
-    return click.Option([f"--{name}"], type=kind, default=p.default, help=meaning, show_default=p.default not in (None, ""))
+    if p.kind is not p.KEYWORD_ONLY:
+        return click.Argument([p.name], type=kind)
+    if kind is bool:
+        return click.Option(
+            [f"--{name}/--no{dash}{name}"], default=p.default, help=meaning, show_default=True
+        )
+    if needed:
+        return click.Option([f"--{name}"], type=kind, required=True, help=meaning)
+    return click.Option(
+        [f"--{name}"], type=kind, default=p.default, help=meaning, show_default=p.default not in (None, "")
+    )
+
 
 def run_flags(
-    function,      # whose arguments are the flags; all have a type
-    args:list,     # command line
-    name:str,      # of the command, for help
-    dash:str="_",  # between the words of a flag
-):                 # what the function returns
+    function,  # whose arguments are the flags; all have a type
+    args: list,  # command line
+    name: str,  # of the command, for help
+    dash: str = "_",  # between the words of a flag
+):  # what the function returns
     "Call a function with the flags of a command line."
     from dinolab.tasks.recipes import describe
-    meanings, params = {row["key"]: row["meaning"] for row in describe(function)}, inspect.signature(function).parameters.values()
+
+    meanings, params = (
+        {row["key"]: row["meaning"] for row in describe(function)},
+        inspect.signature(function).parameters.values(),
+    )
     places = [f"{p.name.upper()}: {meanings[p.name]}." for p in params if p.kind is not p.KEYWORD_ONLY]
-    command = click.Command(name, params=[flag_of(p, meanings[p.name], dash) for p in params], callback=function, help="\n\n".join([function.__doc__ or "", *places]), context_settings=dict(help_option_names=["-h", "--help"], max_content_width=120))
-    try: return command.main(args, prog_name=f"dinolab {name}", standalone_mode=False)
-    except click.NoSuchOption as e: raise InputError(f"no flag {e.option_name}" + (f", did you mean {' or '.join(e.possibilities)}?" if e.possibilities else "") + f": dinolab {name} --help lists them") from None
-    except click.ClickException as e: raise InputError(f"{e.format_message()}: dinolab {name} --help lists the flags") from None
+    command = click.Command(
+        name,
+        params=[flag_of(p, meanings[p.name], dash) for p in params],
+        callback=function,
+        help="\n\n".join([function.__doc__ or "", *places]),
+        context_settings=dict(help_option_names=["-h", "--help"], max_content_width=120),
+    )
+    try:
+        return command.main(args, prog_name=f"dinolab {name}", standalone_mode=False)
+    except click.NoSuchOption as e:
+        raise InputError(
+            f"no flag {e.option_name}"
+            + (f", did you mean {' or '.join(e.possibilities)}?" if e.possibilities else "")
+            + f": dinolab {name} --help lists them"
+        ) from None
+    except click.ClickException as e:
+        raise InputError(f"{e.format_message()}: dinolab {name} --help lists the flags") from None
 
 # %% ../../nbs/api/cli/main.ipynb #6deb0044
-unet3plus = typer.Typer(help="UNet3+ on pictures of spacecraft, with the flags and files of SPARK: train, eval, infer.", no_args_is_help=True, rich_markup_mode=None)
+unet3plus = typer.Typer(
+    help="UNet3+ on pictures of spacecraft, with the flags and files of SPARK: train, eval, infer.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 app.add_typer(unet3plus, name="unet3plus")
 Flags = dict(context_settings=dict(allow_extra_args=True, ignore_unknown_options=True, help_option_names=[]))
 
+
 @unet3plus.command("train", **Flags)
-def unet3plus_train(ctx:typer.Context):
+def unet3plus_train(ctx: typer.Context):
     "Train a network; prints the folder of its models."
     from dinolab.tasks.spark import train_unet3plus
-    if path := run_flags(train_unet3plus, ctx.args, "unet3plus train"): print(path)
+
+    if path := run_flags(train_unet3plus, ctx.args, "unet3plus train"):
+        print(path)
+
 
 @unet3plus.command("eval", **Flags)
-def unet3plus_eval(ctx:typer.Context):
+def unet3plus_eval(ctx: typer.Context):
     "Score a model on pictures with masks: metrics.json, evaluation_report.txt, confusion_matrix.png."
     from dinolab.tasks.spark import evaluate_unet3plus
-    if scores := run_flags(evaluate_unet3plus, ctx.args, "unet3plus eval"): print(format_table(dict(score=k, value=v) for k, v in scores["overall"].items() if k != "per_class"))
+
+    if scores := run_flags(evaluate_unet3plus, ctx.args, "unet3plus eval"):
+        print(format_table(dict(score=k, value=v) for k, v in scores["overall"].items() if k != "per_class"))
+
 
 @unet3plus.command("infer", **Flags)
-def unet3plus_infer(ctx:typer.Context):
+def unet3plus_infer(ctx: typer.Context):
     "Segment pictures into NAME_layer.npz files."
     from dinolab.tasks.spark import infer_unet3plus
-    if (done := run_flags(infer_unet3plus, ctx.args, "unet3plus infer")) is not None: print(f"{done} pictures")
+
+    if (done := run_flags(infer_unet3plus, ctx.args, "unet3plus infer")) is not None:
+        print(f"{done} pictures")
 
 # %% ../../nbs/api/cli/main.ipynb #6e561202
-dwi = typer.Typer(help="Diffusion MRI, NIfTI with b-values and directions: denoise, phantom, eval.", no_args_is_help=True, rich_markup_mode=None)
+dwi = typer.Typer(
+    help="Diffusion MRI, NIfTI with b-values and directions: denoise, phantom, eval.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 app.add_typer(dwi, name="dwi")
 
+
 @dwi.command("denoise", **Flags)
-def dwi_denoise(ctx:typer.Context):
+def dwi_denoise(ctx: typer.Context):
     "Denoise a series: IN.nii.gz OUT.nii.gz --bval FILE --bvec FILE."
     from dinolab.dwi.denoise import denoise_files
+
     if done := run_flags(denoise_files, ctx.args, "dwi denoise", "-"):
-        for note in done.about["notes"]: print(f"note: {note}", file=sys.stderr)
-        print(f"{done.about['method']}, {done.about['voxels']} voxels, {done.about['seconds']} s" + (f", sigma {done.about['sigma']:.4g}" if done.about["sigma"] else ""))
+        for note in done.about["notes"]:
+            print(f"note: {note}", file=sys.stderr)
+        print(
+            f"{done.about['method']}, {done.about['voxels']} voxels, {done.about['seconds']} s"
+            + (f", sigma {done.about['sigma']:.4g}" if done.about["sigma"] else "")
+        )
+
 
 @dwi.command("phantom", **Flags)
-def dwi_phantom(ctx:typer.Context):
+def dwi_phantom(ctx: typer.Context):
     "Write a simulated brain with its truth: OUTDIR."
     from dinolab.dwi.denoise import phantom_files
-    if path := run_flags(phantom_files, ctx.args, "dwi phantom", "-"): print(path)
+
+    if path := run_flags(phantom_files, ctx.args, "dwi phantom", "-"):
+        print(path)
+
 
 @dwi.command("eval", **Flags)
-def dwi_eval(ctx:typer.Context):
+def dwi_eval(ctx: typer.Context):
     "Score a result: DENOISED.nii.gz --truth FILE or --heldout."
     from dinolab.dwi.denoise import evaluate_files
-    if found := run_flags(evaluate_files, ctx.args, "dwi eval", "-"): print(format_table(dict(score=k, value=v) for k, v in found.items()))
+
+    if found := run_flags(evaluate_files, ctx.args, "dwi eval", "-"):
+        print(format_table(dict(score=k, value=v) for k, v in found.items()))
 
 # %% ../../nbs/api/cli/main.ipynb #89a1c50b
-nnunet = typer.Typer(help="Networks of dinolab inside nnU-Net v2: setup, path.", no_args_is_help=True, rich_markup_mode=None)
+nnunet = typer.Typer(
+    help="Networks of dinolab inside nnU-Net v2: setup, path.", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(nnunet, name="nnunet")
+
 
 @nnunet.command("setup")
 def nnunet_setup(
-    dataset_id:Annotated[str, typer.Argument(metavar="DATASET_ID", help="Number of a preprocessed data set, or its name.")],
-    pairs:Pairs=None,
-    config:Config=None,
-    parent:Annotated[str, typer.Option(help="Configuration to derive from; 2D.")]="2d",
-    name:Annotated[str, typer.Option(help="Name of the new configuration.")]="2d_dino",
-    plans:Annotated[str, typer.Option(help="Name of the plans.")]="nnUNetPlans",
+    dataset_id: Annotated[
+        str, typer.Argument(metavar="DATASET_ID", help="Number of a preprocessed data set, or its name.")
+    ],
+    pairs: Pairs = None,
+    config: Config = None,
+    parent: Annotated[str, typer.Option(help="Configuration to derive from; 2D.")] = "2d",
+    name: Annotated[str, typer.Option(help="Name of the new configuration.")] = "2d_dino",
+    plans: Annotated[str, typer.Option(help="Name of the plans.")] = "nnUNetPlans",
 ):
     "Write a configuration that carries a recipe into the plans of a data set."
     from dinolab.tasks.nnunet import setup, trainer_folder
-    if not config and not pairs: raise InputError("setup without a recipe: expected --config FILE or key=value; dinolab train recipe=segmenter --keys lists them")
+
+    if not config and not pairs:
+        raise InputError(
+            "setup without a recipe: expected --config FILE or key=value; dinolab train recipe=segmenter --keys lists them"
+        )
     done = setup(dataset_id, config, pairs or [], parent=parent, name=name, plans=plans)
-    if done["without_effect"]: print(f"without effect in nnU-Net: {', '.join(done['without_effect'])}")
-    print(f"{done['plans']}: configuration {name}\nexport nnUNet_extTrainer={trainer_folder()}\nnnUNetv2_train {dataset_id} {name} 0 -tr nnUNetTrainerDino -p {plans}")
+    if done["without_effect"]:
+        print(f"without effect in nnU-Net: {', '.join(done['without_effect'])}")
+    print(
+        f"{done['plans']}: configuration {name}\nexport nnUNet_extTrainer={trainer_folder()}\nnnUNetv2_train {dataset_id} {name} 0 -tr nnUNetTrainerDino -p {plans}"
+    )
+
 
 @nnunet.command("path")
 def nnunet_path():
     "Print the folder for nnUNet_extTrainer."
     from dinolab.tasks.nnunet import trainer_folder
+
     print(trainer_folder())
 
 # %% ../../nbs/api/cli/main.ipynb #41b45242
@@ -387,39 +704,56 @@ Root = Annotated[str, typer.Option(help="Folder of all data sets.")]
 
 # %% ../../nbs/api/cli/main.ipynb #abb89627
 @data.command("list")
-def data_list(folder:Folder="data_manifests", root:Root="data"):
+def data_list(folder: Folder = "data_manifests", root: Root = "data"):
     "List the data sets: what they are, their size in MB, and whether they are here."
     from dinolab.data.fetch import list_data
+
     rows = list_data(folder, root)
-    if not rows: raise InputError(f"no manifests in {folder!r}: expected a folder with .yaml files; go to the repository, or give one with --folder")
+    if not rows:
+        raise InputError(
+            f"no manifests in {folder!r}: expected a folder with .yaml files; go to the repository, or give one with --folder"
+        )
     print(format_table(rows))
 
 # %% ../../nbs/api/cli/main.ipynb #e307cc04
 @data.command("check")
-def data_check(manifest:Manifest, folder:Folder="data_manifests", root:Root="data"):
+def data_check(manifest: Manifest, folder: Folder = "data_manifests", root: Root = "data"):
     "Compare the files of a data set with its manifest; exit code 2 where one is missing or wrong."
     from dinolab.data.fetch import check_data
     from dinolab.data.manifest import load_manifest
+
     rows = check_data(load_manifest(manifest, folder), root)
     print(format_table(rows))
     bad = sum(r["state"] in ("missing", "wrong") for r in rows)
-    if bad: raise InputError(f"{bad} of {len(rows)} parts of {manifest} are missing or wrong: dinolab data get {manifest}")
+    if bad:
+        raise InputError(
+            f"{bad} of {len(rows)} parts of {manifest} are missing or wrong: dinolab data get {manifest}"
+        )
 
 # %% ../../nbs/api/cli/main.ipynb #6784f54c
 @data.command("get")
-def data_get(manifest:Manifest, folder:Folder="data_manifests", root:Root="data"):
+def data_get(manifest: Manifest, folder: Folder = "data_manifests", root: Root = "data"):
     "Fetch or generate the files of a data set; what is here and right stays."
     from dinolab.data.fetch import get_data
     from dinolab.data.manifest import load_manifest
+
     files = get_data(load_manifest(manifest, folder), root).files
-    print(format_table(dict(case=case, role=role, path=path) for case, roles in files.items() for role, path in roles.items()))
+    print(
+        format_table(
+            dict(case=case, role=role, path=path)
+            for case, roles in files.items()
+            for role, path in roles.items()
+        )
+    )
 
 # %% ../../nbs/api/cli/main.ipynb #e71e903e
 def main():
     "The console command."
     try:
-        try: app(prog_name="dinolab")
-        finally: sys.stdout.flush()
+        try:
+            app(prog_name="dinolab")
+        finally:
+            sys.stdout.flush()
     except InputError as e:
         print(f"dinolab: {e}", file=sys.stderr)
         sys.exit(2)

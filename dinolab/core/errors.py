@@ -7,7 +7,7 @@ __all__ = ['InputError', 'MissingError', 'nearest', 'pick']
 
 # %% ../../nbs/api/core/errors.ipynb #f9755d50
 import difflib
-from typing import Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 # %% ../../nbs/api/core/errors.ipynb #ff8140b0
 class InputError(ValueError):
@@ -16,27 +16,30 @@ class InputError(ValueError):
 # %% ../../nbs/api/core/errors.ipynb #d82c126c
 class MissingError(InputError, FileNotFoundError):
     "A path that should exist does not."
+
     __str__ = Exception.__str__
 
 # %% ../../nbs/api/core/errors.ipynb #102a249d
 def nearest(
-    name:str,               # what the user wrote
-    choices:Iterable[str],  # the names that exist
-    n:int=3,                # at most this many
-)->list:                    # the most similar names, best first
+    name: str,  # what the user wrote
+    choices: Iterable[str],  # the names that exist
+    n: int = 3,  # at most this many
+) -> list:  # the most similar names, best first
     "Names in `choices` that look like `name`."
     by_lower = {str(c).lower(): str(c) for c in choices}
     return [by_lower[m] for m in difflib.get_close_matches(str(name).lower(), by_lower, n=n, cutoff=0.5)]
 
 # %% ../../nbs/api/core/errors.ipynb #62f5b5d0
 def pick(
-    table:Mapping,  # name -> thing
-    name,           # a name in the table, or a ready thing, which is returned as it is
-    what:str,       # what is chosen, for the error
-):                  # the thing
+    table: Mapping,  # name -> thing
+    name,  # a name in the table, or a ready thing, which is returned as it is
+    what: str,  # what is chosen, for the error
+):  # the thing
     "Look `name` up in `table`; raises `InputError` with the choices and the nearest name."
-    if not isinstance(name, str): return name
-    if name in table: return table[name]
+    if not isinstance(name, str):
+        return name
+    if name in table:
+        return table[name]
     near = nearest(name, table, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise InputError(f"unknown {what} {name!r}: expected one of {', '.join(map(str, table))}{hint}")

@@ -12,16 +12,16 @@ import os
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Mapping
+from collections.abc import Mapping
 
 import yaml
 
 # %% ../../nbs/api/core/files.ipynb #0896246d
 @contextmanager
 def atomic_write(
-    path:str|Path,  # where the file shall be
-    mode:str="w",   # "w" for text (UTF-8), "wb" for bytes
-):                  # the open temporary file
+    path: str | Path,  # where the file shall be
+    mode: str = "w",  # "w" for text (UTF-8), "wb" for bytes
+):  # the open temporary file
     "Open a file that appears under `path` only when the block ends without an error."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,35 +40,41 @@ def atomic_write(
 # %% ../../nbs/api/core/files.ipynb #2a796a65
 def plain(
     o,  # nested dicts, lists, tuples, numbers, NumPy or torch scalars, paths
-):      # the same as JSON types
+):  # the same as JSON types
     "Turn `o` into what JSON can hold; NaN and infinities become None."
-    if isinstance(o, Mapping): return {str(k): plain(v) for k, v in o.items()}
-    if isinstance(o, (list, tuple, set, frozenset)): return [plain(v) for v in o]
-    if hasattr(o, "tolist"): return plain(o.tolist())
-    if isinstance(o, float): return o if o - o == 0 else None
+    if isinstance(o, Mapping):
+        return {str(k): plain(v) for k, v in o.items()}
+    if isinstance(o, (list, tuple, set, frozenset)):
+        return [plain(v) for v in o]
+    if hasattr(o, "tolist"):
+        return plain(o.tolist())
+    if isinstance(o, float):
+        return o if o - o == 0 else None
     return o if isinstance(o, (str, int, bool, type(None))) else str(o)
 
 # %% ../../nbs/api/core/files.ipynb #58e0ce92
 def write_json(
-    path:str|Path,  # file to write
-    o,              # anything that the function plain takes
+    path: str | Path,  # file to write
+    o,  # anything that the function plain takes
 ):
     "Write `o` as JSON, whole or not at all."
-    with atomic_write(path) as f: f.write(json.dumps(plain(o), indent=1, ensure_ascii=False) + "\n")
+    with atomic_write(path) as f:
+        f.write(json.dumps(plain(o), indent=1, ensure_ascii=False) + "\n")
 
 # %% ../../nbs/api/core/files.ipynb #5b9bc5fb
 def write_yaml(
-    path:str|Path,  # file to write
-    o,              # anything that the function plain takes
+    path: str | Path,  # file to write
+    o,  # anything that the function plain takes
 ):
     "Write `o` as YAML, whole or not at all."
-    with atomic_write(path) as f: yaml.safe_dump(plain(o), f, sort_keys=False, allow_unicode=True)
+    with atomic_write(path) as f:
+        yaml.safe_dump(plain(o), f, sort_keys=False, allow_unicode=True)
 
 # %% ../../nbs/api/core/files.ipynb #8812a2e3
 def settings_hash(
-    settings:Mapping,  # anything that the function plain takes
-    length:int=12,     # hexadecimal digits
-)->str:
+    settings: Mapping,  # anything that the function plain takes
+    length: int = 12,  # hexadecimal digits
+) -> str:
     "A short hash of settings, independent of their order."
     text = json.dumps(plain(settings), sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:length]

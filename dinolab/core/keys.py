@@ -13,13 +13,16 @@ import numpy as np
 # %% ../../nbs/api/core/keys.ipynb #8a2d12bd
 def key_seed(
     *parts,  # numbers and texts
-)->int:      # 0 to 2^63 - 1
+) -> int:  # 0 to 2^63 - 1
     "A seed from a key: the same on every machine, unrelated for different keys."
-    parts = tuple(p.item() if isinstance(p, np.generic) else p for p in parts)  # NumPy's repr has changed with its versions
+    parts = tuple(
+        p.item() if isinstance(p, np.generic) else p for p in parts
+    )  # NumPy's repr has changed with its versions
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
+
 
 def keyed_rng(
     *parts,  # numbers and texts
-)->np.random.Generator:
+) -> np.random.Generator:
     "A random generator that depends on a key only."
     return np.random.default_rng(key_seed(*parts))

@@ -13,52 +13,75 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Mapping
+from collections.abc import Mapping
 
 # %% ../../nbs/api/core/machine.ipynb #cdaad988
-def machine(
-)->dict:  # cpu (model), cores (usable by this process), memory_gb (10**9 bytes), gpus (names)
+def machine() -> dict:  # cpu (model), cores (usable by this process), memory_gb (10**9 bytes), gpus (names)
     "The hardware under this process."
     cpu = platform.processor() or platform.machine()
-    try: cpu = next(l.partition(":")[2].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name"))
-    except (OSError, StopIteration): pass
+    try:
+        cpu = next(
+            l.partition(":")[2].strip()
+            for l in Path("/proc/cpuinfo").read_text().splitlines()
+            if l.startswith("model name")
+        )
+    except (OSError, StopIteration):
+        pass
     gpus = []
     if shutil.which("nvidia-smi"):
-        asked = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True)
+        asked = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True
+        )
         gpus = asked.stdout.split("\n")[:-1] if asked.returncode == 0 else []
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return dict(cpu=cpu, cores=cores, memory_gb=round(os.sysconf("SC_PAGE_SIZE")*os.sysconf("SC_PHYS_PAGES")/1e9, 1), gpus=gpus)
+    return dict(
+        cpu=cpu,
+        cores=cores,
+        memory_gb=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        gpus=gpus,
+    )
 
 # %% ../../nbs/api/core/machine.ipynb #926c5126
 def process_start(
-    pid:int,  # number of a process on this machine
-)->int:       # clock ticks from boot to its start (0 on systems without /proc); None when no such process lives
+    pid: int,  # number of a process on this machine
+) -> int:  # clock ticks from boot to its start (0 on systems without /proc); None when no such process lives
     "When process `pid` started."
     try:
-        if not Path("/proc/self/stat").exists(): return os.kill(pid, 0) or 0
+        if not Path("/proc/self/stat").exists():
+            return os.kill(pid, 0) or 0
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError: return None
+    except OSError:
+        return None
     return None if state in "ZX" else int(rest[18])
 
 # %% ../../nbs/api/core/machine.ipynb #b6bbfa12
 def is_dead(
-    process:Mapping,  # host, pid, start, as in run.json
-)->bool:              # False also for a process of another host, of which nothing is known
+    process: Mapping,  # host, pid, start, as in run.json
+) -> bool:  # False also for a process of another host, of which nothing is known
     "Whether `process` ran on this host and is gone."
     return process["host"] == platform.node() and process_start(process["pid"]) != process["start"]
 
 # %% ../../nbs/api/core/machine.ipynb #73b278ed
-def memory_mb(
-)->tuple:  # (resident now, highest so far), MB of 2**20 bytes
+def memory_mb() -> tuple:  # (resident now, highest so far), MB of 2**20 bytes
     "Resident memory of this process; on systems without /proc both are the highest value."
-    try: lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(("VmRSS", "VmHWM")))
-    except OSError: return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10),) * 2
+    try:
+        lines = dict(
+            line.split(":", 1)
+            for line in Path("/proc/self/status").read_text().splitlines()
+            if line.startswith(("VmRSS", "VmHWM"))
+        )
+    except OSError:
+        return (
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            / (2**20 if sys.platform == "darwin" else 2**10),
+        ) * 2
     return tuple(int(lines[k].split()[0]) / 2**10 for k in ("VmRSS", "VmHWM"))
 
 # %% ../../nbs/api/core/machine.ipynb #391a695a
-def reset_peak_memory(
-)->bool:  # whether the system allowed it
+def reset_peak_memory() -> bool:  # whether the system allowed it
     "Let the highest resident memory count from now on (Linux)."
-    try: Path("/proc/self/clear_refs").write_text("5")
-    except OSError: return False
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
     return True

@@ -9,60 +9,87 @@ __all__ = ['progress', 'Stages', 'format_table']
 import time
 from collections import defaultdict
 from contextlib import contextmanager
-from typing import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from tqdm import tqdm
 
 # %% ../../nbs/api/core/progress.ipynb #ef106c44
 def progress(
-    items:Iterable=None,  # what to go through; None for a bar moved by hand with its update method
-    total:int=None,       # number of items, where items cannot tell
-    desc:str="",          # what is done
-    unit:str="it",        # what one item is
-    initial:int=0,        # items done before, when work is resumed
-    quiet:bool=False,     # never show it, as in all processes but the first
-)->tqdm:                  # iterable with a bar
+    items: Iterable = None,  # what to go through; None for a bar moved by hand with its update method
+    total: int = None,  # number of items, where items cannot tell
+    desc: str = "",  # what is done
+    unit: str = "it",  # what one item is
+    initial: int = 0,  # items done before, when work is resumed
+    quiet: bool = False,  # never show it, as in all processes but the first
+) -> tqdm:  # iterable with a bar
     "A progress bar on standard error, shown only in a terminal."
-    return tqdm(items, total=total, desc=desc, unit=unit, initial=initial, disable=quiet or None, dynamic_ncols=True, mininterval=0.2)
+    return tqdm(
+        items,
+        total=total,
+        desc=desc,
+        unit=unit,
+        initial=initial,
+        disable=quiet or None,
+        dynamic_ncols=True,
+        mininterval=0.2,
+    )
 
 # %% ../../nbs/api/core/progress.ipynb #b3305ca9
 class Stages:
     "Seconds per named stage; `stages(name)` is a context manager that adds to it."
-    def __init__(self,
-        sync:Callable=None,   # called before each look at the clock, such as torch.cuda.synchronize
-        memory:Callable=None, # gives MB in use; looked at after each entry
+
+    def __init__(
+        self,
+        sync: Callable = None,  # called before each look at the clock, such as torch.cuda.synchronize
+        memory: Callable = None,  # gives MB in use; looked at after each entry
     ):
         self.seconds, self.calls, self.mb = defaultdict(float), defaultdict(int), {}
         self.sync, self.memory = sync or (lambda: None), memory
         self.start = time.perf_counter()
 
     @contextmanager
-    def __call__(self, name:str):
+    def __call__(self, name: str):
         self.sync()
         t = time.perf_counter()
-        try: yield
+        try:
+            yield
         finally:
             self.sync()
             self.seconds[name] += time.perf_counter() - t
             self.calls[name] += 1
-            if self.memory: self.mb[name] = max(self.mb.get(name, 0), self.memory())
+            if self.memory:
+                self.mb[name] = max(self.mb.get(name, 0), self.memory())
 
     @property
-    def total(self)->float:
+    def total(self) -> float:
         "Seconds since the stages were made."
         return time.perf_counter() - self.start
 
 # %% ../../nbs/api/core/progress.ipynb #b717db6a
 def format_table(
-    rows:Iterable[Mapping],  # one mapping per row; missing keys stay empty
-    digits:int=3,            # significant digits of floats
-)->str:                      # header, rule, rows
+    rows: Iterable[Mapping],  # one mapping per row; missing keys stay empty
+    digits: int = 3,  # significant digits of floats
+) -> str:  # header, rule, rows
     "Rows as an aligned text table."
     rows = list(rows)
     heads = list(dict.fromkeys(k for r in rows for k in r))
-    def show(v): return "" if v is None else f"{v:.{digits}g}" if isinstance(v, float) and abs(v) < 1000 else f"{v:.0f}" if isinstance(v, float) else str(v)
+
+    def show(v):
+        return (
+            ""
+            if v is None
+            else f"{v:.{digits}g}"
+            if isinstance(v, float) and abs(v) < 1000
+            else f"{v:.0f}"
+            if isinstance(v, float)
+            else str(v)
+        )
+
     cells = [[str(h) for h in heads]] + [[show(r.get(h)) for h in heads] for r in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(heads))]
     number = [all(isinstance(r.get(h), (int, float, type(None))) for r in rows) for h in heads]
-    lines = ["  ".join(c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, number)).rstrip() for row in cells]
+    lines = [
+        "  ".join(c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, number)).rstrip()
+        for row in cells
+    ]
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])

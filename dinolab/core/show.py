@@ -22,71 +22,89 @@ from .files import atomic_write
 
 # %% ../../nbs/api/core/show.ipynb #045dfa63
 def as_array(
-    x,                # NumPy array, torch tensor on any device, or a list
-)->np.ndarray:        # of the same shape
+    x,  # NumPy array, torch tensor on any device, or a list
+) -> np.ndarray:  # of the same shape
     "NumPy view of `x` where there is one; bfloat16 becomes float32."
     if hasattr(x, "detach"):
         x = x.detach().cpu()
-        if "bfloat16" in str(x.dtype): x = x.float()
+        if "bfloat16" in str(x.dtype):
+            x = x.float()
     return np.asarray(x)
 
 # %% ../../nbs/api/core/show.ipynb #515760dd
 @dataclass(frozen=True, eq=False)
 class Pca:
     "Directions of largest variance of a set of features, and the range their projections are coloured by."
-    mean:np.ndarray        # c
-    components:np.ndarray  # k c, orthonormal; a row of zeros where nothing varies any more
-    explained:np.ndarray   # k, share of the whole variance
-    low:np.ndarray         # k, 1st percentile of the projections
-    high:np.ndarray        # k, 99th percentile
 
-    def transform(self,
-        x,              # ... c, any float type
-    )->np.ndarray:      # ... k, float32
+    mean: np.ndarray  # c
+    components: np.ndarray  # k c, orthonormal; a row of zeros where nothing varies any more
+    explained: np.ndarray  # k, share of the whole variance
+    low: np.ndarray  # k, 1st percentile of the projections
+    high: np.ndarray  # k, 99th percentile
+
+    def transform(
+        self,
+        x,  # ... c, any float type
+    ) -> np.ndarray:  # ... k, float32
         "Project features on the components."
         x = as_array(x)
-        if x.shape[-1:] != self.mean.shape: raise InputError(f"features of shape {x.shape}: expected {len(self.mean)} channels in the last axis")
+        if x.shape[-1:] != self.mean.shape:
+            raise InputError(
+                f"features of shape {x.shape}: expected {len(self.mean)} channels in the last axis"
+            )
         return np.subtract(x, self.mean, dtype=np.float32) @ self.components.T
 
-    def rgb(self,
-        x,              # ... c, any float type
-    )->np.ndarray:      # ... 3, uint8
+    def rgb(
+        self,
+        x,  # ... c, any float type
+    ) -> np.ndarray:  # ... 3, uint8
         "Colour features by the first three components; grey where a component does not vary."
-        if len(self.components) < 3: raise InputError(f"{len(self.components)} components: expected at least 3 for colours; fit with n_components=3")
+        if len(self.components) < 3:
+            raise InputError(
+                f"{len(self.components)} components: expected at least 3 for colours; fit with n_components=3"
+            )
         span = (self.high - self.low)[:3]
         part = (self.transform(x)[..., :3] - self.low[:3]) / np.where(span > 0, span, 1)
         return np.rint(np.where(span > 0, part, 0.5).clip(0, 1) * 255).astype(np.uint8)
 
-    def to_dict(self)->dict:
+    def to_dict(self) -> dict:
         "Lists of numbers, for JSON."
         return {k: v.tolist() for k, v in asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, d:Mapping):
+    def from_dict(cls, d: Mapping):
         "The inverse of `to_dict`."
         return cls(**{k: np.array(v, np.float32) for k, v in d.items()})
 
 # %% ../../nbs/api/core/show.ipynb #858eec75
 def fit_pca(
-    x,                   # ... c, array or tensor of any float type
-    n_components:int=3,  # how many directions to keep
-    sample:int=20_000,   # at most so many feature vectors are looked at
-    seed:int=0,          # of the random sample
-)->Pca:
+    x,  # ... c, array or tensor of any float type
+    n_components: int = 3,  # how many directions to keep
+    sample: int = 20_000,  # at most so many feature vectors are looked at
+    seed: int = 0,  # of the random sample
+) -> Pca:
     "Fit a PCA on a random sample of the feature vectors in `x`."
     x = as_array(x)
     count, channels = int(np.prod(x.shape[:-1])), x.shape[-1]
-    if not count: raise InputError(f"features of shape {x.shape}: expected at least one feature vector")
-    if not 1 <= n_components <= channels: raise InputError(f"{n_components} components of {channels} channels: expected 1 to {channels}")
+    if not count:
+        raise InputError(f"features of shape {x.shape}: expected at least one feature vector")
+    if not 1 <= n_components <= channels:
+        raise InputError(f"{n_components} components of {channels} channels: expected 1 to {channels}")
     chosen = np.sort(np.random.default_rng(seed).choice(count, min(sample, count), replace=False))
     rows = x[np.unravel_index(chosen, x.shape[:-1])].astype(np.float64)
     bad = int((~np.isfinite(rows).all(1)).sum())
-    if bad: raise InputError(f"{bad} of {len(rows)} sampled feature vectors hold NaN or infinity: expected finite features; check the image they come from")
+    if bad:
+        raise InputError(
+            f"{bad} of {len(rows)} sampled feature vectors hold NaN or infinity: expected finite features; check the image they come from"
+        )
     mean = rows.mean(0)
     values, vectors = np.linalg.eigh((rows - mean).T @ (rows - mean) / max(len(rows) - 1, 1))
-    values, vectors = values[:-n_components - 1:-1], vectors[:, :-n_components - 1:-1].T
-    noise = channels * np.finfo(float).eps * (rows ** 2).sum(1).mean()
-    vectors *= np.sign(np.take_along_axis(vectors, abs(vectors).argmax(1, keepdims=True), 1)) * (values > noise)[:, None]
+    values, vectors = values[: -n_components - 1 : -1], vectors[:, : -n_components - 1 : -1].T
+    noise = channels * np.finfo(float).eps * (rows**2).sum(1).mean()
+    vectors *= (
+        np.sign(np.take_along_axis(vectors, abs(vectors).argmax(1, keepdims=True), 1))
+        * (values > noise)[:, None]
+    )
     total = rows.var(0, ddof=min(1, len(rows) - 1)).sum()
     low, high = np.percentile((rows - mean) @ vectors.T, (1, 99), axis=0)
     explained = np.where(values > noise, values / max(total, 1e-300), 0)
@@ -94,28 +112,46 @@ def fit_pca(
 
 # %% ../../nbs/api/core/show.ipynb #764f4af6
 def similarity(
-    features,    # c z y x, or c h w
-    voxel:tuple, # index of the voxel to compare with: z y x, or y x
-)->np.ndarray:   # z y x or h w, float32 in -1..1; 0 where features are zero
+    features,  # c z y x, or c h w
+    voxel: tuple,  # index of the voxel to compare with: z y x, or y x
+) -> np.ndarray:  # z y x or h w, float32 in -1..1; 0 where features are zero
     "Cosine similarity of the features everywhere to those at one voxel."
     features, voxel = as_array(features), tuple(int(i) for i in voxel)
     shape = features.shape[1:]
     if len(voxel) != len(shape) or not all(0 <= i < n for i, n in zip(voxel, shape)):
-        raise InputError(f"voxel {voxel} of features with shape {shape}: expected {len(shape)} indices inside it")
+        raise InputError(
+            f"voxel {voxel} of features with shape {shape}: expected {len(shape)} indices inside it"
+        )
+
     def unit(x):
         x = np.asarray(x, np.float32)
         return x / np.maximum(np.linalg.norm(x, axis=0), 1e-20)
+
     at = unit(features[(slice(None), *voxel)])
     return np.stack([np.tensordot(at, unit(features[:, i]), 1) for i in range(shape[0])])
 
 # %% ../../nbs/api/core/show.ipynb #f479bb97
-STYLE = {"font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 10, "axes.titlepad": 5, "axes.labelsize": 9, "axes.linewidth": 0.6,
-         "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 9, "legend.frameon": False, "figure.dpi": 100, "image.cmap": "gray"}
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titlepad": 5,
+    "axes.labelsize": 9,
+    "axes.linewidth": 0.6,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "figure.dpi": 100,
+    "image.cmap": "gray",
+}
+
 
 @contextmanager
 def style():
     "Draw in the look of dinolab: `with style(): ...`, or as a decorator."
     import matplotlib
+
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
@@ -123,11 +159,12 @@ def style():
 
 # %% ../../nbs/api/core/show.ipynb #c73abccf
 def png_bytes(
-    fig,              # matplotlib figure
-    max_kb:float=100, # largest size, kB of 1000 bytes
-)->bytes:
+    fig,  # matplotlib figure
+    max_kb: float = 100,  # largest size, kB of 1000 bytes
+) -> bytes:
     "A figure as PNG, in fewer colours or at a lower resolution if it would be too large."
     from PIL import Image
+
     for part in (1, 0.8, 0.6, 0.4):
         raster = io.BytesIO()
         fig.savefig(raster, dpi=fig.dpi * part, facecolor="white", pil_kwargs=dict(compress_level=1))
@@ -135,44 +172,51 @@ def png_bytes(
         for picture in (image, image.quantize(256, Image.Quantize.FASTOCTREE)):
             out = io.BytesIO()
             picture.save(out, "png", optimize=True)
-            if out.tell() <= max_kb * 1000: return out.getvalue()
-    raise InputError(f"the figure takes {out.tell() / 1000:.0f} kB at {fig.dpi * part:.0f} dots per inch: expected at most {max_kb} kB; make it smaller or allow more")
+            if out.tell() <= max_kb * 1000:
+                return out.getvalue()
+    raise InputError(
+        f"the figure takes {out.tell() / 1000:.0f} kB at {fig.dpi * part:.0f} dots per inch: expected at most {max_kb} kB; make it smaller or allow more"
+    )
 
 # %% ../../nbs/api/core/show.ipynb #f0c4e693
 def save_figure(
-    fig,              # matplotlib figure
-    path:str|Path,    # a .png file
-    max_kb:float=100, # largest size, kB of 1000 bytes
-)->Path:              # the file
+    fig,  # matplotlib figure
+    path: str | Path,  # a .png file
+    max_kb: float = 100,  # largest size, kB of 1000 bytes
+) -> Path:  # the file
     "Save a figure as PNG of limited size."
     path = Path(path)
-    if path.suffix.lower() != ".png": raise InputError(f"figure {str(path)!r}: expected a name that ends in .png")
+    if path.suffix.lower() != ".png":
+        raise InputError(f"figure {str(path)!r}: expected a name that ends in .png")
     data = png_bytes(fig, max_kb)
-    with atomic_write(path, "wb") as f: f.write(data)
+    with atomic_write(path, "wb") as f:
+        f.write(data)
     return path
 
 # %% ../../nbs/api/core/show.ipynb #bc5848e1
 def new_figure(
-    width:float,   # inches
-    height:float,  # inches
-):                 # matplotlib figure that shows itself in notebooks
+    width: float,  # inches
+    height: float,  # inches
+):  # matplotlib figure that shows itself in notebooks
     "An empty figure, free of pyplot."
     from matplotlib.figure import Figure
+
     fig = Figure(figsize=(width, height))
     fig._repr_png_ = lambda: png_bytes(fig)
     return fig
 
 # %% ../../nbs/api/core/show.ipynb #cdf86a4b
 def length_text(
-    nm:float,
-)->str:  # e.g. "250 nm", "1.5 µm", "20 mm"
+    nm: float,
+) -> str:  # e.g. "250 nm", "1.5 µm", "20 mm"
     "A length in the unit that suits it."
     unit, size = next((u, s) for u, s in (("m", 1e9), ("mm", 1e6), ("µm", 1e3), ("nm", 0)) if nm >= s)
     return f"{nm / (size or 1):.3g} {unit}"
 
+
 def round_length(
-    longest:float,  # any unit
-)->float:           # 1, 2 or 5 times a power of ten
+    longest: float,  # any unit
+) -> float:  # 1, 2 or 5 times a power of ten
     "The largest round number up to `longest`."
     power = 10.0 ** np.floor(np.log10(longest))
     return float(max(k * power for k in (1, 2, 5) if k * power <= longest))
@@ -180,64 +224,81 @@ def round_length(
 # %% ../../nbs/api/core/show.ipynb #a5f4cab6
 PALETTE = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7")
 
+
 def label_colors(
     classes,  # value -> (name, colour) or name; or a list of names, one per value; or the number of values
-)->dict:      # value -> (name, "#rrggbb")
+) -> dict:  # value -> (name, "#rrggbb")
     "Classes with a name and a colour each; 0, if unnamed, is a black background."
-    if isinstance(classes, int): classes = [str(i) if i else "background" for i in range(classes)]
-    if not isinstance(classes, Mapping): classes = dict(enumerate(classes))
-    def entry(value, c): return (c, PALETTE[(value - 1) % len(PALETTE)] if value else "#000000") if isinstance(c, str) else tuple(c)
+    if isinstance(classes, int):
+        classes = [str(i) if i else "background" for i in range(classes)]
+    if not isinstance(classes, Mapping):
+        classes = dict(enumerate(classes))
+
+    def entry(value, c):
+        return (
+            (c, PALETTE[(value - 1) % len(PALETTE)] if value else "#000000")
+            if isinstance(c, str)
+            else tuple(c)
+        )
+
     return {0: ("background", "#000000")} | {int(value): entry(int(value), c) for value, c in classes.items()}
 
 # %% ../../nbs/api/core/show.ipynb #30fd4daa
 def rgb_table(
-    colours,     # "#rrggbb" of each class
-)->np.ndarray:   # n 3, uint8: red, green, blue
+    colours,  # "#rrggbb" of each class
+) -> np.ndarray:  # n 3, uint8: red, green, blue
     "Colours as numbers."
     return np.array([list(bytes.fromhex(c.lstrip("#"))) for c in colours], np.uint8)
 
 # %% ../../nbs/api/core/show.ipynb #2d07131c
 def intensity_limits(
     *images,  # arrays
-)->tuple:     # values shown black and white
+) -> tuple:  # values shown black and white
     "The 0.5th and 99.5th percentile of all finite values."
     values = np.concatenate([np.ravel(i) for i in map(as_array, images)]).astype(np.float32)
     values = values[np.isfinite(values)]
-    if not len(values): return 0.0, 1.0
+    if not len(values):
+        return 0.0, 1.0
     low, high = map(float, np.percentile(values, (0.5, 99.5)))
     return (low, high) if high > low else (low - 0.5, low + 0.5)
 
+
 def gray_rgb(
-    image,              # h w (any type) or h w 3 (uint8, or floats in 0..1)
-    limits:tuple=None,  # values shown black and white; None for intensity_limits
-)->np.ndarray:          # h w 3, uint8
+    image,  # h w (any type) or h w 3 (uint8, or floats in 0..1)
+    limits: tuple = None,  # values shown black and white; None for intensity_limits
+) -> np.ndarray:  # h w 3, uint8
     "An image as RGB; colour images stay as they are."
     image = as_array(image)
-    if image.shape[-1] == 3 and image.ndim > 2: return image if image.dtype == np.uint8 else (image.clip(0, 1) * 255).round().astype(np.uint8)
+    if image.shape[-1] == 3 and image.ndim > 2:
+        return image if image.dtype == np.uint8 else (image.clip(0, 1) * 255).round().astype(np.uint8)
     low, high = limits or intensity_limits(image)
     gray = np.nan_to_num((image.astype(np.float32) - low) / (high - low)).clip(0, 1)
     return np.repeat((gray * 255).round().astype(np.uint8)[..., None], 3, axis=-1)
 
 # %% ../../nbs/api/core/show.ipynb #614e97e8
 def paint(
-    labels,         # h w, integers
-    classes,        # see label_colors; None gives each value a colour
-)->np.ndarray:      # h w 3, uint8
+    labels,  # h w, integers
+    classes,  # see label_colors; None gives each value a colour
+) -> np.ndarray:  # h w 3, uint8
     "Labels as colours."
     labels = as_array(labels)
     values, index = np.unique(labels, return_inverse=True)
     colors = label_colors({int(v): str(v) for v in values} if classes is None else classes)
     return rgb_table(colors.get(int(v), ("", "#999999"))[1] for v in values)[index].reshape(*labels.shape, 3)
 
+
 def overlay_labels(
-    image,            # h w or h w 3
-    labels,           # h w, integers; 0 is left as it is
-    classes=None,     # see label_colors; None gives each value a colour
-    alpha:float=0.4,  # strength of the tint, 0..1
-)->np.ndarray:        # h w 3, uint8
+    image,  # h w or h w 3
+    labels,  # h w, integers; 0 is left as it is
+    classes=None,  # see label_colors; None gives each value a colour
+    alpha: float = 0.4,  # strength of the tint, 0..1
+) -> np.ndarray:  # h w 3, uint8
     "Tint the regions of an image and draw their boundaries."
     base, labels = gray_rgb(image), as_array(labels)
-    if base.shape[:2] != labels.shape: raise InputError(f"image {base.shape[:2]} and labels {labels.shape}: expected the same height and width")
+    if base.shape[:2] != labels.shape:
+        raise InputError(
+            f"image {base.shape[:2]} and labels {labels.shape}: expected the same height and width"
+        )
     edge = np.zeros(labels.shape, bool)
     edge[1:] |= labels[1:] != labels[:-1]
     edge[:, 1:] |= labels[:, 1:] != labels[:, :-1]
@@ -246,13 +307,13 @@ def overlay_labels(
 
 # %% ../../nbs/api/core/show.ipynb #31954b4a
 def panel_figure(
-    columns:Sequence,                      # lists of (height, width) from top to bottom, in any one unit
-    width:float=9,                         # of the figure at most, inches
-    height:float=8,                        # of the figure at most, inches
-    panel:float=4,                         # longest side of a panel at most, inches
-    margins:tuple=(0.3, 0.1, 0.3, 0.1),    # left, right, top, bottom, inches
-    gaps:tuple=(0.1, 0.1),                 # between columns, and between the panels of a column, inches
-)->tuple:                                  # the figure, and the axes of each column
+    columns: Sequence,  # lists of (height, width) from top to bottom, in any one unit
+    width: float = 9,  # of the figure at most, inches
+    height: float = 8,  # of the figure at most, inches
+    panel: float = 4,  # longest side of a panel at most, inches
+    margins: tuple = (0.3, 0.1, 0.3, 0.1),  # left, right, top, bottom, inches
+    gaps: tuple = (0.1, 0.1),  # between columns, and between the panels of a column, inches
+) -> tuple:  # the figure, and the axes of each column
     "A figure with panels of given sizes, all at the same scale."
     left, right, top, bottom = margins
     widths = [max(w for _, w in column) for column in columns]
@@ -264,60 +325,75 @@ def panel_figure(
     total_w = sum(widths) * inch + extra_w
     total_h = max(sum(h for h, _ in c) * inch + top + bottom + gaps[1] * (len(c) - 1) for c in columns)
     fig = new_figure(total_w, total_h)
+
     def axes(c, r):
         h, w = columns[c][r]
         x = left + sum(widths[:c]) * inch + gaps[0] * c
-        y = total_h - top - sum(h for h, _ in columns[c][:r + 1]) * inch - gaps[1] * r
+        y = total_h - top - sum(h for h, _ in columns[c][: r + 1]) * inch - gaps[1] * r
         ax = fig.add_axes((x / total_w, y / total_h, w * inch / total_w, h * inch / total_h))
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
         return ax
+
     return fig, [[axes(c, r) for r in range(len(column))] for c, column in enumerate(columns)]
 
 # %% ../../nbs/api/core/show.ipynb #218dd916
 def _draw(ax, image, size, anchor="C", **kwargs):
     "An image over `size` (height, width, any unit); enlarged pixels stay pixels, reduced ones are averaged."
     enlarged = ax.get_window_extent().width >= image.shape[1]
-    ax.imshow(image, extent=(0, size[1], size[0], 0), interpolation="nearest" if enlarged else "auto", **kwargs)
+    ax.imshow(
+        image, extent=(0, size[1], size[0], 0), interpolation="nearest" if enlarged else "auto", **kwargs
+    )
     ax.set_anchor(anchor)
 
 # %% ../../nbs/api/core/show.ipynb #2119c5a2
 @style()
 def show_images(
-    images:Sequence,       # h w, or h w 3 (uint8, or floats in 0..1)
-    titles:Sequence=None,  # one per image
-    ncols:int=None,        # images in a row; None for at most 4
-):                         # matplotlib figure
+    images: Sequence,  # h w, or h w 3 (uint8, or floats in 0..1)
+    titles: Sequence = None,  # one per image
+    ncols: int = None,  # images in a row; None for at most 4
+):  # matplotlib figure
     "Images side by side, each in its own intensity range."
     images = [gray_rgb(i) for i in images]
-    if not images or any(i.ndim != 3 for i in images): raise InputError("show_images: expected at least one image, each h w or h w 3")
-    if titles is not None and len(titles) != len(images): raise InputError(f"{len(titles)} titles for {len(images)} images: expected one each")
-    rows = [images[i:i + (ncols or 4)] for i in range(0, len(images), ncols or 4)]
+    if not images or any(i.ndim != 3 for i in images):
+        raise InputError("show_images: expected at least one image, each h w or h w 3")
+    if titles is not None and len(titles) != len(images):
+        raise InputError(f"{len(titles)} titles for {len(images)} images: expected one each")
+    rows = [images[i : i + (ncols or 4)] for i in range(0, len(images), ncols or 4)]
     heights = [max(i.shape[0] / i.shape[1] for i in row) for row in rows]
     top = 0.28 if titles else 0.05
-    fig, axes = panel_figure([[(h, 1) for h in heights] for _ in rows[0]], margins=(0.05, 0.05, top, 0.05), gaps=(0.1, top + 0.05))
+    fig, axes = panel_figure(
+        [[(h, 1) for h in heights] for _ in rows[0]], margins=(0.05, 0.05, top, 0.05), gaps=(0.1, top + 0.05)
+    )
     for r, row in enumerate(rows):
-        for column in axes[len(row):]: column[r].remove()
-        for column, image in zip(axes, row): _draw(column[r], image, image.shape, anchor="N")
-    for i, title in enumerate(titles or []): axes[i % len(rows[0])][i // len(rows[0])].set_title(title)
+        for column in axes[len(row) :]:
+            column[r].remove()
+        for column, image in zip(axes, row):
+            _draw(column[r], image, image.shape, anchor="N")
+    for i, title in enumerate(titles or []):
+        axes[i % len(rows[0])][i // len(rows[0])].set_title(title)
     return fig
 
 # %% ../../nbs/api/core/show.ipynb #5c579b86
-PLANES = dict(xy=(0, "yx"), xz=(1, "zx"), yz=(2, "zy"))   # the axis across it, and the names of its rows and columns
+PLANES = dict(
+    xy=(0, "yx"), xz=(1, "zx"), yz=(2, "zy")
+)  # the axis across it, and the names of its rows and columns
+
 
 def plane_slices(
-    volume,    # z y x, or z y x 3; anything that can be sliced
-    at:tuple,  # voxel, z y x
-)->dict:       # plane -> slice
+    volume,  # z y x, or z y x 3; anything that can be sliced
+    at: tuple,  # voxel, z y x
+) -> dict:  # plane -> slice
     "The orthogonal slices through a voxel."
     z, y, x = at
     return dict(xy=as_array(volume[z]), xz=as_array(volume[:, y]), yz=as_array(volume[:, :, x]))
 
+
 def same_place(
-    at:tuple,     # voxel in the first grid
-    shape:tuple,  # of the first grid
-    other:tuple,  # shape of a grid that covers the same box
-)->tuple:         # voxel of the other grid at the same place
+    at: tuple,  # voxel in the first grid
+    shape: tuple,  # of the first grid
+    other: tuple,  # shape of a grid that covers the same box
+) -> tuple:  # voxel of the other grid at the same place
     "Carry a voxel from one grid to another of the same box."
     return tuple(int((a + 0.5) * m / n) for a, n, m in zip(at, shape, other))
 
@@ -326,42 +402,74 @@ def _check_view(shape, at, voxel_size):
     "Voxel and lengths to draw by; the middle, and 1 per voxel, where they are not given."
     at = tuple(n // 2 for n in shape) if at is None else tuple(int(i) for i in at)
     if len(shape) != 3 or len(at) != 3 or not all(0 <= i < n for i, n in zip(at, shape)):
-        raise InputError(f"voxel {at} of a volume of shape {tuple(shape)}: expected z, y, x inside a volume z y x")
+        raise InputError(
+            f"voxel {at} of a volume of shape {tuple(shape)}: expected z, y, x inside a volume z y x"
+        )
     size = (1.0,) * 3 if voxel_size is None else tuple(map(float, voxel_size))
-    if len(size) != 3 or not all(np.isfinite(v) and v > 0 for v in size): raise InputError(f"voxel size {voxel_size}: expected three positive lengths, z y x in nm")
+    if len(size) != 3 or not all(np.isfinite(v) and v > 0 for v in size):
+        raise InputError(f"voxel size {voxel_size}: expected three positive lengths, z y x in nm")
     return at, size
+
 
 def _outlined(width):
     from matplotlib.patheffects import withStroke
+
     return [withStroke(linewidth=width, foreground="black")]
+
 
 def _scale_bar(ax, physical):
     "A round length in the lower left corner, in physical units or voxels."
-    (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
+    right, bottom = ax.get_xlim()[1], ax.get_ylim()[0]
     length = round_length(0.3 * right)
     x, y = 0.04 * right, bottom - 0.06 * right
     text = length_text(length) if physical else f"{length:g} voxel" + "s" * (length != 1)
-    ax.plot([x, x + length], [y, y], color="white", lw=2.5, solid_capstyle="butt", path_effects=_outlined(4.5))
-    ax.annotate(text, (x, y), (0, 3), textcoords="offset points", color="white", fontsize=8, fontweight="bold", path_effects=_outlined(2))
+    ax.plot(
+        [x, x + length], [y, y], color="white", lw=2.5, solid_capstyle="butt", path_effects=_outlined(4.5)
+    )
+    ax.annotate(
+        text,
+        (x, y),
+        (0, 3),
+        textcoords="offset points",
+        color="white",
+        fontsize=8,
+        fontweight="bold",
+        path_effects=_outlined(2),
+    )
 
-def _in_plane(zyx, plane): return [zyx["zyx".index(a)] for a in PLANES[plane][1]]
+
+def _in_plane(zyx, plane):
+    return [zyx["zyx".index(a)] for a in PLANES[plane][1]]
+
 
 def _cross(ax, point):
     "Where the other two planes cut this one."
     ax.axhline(point[0], color="white", lw=0.6, alpha=0.6, dashes=(4, 4))
     ax.axvline(point[1], color="white", lw=0.6, alpha=0.6, dashes=(4, 4))
 
+
 def _ring(ax, point):
     "The voxel that is compared."
-    for color, width in (("black", 3), ("white", 1.5)): ax.plot(point[1], point[0], "o", mfc="none", mec=color, ms=9, mew=width)
+    for color, width in (("black", 3), ("white", 1.5)):
+        ax.plot(point[1], point[0], "o", mfc="none", mec=color, ms=9, mew=width)
+
 
 def _legend(fig, labels, classes):
     from matplotlib.patches import Patch
+
     values = np.unique(np.concatenate([np.unique(l) for l in labels]))
     colors = label_colors(classes)
     shown = [(name, color) for value, (name, color) in colors.items() if value in values and value]
-    fig.legend(handles=[Patch(color=color, label=name) for name, color in shown], loc="lower center", ncols=min(len(shown), 6) or 1,
-               bbox_to_anchor=(0.5, 0), borderaxespad=0.3, handlelength=1, handleheight=1, columnspacing=1.5)
+    fig.legend(
+        handles=[Patch(color=color, label=name) for name, color in shown],
+        loc="lower center",
+        ncols=min(len(shown), 6) or 1,
+        bbox_to_anchor=(0.5, 0),
+        borderaxespad=0.3,
+        handlelength=1,
+        handleheight=1,
+        columnspacing=1.5,
+    )
 
 # %% ../../nbs/api/core/show.ipynb #96a11cec
 def _as_fine(labels, shape):
@@ -371,40 +479,53 @@ def _as_fine(labels, shape):
 # %% ../../nbs/api/core/show.ipynb #423c30ec
 @style()
 def show_planes(
-    volume,                 # z y x, or z y x 3; with classes and no labels it is itself a volume of labels
-    labels=None,            # z y x integers, drawn over the volume; any number of voxels on the same box
+    volume,  # z y x, or z y x 3; with classes and no labels it is itself a volume of labels
+    labels=None,  # z y x integers, drawn over the volume; any number of voxels on the same box
     *,
-    classes=None,           # names and colours of the labels, see label_colors
-    at:tuple=None,          # the voxel where the planes meet, z y x; None for the middle
-    voxel_size:tuple=None,  # z y x, nm; None measures in voxels
-):                          # matplotlib figure
+    classes=None,  # names and colours of the labels, see label_colors
+    at: tuple = None,  # the voxel where the planes meet, z y x; None for the middle
+    voxel_size: tuple = None,  # z y x, nm; None measures in voxels
+):  # matplotlib figure
     "The three orthogonal slices through a voxel, in true proportions."
     at, size = _check_view(volume.shape[:3], at, voxel_size)
     extent, point = np.multiply(volume.shape[:3], size), np.multiply(np.add(at, 0.5), size)
     slices = plane_slices(volume, at)
     over = plane_slices(labels, same_place(at, volume.shape, labels.shape)) if labels is not None else {}
-    if classes is not None and not over: images = {k: paint(v, classes) for k, v in slices.items()}
+    if classes is not None and not over:
+        images = {k: paint(v, classes) for k, v in slices.items()}
     else:
         limits = intensity_limits(*slices.values()) if len(volume.shape) == 3 else None
         images = {k: gray_rgb(v, limits) for k, v in slices.items()}
     xy, xz, yz = (_in_plane(extent, p) for p in PLANES)
     columns = [[xy], [xz, yz]] if 2.4 * extent[0] < extent[1] else [[xy], [xz], [yz]]
-    fig, axes = panel_figure(columns, margins=(0.25, 0.05, 0.28, 0.22 + 0.22 * -(-len(classes or ()) // 6)), gaps=(0.3, 0.5))
+    fig, axes = panel_figure(
+        columns, margins=(0.25, 0.05, 0.28, 0.22 + 0.22 * -(-len(classes or ()) // 6)), gaps=(0.3, 0.5)
+    )
     for ax, (plane, (across, names)) in zip((ax for column in axes for ax in column), PLANES.items()):
-        image = overlay_labels(images[plane], _as_fine(over[plane], images[plane].shape), classes) if over else images[plane]
+        image = (
+            overlay_labels(images[plane], _as_fine(over[plane], images[plane].shape), classes)
+            if over
+            else images[plane]
+        )
         _draw(ax, image, _in_plane(extent, plane))
         _cross(ax, _in_plane(point, plane))
         _scale_bar(ax, voxel_size is not None)
         ax.set_title(f"{plane}, {'zyx'[across]} = {at[across]}")
         ax.set_xlabel(names[1], labelpad=2)
         ax.set_ylabel(names[0], rotation=0, labelpad=6, va="center")
-    if classes is not None: _legend(fig, (over or slices).values(), classes)
+    if classes is not None:
+        _legend(fig, (over or slices).values(), classes)
     return fig
 
 # %% ../../nbs/api/core/show.ipynb #959fcadd
 def _similarity_slices(features, voxel):
-    return {plane: similarity(s, [v for i, v in enumerate(voxel) if i != PLANES[plane][0]])
-            for plane, s in zip(PLANES, (features[:, voxel[0]], features[:, :, voxel[1]], features[:, :, :, voxel[2]]))}
+    return {
+        plane: similarity(s, [v for i, v in enumerate(voxel) if i != PLANES[plane][0]])
+        for plane, s in zip(
+            PLANES, (features[:, voxel[0]], features[:, :, voxel[1]], features[:, :, :, voxel[2]])
+        )
+    }
+
 
 def _color_bar(fig, ax):
     "A slim bar at the right of a panel, as high as the panel."
@@ -415,35 +536,48 @@ def _color_bar(fig, ax):
 # %% ../../nbs/api/core/show.ipynb #73a3e980
 @style()
 def show_features(
-    raw,                    # z y x
-    features,               # c z y x on the same box, of any number of voxels; or several: name -> c z y x, with the same channels
+    raw,  # z y x
+    features,  # c z y x on the same box, of any number of voxels; or several: name -> c z y x, with the same channels
     *,
-    at:tuple=None,          # the voxel of raw to look at and to compare with, z y x; None for the middle
-    voxel_size:tuple=None,  # of raw, z y x, nm; None measures in voxels
-    pca:Pca=None,           # colours; None fits them to the first features
-):                          # matplotlib figure
+    at: tuple = None,  # the voxel of raw to look at and to compare with, z y x; None for the middle
+    voxel_size: tuple = None,  # of raw, z y x, nm; None measures in voxels
+    pca: Pca = None,  # colours; None fits them to the first features
+):  # matplotlib figure
     "An image, its features as colours, and the similarity to one voxel, on three planes."
     at, size = _check_view(raw.shape, at, voxel_size)
     extent, point = np.multiply(raw.shape, size), np.multiply(np.add(at, 0.5), size)
     named = isinstance(features, Mapping)
-    maps = {f"{k} features" if named else "features": as_array(f) for k, f in (features.items() if named else [(None, features)])}
-    if not maps or any(f.ndim != 4 for f in maps.values()): raise InputError(f"features of shape {[f.shape for f in maps.values()]}: expected c z y x")
+    maps = {
+        f"{k} features" if named else "features": as_array(f)
+        for k, f in (features.items() if named else [(None, features)])
+    }
+    if not maps or any(f.ndim != 4 for f in maps.values()):
+        raise InputError(f"features of shape {[f.shape for f in maps.values()]}: expected c z y x")
     first = next(iter(maps.values()))
     pca = pca or fit_pca(np.moveaxis(first, 0, -1))
     slices = plane_slices(raw, at)
     limits = intensity_limits(*slices.values())
     columns = {"image": {k: gray_rgb(s, limits) for k, s in slices.items()}}
     for name, f in maps.items():
-        columns[name] = {k: pca.rgb(s) for k, s in plane_slices(np.moveaxis(f, 0, -1), same_place(at, raw.shape, f.shape[1:])).items()}
+        columns[name] = {
+            k: pca.rgb(s)
+            for k, s in plane_slices(np.moveaxis(f, 0, -1), same_place(at, raw.shape, f.shape[1:])).items()
+        }
     columns["similarity"] = _similarity_slices(first, same_place(at, raw.shape, first.shape[1:]))
     lowest = min(s.min() for s in columns["similarity"].values())
 
     sizes = [_in_plane(extent, p) for p in PLANES]
-    fig, axes = panel_figure([sizes] * len(columns), width=9 if len(columns) < 5 else 11, margins=(0.65, 0.65, 0.28, 0.05), gaps=(0.08, 0.08))
+    fig, axes = panel_figure(
+        [sizes] * len(columns),
+        width=9 if len(columns) < 5 else 11,
+        margins=(0.65, 0.65, 0.28, 0.05),
+        gaps=(0.08, 0.08),
+    )
     for column, (name, images) in zip(axes, columns.items()):
         column[0].set_title(name)
         heat = dict(cmap="magma", vmin=lowest, vmax=1) if name == "similarity" else {}
-        for ax, plane, size in zip(column, PLANES, sizes): _draw(ax, images[plane], size, **heat)
+        for ax, plane, size in zip(column, PLANES, sizes):
+            _draw(ax, images[plane], size, **heat)
     for first, last, (plane, (across, _)) in zip(axes[0], axes[-1], PLANES.items()):
         first.set_ylabel(f"{plane}\n{'zyx'[across]} = {at[across]}", rotation=0, ha="right", va="center")
         _cross(first, _in_plane(point, plane))

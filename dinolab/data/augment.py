@@ -18,13 +18,17 @@ from ..core.errors import InputError, pick
 @dataclass(frozen=True)
 class Orientation:
     "Axes exchanged, then mirrored."
-    permutation:tuple=(0, 1, 2)       # new axis -> old axis
-    flips:tuple=(False, False, False) # of the new axes
+
+    permutation: tuple = (0, 1, 2)  # new axis -> old axis
+    flips: tuple = (False, False, False)  # of the new axes
 
     def __post_init__(self):
-        if sorted(self.permutation) != [0, 1, 2] or len(self.flips) != 3: raise InputError(f"orientation {self.permutation}, {self.flips}: expected a permutation of 0, 1, 2 and three flips")
+        if sorted(self.permutation) != [0, 1, 2] or len(self.flips) != 3:
+            raise InputError(
+                f"orientation {self.permutation}, {self.flips}: expected a permutation of 0, 1, 2 and three flips"
+            )
 
-    def permute(self, triple:tuple)->tuple:
+    def permute(self, triple: tuple) -> tuple:
         "Something that there is one of per axis, such as a voxel size, in the new order."
         return tuple(triple[a] for a in self.permutation)
 
@@ -36,7 +40,7 @@ class Orientation:
         x = x.transpose(order) if isinstance(x, np.ndarray) else x.permute(order)
         return x if not axes else np.flip(x, axes) if isinstance(x, np.ndarray) else x.flip(axes)
 
-    def inverse(self)->"Orientation":
+    def inverse(self) -> "Orientation":
         "What brings things back."
         back = tuple(self.permutation.index(a) for a in range(3))
         return Orientation(back, tuple(self.flips[a] for a in back))
@@ -45,64 +49,90 @@ class Orientation:
 @dataclass(frozen=True)
 class Strengths:
     "How much crops are varied. Probabilities are per crop, strengths relative to intensities in 0..1."
-    flip:float=0.5          # probability of mirroring, per axis
-    rotate:float=1.0        # probability of exchanging axes that are alike
-    contrast:float=0.2      # factor from 1 - c to 1 + c, about the middle 0.5
-    brightness:float=0.1    # shift from -b to b
-    gamma:float=0.2         # exponent from exp(-g) to exp(g)
-    intensity:float=0.8     # probability of the three above
-    noise:float=0.05        # largest standard deviation
-    noise_probability:float=0.3
-    blur:float=1.0          # largest standard deviation, voxels
-    blur_probability:float=0.1
-    drop_slice:float=0.05   # probability that a crop loses one slice along z
+
+    flip: float = 0.5  # probability of mirroring, per axis
+    rotate: float = 1.0  # probability of exchanging axes that are alike
+    contrast: float = 0.2  # factor from 1 - c to 1 + c, about the middle 0.5
+    brightness: float = 0.1  # shift from -b to b
+    gamma: float = 0.2  # exponent from exp(-g) to exp(g)
+    intensity: float = 0.8  # probability of the three above
+    noise: float = 0.05  # largest standard deviation
+    noise_probability: float = 0.3
+    blur: float = 1.0  # largest standard deviation, voxels
+    blur_probability: float = 0.1
+    drop_slice: float = 0.05  # probability that a crop loses one slice along z
 
     def __post_init__(self):
         for name in ("flip", "rotate", "intensity", "noise_probability", "blur_probability", "drop_slice"):
-            if not 0 <= getattr(self, name) <= 1: raise InputError(f"augmentation {name}={getattr(self, name)}: expected a probability from 0 to 1")
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(
+                    f"augmentation {name}={getattr(self, name)}: expected a probability from 0 to 1"
+                )
         for name in ("contrast", "brightness", "gamma", "noise", "blur"):
-            if getattr(self, name) < 0: raise InputError(f"augmentation {name}={getattr(self, name)}: expected 0 or more")
+            if getattr(self, name) < 0:
+                raise InputError(f"augmentation {name}={getattr(self, name)}: expected 0 or more")
 
 # %% ../../nbs/api/data/augment.ipynb #7b3d0f1d
 @dataclass(frozen=True)
 class Augment(Strengths):
     "How crops are varied. Probabilities are per crop, strengths relative to intensities in 0..1."
-    def draw_orientation(self,
-        rng:np.random.Generator,  # of this crop
-        alike:tuple=(1, 1, 1),    # one value per axis, such as the voxel size; only axes with equal ones are exchanged
-    )->Orientation:
+
+    def draw_orientation(
+        self,
+        rng: np.random.Generator,  # of this crop
+        alike: tuple = (
+            1,
+            1,
+            1,
+        ),  # one value per axis, such as the voxel size; only axes with equal ones are exchanged
+    ) -> Orientation:
         "A random orientation."
         order = list(range(3))
         if rng.random() < self.rotate:
             for value in dict.fromkeys(alike):
                 axes = [a for a in range(3) if alike[a] == value]
-                for a, b in zip(axes, rng.permutation(axes)): order[a] = int(b)
+                for a, b in zip(axes, rng.permutation(axes)):
+                    order[a] = int(b)
         return Orientation(tuple(order), tuple(bool(v) for v in rng.random(3) < self.flip))
 
-    def change_intensity(self,
-        x:np.ndarray,             # z y x, float in 0..1
-        rng:np.random.Generator,  # of this crop
-    )->np.ndarray:                # z y x, float32, in 0..1
+    def change_intensity(
+        self,
+        x: np.ndarray,  # z y x, float in 0..1
+        rng: np.random.Generator,  # of this crop
+    ) -> np.ndarray:  # z y x, float32, in 0..1
         "The image of a crop, varied."
         x = np.array(x, np.float32)
-        if x.size and not -0.01 <= x.min() <= x.max() <= 1.01: raise InputError(f"image from {x.min():g} to {x.max():g}: expected intensities in 0..1")
+        if x.size and not -0.01 <= x.min() <= x.max() <= 1.01:
+            raise InputError(f"image from {x.min():g} to {x.max():g}: expected intensities in 0..1")
         if rng.random() < self.intensity:
-            scale, shift, power = 1 + self.contrast * rng.uniform(-1, 1), self.brightness * rng.uniform(-1, 1), math.exp(self.gamma * rng.uniform(-1, 1))
+            scale, shift, power = (
+                1 + self.contrast * rng.uniform(-1, 1),
+                self.brightness * rng.uniform(-1, 1),
+                math.exp(self.gamma * rng.uniform(-1, 1)),
+            )
             x = np.clip((x - 0.5) * scale + 0.5 + shift, 0, 1) ** power
-        if rng.random() < self.blur_probability: x = gaussian_filter(x, self.blur * rng.uniform(0, 1))
-        if rng.random() < self.noise_probability: x = x + rng.normal(0, self.noise * rng.uniform(0, 1), x.shape).astype(np.float32)
-        if rng.random() < self.drop_slice and len(x) > 2: x[rng.integers(len(x))] = 0
+        if rng.random() < self.blur_probability:
+            x = gaussian_filter(x, self.blur * rng.uniform(0, 1))
+        if rng.random() < self.noise_probability:
+            x = x + rng.normal(0, self.noise * rng.uniform(0, 1), x.shape).astype(np.float32)
+        if rng.random() < self.drop_slice and len(x) > 2:
+            x[rng.integers(len(x))] = 0
         return np.clip(x, 0, 1, dtype=np.float32)
 
-    def __call__(self,
-        rng:np.random.Generator,  # of this crop
-        image:np.ndarray,         # z y x, in 0..1
-        others:dict,              # name -> ... z y x, such as labels and mask
-        alike:tuple=(1, 1, 1),    # one value per axis; only axes with equal ones are exchanged
-    )->tuple:                     # image, others, orientation
+    def __call__(
+        self,
+        rng: np.random.Generator,  # of this crop
+        image: np.ndarray,  # z y x, in 0..1
+        others: dict,  # name -> ... z y x, such as labels and mask
+        alike: tuple = (1, 1, 1),  # one value per axis; only axes with equal ones are exchanged
+    ) -> tuple:  # image, others, orientation
         "Turn everything, vary the image."
         turn = self.draw_orientation(rng, alike)
-        return self.change_intensity(turn.apply(image), rng), {k: turn.apply(v) for k, v in others.items()}, turn
+        return (
+            self.change_intensity(turn.apply(image), rng),
+            {k: turn.apply(v) for k, v in others.items()},
+            turn,
+        )
 
 # %% ../../nbs/api/data/augment.ipynb #36047571
 PRESETS = dict(
@@ -111,11 +141,15 @@ PRESETS = dict(
     em=Augment(),
 )
 
+
 def find_augment(
     augment,  # a name in PRESETS, an Augment, a dict of its fields, or None
-)->Augment:   # or None
+) -> Augment:  # or None
     "The augmentation that is meant."
-    if augment is None or isinstance(augment, Augment): return augment
-    if isinstance(augment, str): return pick(PRESETS, augment, "augmentation")
-    for key in augment: pick({f.name: 0 for f in fields(Augment)}, key, "key of augment")
+    if augment is None or isinstance(augment, Augment):
+        return augment
+    if isinstance(augment, str):
+        return pick(PRESETS, augment, "augmentation")
+    for key in augment:
+        pick({f.name: 0 for f in fields(Augment)}, key, "key of augment")
     return Augment(**augment)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
-from typing import Callable, Iterator
+from collections.abc import Callable, Iterator
 
 import fsspec
 
@@ -29,79 +29,105 @@ from ..volumes.volume import open_levels, write_multiscale
 
 # %% ../../nbs/api/data/fetch.ipynb #0c8c1c14
 def package_path(
-    where:str,  # package:NAME/path
-)->Path:
+    where: str,  # package:NAME/path
+) -> Path:
     "A file inside an installed package."
     name, _, path = where.removeprefix("package:").partition("/")
     spec = find_spec(name) if name.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations: raise MissingError(f"no package {name!r}: pip install {name}")
-    return Path(spec.submodule_search_locations[0])/path
+    if spec is None or not spec.submodule_search_locations:
+        raise MissingError(f"no package {name!r}: pip install {name}")
+    return Path(spec.submodule_search_locations[0]) / path
 
 # %% ../../nbs/api/data/fetch.ipynb #85dd2efc
 STORAGE = dict(s3=dict(anon=True))  # protocol -> options for fsspec
 
+
 def read_blocks(
-    where,            # path, address, or package:NAME/path
-    block:int=2**20,  # bytes
-)->Iterator:          # bytes
+    where,  # path, address, or package:NAME/path
+    block: int = 2**20,  # bytes
+) -> Iterator:  # bytes
     "The content of a file, block by block; whatever goes wrong is said with the address."
     where = str(package_path(where) if str(where).startswith("package:") else where)
     try:
-        with open(where, "rb") if "://" not in where else fsspec.open(where, "rb", **STORAGE.get(where.split("://")[0], {})) as f:
-            while data := f.read(block): yield data
-    except ImportError as e: raise ImportError(f"{where} needs another package, pip install 'dinolab[remote]': {e}") from None
-    except FileNotFoundError: raise MissingError(f"no file {where}: check the source and the paths of the manifest") from None
-    except Exception as e: raise InputError(f"cannot read {where} ({type(e).__name__}: {e}): check the address and the network, then run again") from e
+        with (
+            open(where, "rb")
+            if "://" not in where
+            else fsspec.open(where, "rb", **STORAGE.get(where.split("://")[0], {})) as f
+        ):
+            while data := f.read(block):
+                yield data
+    except ImportError as e:
+        raise ImportError(f"{where} needs another package, pip install 'dinolab[remote]': {e}") from None
+    except FileNotFoundError:
+        raise MissingError(f"no file {where}: check the source and the paths of the manifest") from None
+    except Exception as e:
+        raise InputError(
+            f"cannot read {where} ({type(e).__name__}: {e}): check the address and the network, then run again"
+        ) from e
 
 # %% ../../nbs/api/data/fetch.ipynb #b5c7de2a
 def difference(
-    file:File,         # as in the manifest
-    size:int,          # bytes that are there
-    sha256:str=None,   # of these bytes; None where it is not known
-)->str:                # "" where nothing differs
+    file: File,  # as in the manifest
+    size: int,  # bytes that are there
+    sha256: str = None,  # of these bytes; None where it is not known
+) -> str:  # "" where nothing differs
     "How the bytes differ from what the manifest says."
-    if file.size is not None and size != file.size: return f"got {size} bytes, expected {file.size}"
-    if file.sha256 and sha256 and sha256 != file.sha256: return f"got sha256 {sha256}, expected {file.sha256}"
+    if file.size is not None and size != file.size:
+        return f"got {size} bytes, expected {file.size}"
+    if file.sha256 and sha256 and sha256 != file.sha256:
+        return f"got sha256 {sha256}, expected {file.sha256}"
     return ""
 
+
 def fetch(
-    where,      # path or address to read
-    path,       # file to write
-    file:File,  # what is expected
+    where,  # path or address to read
+    path,  # file to write
+    file: File,  # what is expected
 ):
     "Copy a file; it appears under its name only when it is complete and right."
     digest, size = hashlib.sha256(), 0
-    with atomic_write(path, "wb") as f, progress(total=file.size and -(-file.size // 2**20), desc=Path(path).name, unit="MiB") as bar:
+    with (
+        atomic_write(path, "wb") as f,
+        progress(total=file.size and -(-file.size // 2**20), desc=Path(path).name, unit="MiB") as bar,
+    ):
         for data in read_blocks(where):
             f.write(data)
             digest.update(data)
             size += len(data)
             bar.update()
         wrong = difference(file, size, digest.hexdigest())
-        if wrong: raise InputError(f"{where}: {wrong}: the download was cut or the source has changed; run again, or correct the manifest")
+        if wrong:
+            raise InputError(
+                f"{where}: {wrong}: the download was cut or the source has changed; run again, or correct the manifest"
+            )
 
 # %% ../../nbs/api/data/fetch.ipynb #f89dee22
 def file_state(
-    path,       # where the file should be; a folder where the role is a folder
-    file:File,  # what is expected
-)->tuple:       # ("ok", "unchecked", "missing" or "wrong", detail)
+    path,  # where the file should be; a folder where the role is a folder
+    file: File,  # what is expected
+) -> tuple:  # ("ok", "unchecked", "missing" or "wrong", detail)
     "Is the file there, and is it right?"
     path = Path(path)
-    if not path.exists(): return "missing", ""
-    if path.is_dir(): return ("wrong", "got a folder, expected a file") if file.sha256 else ("unchecked", "folder")
+    if not path.exists():
+        return "missing", ""
+    if path.is_dir():
+        return ("wrong", "got a folder, expected a file") if file.sha256 else ("unchecked", "folder")
     size, digest = path.stat().st_size, hashlib.sha256()
     wrong = difference(file, size)
-    if wrong: return "wrong", wrong
-    if not file.sha256: return "unchecked", "no sha256 in the manifest"
-    for data in progress(read_blocks(path), total=-(-size // 2**20), desc=path.name, unit="MiB"): digest.update(data)
+    if wrong:
+        return "wrong", wrong
+    if not file.sha256:
+        return "unchecked", "no sha256 in the manifest"
+    for data in progress(read_blocks(path), total=-(-size // 2**20), desc=path.name, unit="MiB"):
+        digest.update(data)
     wrong = difference(file, size, digest.hexdigest())
     return ("wrong", wrong) if wrong else ("ok", "")
 
 # %% ../../nbs/api/data/fetch.ipynb #995a803e
 def generate(
-    make:Callable,  # (folder, **parameters) -> {role: path below the folder}
-    folder,         # what appears
-    note:dict,      # generator and parameters, kept in the folder
+    make: Callable,  # (folder, **parameters) -> {role: path below the folder}
+    folder,  # what appears
+    note: dict,  # generator and parameters, kept in the folder
 ):
     "Run a generator; the folder appears when it is complete."
     folder = Path(folder)
@@ -109,78 +135,100 @@ def generate(
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         files = make(temporary, **note["parameters"])
-        write_json(temporary/"zarr.json", dict(zarr_format=3, node_type="group", attributes=note | dict(files=files)))
+        write_json(
+            temporary / "zarr.json",
+            dict(zarr_format=3, node_type="group", attributes=note | dict(files=files)),
+        )
         temporary.chmod(0o755)
-        try: temporary.rename(folder)
+        try:
+            temporary.rename(folder)
         except OSError:
-            if not folder.exists(): raise  # else another process has made the same meanwhile
-    finally: shutil.rmtree(temporary, ignore_errors=True)
+            if not folder.exists():
+                raise  # else another process has made the same meanwhile
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
 
 def read_note(
     folder,  # of a generated case
-)->dict:     # generator, parameters, files
+) -> dict:  # generator, parameters, files
     "Who made it, from what, and the path of each role."
-    try: return json.loads((Path(folder)/"zarr.json").read_text())["attributes"]
-    except (OSError, ValueError, KeyError): raise InputError(f"{folder} was not generated: move or delete it, then run again") from None
+    try:
+        return json.loads((Path(folder) / "zarr.json").read_text())["attributes"]
+    except (OSError, ValueError, KeyError):
+        raise InputError(f"{folder} was not generated: move or delete it, then run again") from None
+
 
 def made_state(
-    folder,     # of a generated case
-    note:dict,  # generator and parameters that are wanted
-)->tuple:       # as file_state
+    folder,  # of a generated case
+    note: dict,  # generator and parameters that are wanted
+) -> tuple:  # as file_state
     "Is the generated case there, and is it the one?"
     folder = Path(folder)
-    if not folder.exists(): return "missing", ""
-    try: made = read_note(folder)
-    except InputError: return "wrong", "it was not generated"
+    if not folder.exists():
+        return "missing", ""
+    try:
+        made = read_note(folder)
+    except InputError:
+        return "wrong", "it was not generated"
     got = {key: made.get(key) for key in note}
     return ("ok", "") if got == plain(note) else ("wrong", f"got {got}, expected {plain(note)}")
 
 # %% ../../nbs/api/data/fetch.ipynb #923cac75
 def make_em(
-    folder,        # to fill
+    folder,  # to fill
     **parameters,  # of em_volume: shape, seed, voxel_size, ...
-)->dict:           # role -> path
+) -> dict:  # role -> path
     "Synthetic electron microscopy: raw, labels and instances, each with four levels."
     from dinolab.synth.em import em_volume
-    for key in parameters: pick(signature(em_volume).parameters, key, "parameter of synth:em")
+
+    for key in parameters:
+        pick(signature(em_volume).parameters, key, "parameter of synth:em")
     em = em_volume(**parameters)
     for role, kind in dict(raw="image", labels="labels", instances="labels").items():
-        write_multiscale(Path(folder)/role, getattr(em, role), voxel_size=em.voxel_size, levels=4, kind=kind, name=role)
+        write_multiscale(
+            Path(folder) / role, getattr(em, role), voxel_size=em.voxel_size, levels=4, kind=kind, name=role
+        )
     return {role: role for role in ("raw", "labels", "instances")}
 
 # %% ../../nbs/api/data/fetch.ipynb #2e57ac2f
 def make_picture(
-    folder,           # to fill
-    name:str,         # of the generator, for errors
-    draw:Callable,    # gives an image and its labels
-    parameters:dict,  # of draw
-    image:str,        # name of the image's file
-)->dict:              # role -> path
+    folder,  # to fill
+    name: str,  # of the generator, for errors
+    draw: Callable,  # gives an image and its labels
+    parameters: dict,  # of draw
+    image: str,  # name of the image's file
+) -> dict:  # role -> path
     "A synthetic picture, and its labels as PNG."
     from PIL import Image
-    for key in parameters: pick(signature(draw).parameters, key, f"parameter of synth:{name}")
+
+    for key in parameters:
+        pick(signature(draw).parameters, key, f"parameter of synth:{name}")
     scene = draw(**parameters)
-    Image.fromarray(scene.image).save(Path(folder)/image, quality=90)  # of a JPEG
-    Image.fromarray(scene.labels).save(Path(folder)/"mask.png")
+    Image.fromarray(scene.image).save(Path(folder) / image, quality=90)  # of a JPEG
+    Image.fromarray(scene.labels).save(Path(folder) / "mask.png")
     return dict(image=image, mask="mask.png")
 
 
 def make_retina(
-    folder,        # to fill
+    folder,  # to fill
     **parameters,  # of retina_image: shape, seed
-)->dict:           # role -> path
+) -> dict:  # role -> path
     "A synthetic photograph of a retina, and its labels, as PNG."
     from dinolab.synth.retina import retina_image
+
     return make_picture(folder, "retina", retina_image, parameters, "image.png")
 
 
 def make_spacecraft(
-    folder,        # to fill
+    folder,  # to fill
     **parameters,  # of spacecraft_image: shape, seed, satellite
-)->dict:           # role -> path
+) -> dict:  # role -> path
     "A synthetic picture of a spacecraft as JPEG, and its labels as PNG."
     from dinolab.synth.spacecraft import spacecraft_image
+
     return make_picture(folder, "spacecraft", spacecraft_image, parameters, "image.jpg")
+
 
 GENERATORS = dict(em=make_em, retina=make_retina, spacecraft=make_spacecraft)
 
@@ -188,89 +236,120 @@ GENERATORS = dict(em=make_em, retina=make_retina, spacecraft=make_spacecraft)
 @dataclass(frozen=True)
 class Part:
     "One file of a case, or the whole of a generated one."
-    case: str            # name of the case
-    role: str            # role of the file, * for all
-    path: str            # where it is or will be; an address where it stays remote
-    origin: str = ""     # where it comes from; empty where it is used in place
-    file: File = None    # checksum and size; None where it is generated
-    note: dict = None    # generator and parameters
 
-    def state(self)->tuple:
+    case: str  # name of the case
+    role: str  # role of the file, * for all
+    path: str  # where it is or will be; an address where it stays remote
+    origin: str = ""  # where it comes from; empty where it is used in place
+    file: File = None  # checksum and size; None where it is generated
+    note: dict = None  # generator and parameters
+
+    def state(self) -> tuple:
         "As `file_state`; parts that stay remote are taken on trust."
-        if "://" in self.path: return "remote", ""
+        if "://" in self.path:
+            return "remote", ""
         return made_state(self.path, self.note) if self.note else file_state(self.path, self.file)
 
     def get(self):
         "Bring the part to its place, where it is missing."
         state, detail = self.state()
-        if state == "wrong": raise InputError(f"{self.path}: {detail}: move or delete it, then run again")
-        if state != "missing": return
-        if not self.note and not self.origin: raise MissingError(f"no file {self.path}: put it there, or correct source and path in the manifest")
+        if state == "wrong":
+            raise InputError(f"{self.path}: {detail}: move or delete it, then run again")
+        if state != "missing":
+            return
+        if not self.note and not self.origin:
+            raise MissingError(
+                f"no file {self.path}: put it there, or correct source and path in the manifest"
+            )
         try:
-            if self.note: generate(pick(GENERATORS, self.note["generator"], "generator"), self.path, self.note)
-            else: fetch(self.origin, self.path, self.file)
-        except InputError: raise
-        except OSError as e: raise InputError(f"cannot write {self.path} ({e.strerror}): make room, or choose another root") from e
+            if self.note:
+                generate(pick(GENERATORS, self.note["generator"], "generator"), self.path, self.note)
+            else:
+                fetch(self.origin, self.path, self.file)
+        except InputError:
+            raise
+        except OSError as e:
+            raise InputError(
+                f"cannot write {self.path} ({e.strerror}): make room, or choose another root"
+            ) from e
 
 # %% ../../nbs/api/data/fetch.ipynb #7f49cdf4
 def parts(
-    manifest:Manifest,  # of the data set
-    case:str,           # name of the case
-    root="data",        # folder of all data sets
-)->list:
+    manifest: Manifest,  # of the data set
+    case: str,  # name of the case
+    root="data",  # folder of all data sets
+) -> list:
     "The parts of one case."
     kind, name = source_kind(manifest.source)
-    here = Path(root)/manifest.name
+    here = Path(root) / manifest.name
     if kind == "synth":
         note = dict(generator=name, parameters=manifest.parameters_of(case))
-        return [Part(case, "*", str(here/f"{case}.zarr"), note=note)]
+        return [Part(case, "*", str(here / f"{case}.zarr"), note=note)]
     below = lambda folder, file: f"{str(folder).rstrip('/')}/{file.path}"
     files = manifest.cases[case].files.items()
-    if kind == "local" or manifest.remote: return [Part(case, role, below(name, f), file=f) for role, f in files]
+    if kind == "local" or manifest.remote:
+        return [Part(case, role, below(name, f), file=f) for role, f in files]
     base = manifest.source if kind == "package" else name
-    return [Part(case, role, str(here/f.path), below(base, f), f) for role, f in files]
+    return [Part(case, role, str(here / f.path), below(base, f), f) for role, f in files]
 
 # %% ../../nbs/api/data/fetch.ipynb #7103b584
 @dataclass(frozen=True)
 class Data:
     "A data set that is there."
-    manifest: Manifest  # what it is
-    files: dict         # case -> role -> path or address
 
-    def split(self, name:str)->dict:
+    manifest: Manifest  # what it is
+    files: dict  # case -> role -> path or address
+
+    def split(self, name: str) -> dict:
         "Files of the cases in one split, as in `files`."
         return {case: self.files[case] for case in self.manifest.names(name) if case in self.files}
 
-def _files_of(part)->dict:
-    if not part.note: return {part.role: part.path}
+
+def _files_of(part) -> dict:
+    if not part.note:
+        return {part.role: part.path}
     return {role: f"{part.path}/{path}" for role, path in read_note(part.path)["files"].items()}
 
+
 def choose(
-    manifest:Manifest,  # of the data set
-    only=None,          # name of a split or case, a list of such, or None for all
-)->list:
+    manifest: Manifest,  # of the data set
+    only=None,  # name of a split or case, a list of such, or None for all
+) -> list:
     "Names of cases."
-    if only is None: return manifest.names()
+    if only is None:
+        return manifest.names()
     choices = {case: [case] for case in manifest.names()} | manifest.splits
-    wanted = [case for name in ([only] if isinstance(only, str) else only) for case in pick(choices, name, f"split or case of {manifest.name}")]
+    wanted = [
+        case
+        for name in ([only] if isinstance(only, str) else only)
+        for case in pick(choices, name, f"split or case of {manifest.name}")
+    ]
     return list(dict.fromkeys(wanted))
 
+
 def get_data(
-    manifest,     # Manifest, its path or its name
+    manifest,  # Manifest, its path or its name
     root="data",  # folder of all data sets
-    only=None,    # name of a split or case, a list of such, or None for all
-)->Data:
+    only=None,  # name of a split or case, a list of such, or None for all
+) -> Data:
     "Make all files of a data set available; what is there is verified and not fetched again."
     manifest = load_manifest(manifest)
     wanted = {case: parts(manifest, case, root) for case in choose(manifest, only)}
-    for part in progress([p for ps in wanted.values() for p in ps], desc=manifest.name, unit="part"): part.get()
-    return Data(manifest, {case: {role: path for part in ps for role, path in _files_of(part).items()} for case, ps in wanted.items()})
+    for part in progress([p for ps in wanted.values() for p in ps], desc=manifest.name, unit="part"):
+        part.get()
+    return Data(
+        manifest,
+        {
+            case: {role: path for part in ps for role, path in _files_of(part).items()}
+            for case, ps in wanted.items()
+        },
+    )
 
 # %% ../../nbs/api/data/fetch.ipynb #b862d0ff
 def check_data(
-    manifest,     # Manifest, its path or its name
+    manifest,  # Manifest, its path or its name
     root="data",  # folder of all data sets
-)->list:          # rows: case, role, state (ok, unchecked, remote, missing, wrong), detail, path
+) -> list:  # rows: case, role, state (ok, unchecked, remote, missing, wrong), detail, path
     "What is there of a data set, and is it right?"
     manifest = load_manifest(manifest)
     found = [part for case in manifest.names() for part in parts(manifest, case, root)]
@@ -282,37 +361,50 @@ def check_data(
 
 # %% ../../nbs/api/data/fetch.ipynb #105af6d7
 def open_volumes(
-    manifest,     # Manifest, its path or its name
-    only=None,    # name of a split or case, a list of such, or None for all
+    manifest,  # Manifest, its path or its name
+    only=None,  # name of a split or case, a list of such, or None for all
     root="data",  # folder of all data sets
-)->Iterator:      # (case, {role: Multiscale}), one at a time
+) -> Iterator:  # (case, {role: Multiscale}), one at a time
     "Get and open the cases of a data set of volumes."
     manifest = load_manifest(manifest)
-    if manifest.kind != "volume": raise InputError(f"data set {manifest.name!r} is of kind {manifest.kind}: expected volume")
+    if manifest.kind != "volume":
+        raise InputError(f"data set {manifest.name!r} is of kind {manifest.kind}: expected volume")
     for case, files in get_data(manifest, root, only).files.items():
         yield case, {role: open_levels(path, **manifest.read_as(case)) for role, path in files.items()}
 
 # %% ../../nbs/api/data/fetch.ipynb #bf516fdf
 def list_data(
     folder="data_manifests",  # where the manifests are
-    root="data",              # folder of all data sets
-)->list:                      # rows: name, kind, cases, splits, MB (where stated), licence, here
+    root="data",  # folder of all data sets
+) -> list:  # rows: name, kind, cases, splits, MB (where stated), licence, here
     "All data sets of a folder."
     rows = []
     for name in find_manifests(folder):
-        try: manifest = load_manifest(name, folder)
+        try:
+            manifest = load_manifest(name, folder)
         except InputError as e:
             rows.append(dict(name=name, problem=str(e).splitlines()[0]))
             continue
         sizes = [file.size for case in manifest.cases.values() for file in case.files.values()]
-        rows.append(dict(name=name, kind=manifest.kind, cases=len(manifest.cases),
-                         splits=" ".join(f"{split}:{len(cases)}" for split, cases in manifest.splits.items()),
-                         MB=sum(sizes) / 1e6 if sizes and None not in sizes else None,
-                         licence=manifest.licence, here=_here(manifest, root)))
+        rows.append(
+            dict(
+                name=name,
+                kind=manifest.kind,
+                cases=len(manifest.cases),
+                splits=" ".join(f"{split}:{len(cases)}" for split, cases in manifest.splits.items()),
+                MB=sum(sizes) / 1e6 if sizes and None not in sizes else None,
+                licence=manifest.licence,
+                here=_here(manifest, root),
+            )
+        )
     return rows
 
-def _here(manifest, root)->str:
+
+def _here(manifest, root) -> str:
     "yes, no, or how many cases of all; remote where nothing is ever here."
-    if manifest.remote: return "remote"
-    there = sum(all(os.path.exists(part.path) for part in parts(manifest, case, root)) for case in manifest.names())
+    if manifest.remote:
+        return "remote"
+    there = sum(
+        all(os.path.exists(part.path) for part in parts(manifest, case, root)) for case in manifest.names()
+    )
     return {0: "no", len(manifest.cases): "yes"}.get(there, f"{there} of {len(manifest.cases)}")

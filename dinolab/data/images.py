@@ -37,69 +37,102 @@ def _is_16_bit_colour(path):
 # %% ../../nbs/api/data/images.ipynb #f234ff81
 SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp", ".webp", ".gif")
 
+
 def read_pixels(
     path,  # PNG, TIFF, JPEG ...
-)->np.ndarray:  # h w, or h w c; the values of the file; indices where it has a palette
+) -> np.ndarray:  # h w, or h w c; the values of the file; indices where it has a palette
     "The pixels of one picture."
     path = Path(path)
-    if not path.is_file(): raise MissingError(f"no image {str(path)!r}: check the folder and the name")
+    if not path.is_file():
+        raise MissingError(f"no image {str(path)!r}: check the folder and the name")
     try:
-        if path.suffix.lower() in (".tif", ".tiff"): pixels = tiff_pixels(path)
-        elif _is_16_bit_colour(path): pixels = imagecodecs.png_decode(path.read_bytes())
-        else: pixels = np.asarray(ImageOps.exif_transpose(Image.open(path)))
-    except InputError: raise
-    except Exception as e: raise InputError(f"{path} cannot be read as an image ({type(e).__name__}: {' '.join(str(e).split())[:100]}): copy it again") from None
-    if pixels.ndim == 3 and pixels.shape[2] > 8 >= pixels.shape[0]: pixels = pixels.transpose(1, 2, 0)  # planes before rows, as in many TIFFs
-    if pixels.ndim not in (2, 3) or not pixels.size or pixels.ndim == 3 and pixels.shape[2] > 8: raise InputError(f"{path} has shape {pixels.shape}: expected one image, height x width or height x width x channels")
+        if path.suffix.lower() in (".tif", ".tiff"):
+            pixels = tiff_pixels(path)
+        elif _is_16_bit_colour(path):
+            pixels = imagecodecs.png_decode(path.read_bytes())
+        else:
+            pixels = np.asarray(ImageOps.exif_transpose(Image.open(path)))
+    except InputError:
+        raise
+    except Exception as e:
+        raise InputError(
+            f"{path} cannot be read as an image ({type(e).__name__}: {' '.join(str(e).split())[:100]}): copy it again"
+        ) from None
+    if pixels.ndim == 3 and pixels.shape[2] > 8 >= pixels.shape[0]:
+        pixels = pixels.transpose(1, 2, 0)  # planes before rows, as in many TIFFs
+    if pixels.ndim not in (2, 3) or not pixels.size or pixels.ndim == 3 and pixels.shape[2] > 8:
+        raise InputError(
+            f"{path} has shape {pixels.shape}: expected one image, height x width or height x width x channels"
+        )
     return pixels
 
 # %% ../../nbs/api/data/images.ipynb #b4c0fcea
 def read_image(
-    path,               # PNG, TIFF, JPEG ...
-    channels:int=None,  # wanted; one is repeated, alpha is dropped; None: as in the file
-    white:float=None,   # value that becomes 1; None: 255 or 65535 by the type, 1 for floats
-)->np.ndarray:          # c h w, float32 in 0..1
+    path,  # PNG, TIFF, JPEG ...
+    channels: int = None,  # wanted; one is repeated, alpha is dropped; None: as in the file
+    white: float = None,  # value that becomes 1; None: 255 or 65535 by the type, 1 for floats
+) -> np.ndarray:  # c h w, float32 in 0..1
     "An image as networks take it; `InputError` for NaN, a range that is not known, or other channels."
     pixels = read_pixels(path)
     x = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-    if len(x) in (2, 4) and channels not in (2, 4): x = x[:-1]
-    if x.dtype == bool: x = x.astype(np.uint8) * 255
-    top = white or (1. if x.dtype.kind == "f" else float(np.iinfo(x.dtype).max))
+    if len(x) in (2, 4) and channels not in (2, 4):
+        x = x[:-1]
+    if x.dtype == bool:
+        x = x.astype(np.uint8) * 255
+    top = white or (1.0 if x.dtype.kind == "f" else float(np.iinfo(x.dtype).max))
     x = x.astype(np.float32) / top
-    if not np.isfinite(x).all(): raise InputError(f"{path} holds values that are not finite: expected numbers everywhere; fill the gaps first")
-    if x.min() < 0 or x.max() > 1: raise InputError(f"{path} has values from {x.min() * top:g} to {x.max() * top:g}: expected 0 to {top:g}; give white=, the value of white")
-    if channels in (None, len(x)): return x
-    if len(x) == 1: return np.repeat(x, channels, 0)
+    if not np.isfinite(x).all():
+        raise InputError(
+            f"{path} holds values that are not finite: expected numbers everywhere; fill the gaps first"
+        )
+    if x.min() < 0 or x.max() > 1:
+        raise InputError(
+            f"{path} has values from {x.min() * top:g} to {x.max() * top:g}: expected 0 to {top:g}; give white=, the value of white"
+        )
+    if channels in (None, len(x)):
+        return x
+    if len(x) == 1:
+        return np.repeat(x, channels, 0)
     raise InputError(f"{path} has {len(x)} channels: expected {channels}; set in_channels={len(x)}")
 
 # %% ../../nbs/api/data/images.ipynb #a74d37df
 def look_up(
-    pixels:np.ndarray,       # h w, integers
-    table:dict,              # value -> index of the class
-    names:tuple,             # of the classes
-    ignore:int,              # value of pixels that do not count, unless it is in the table; None: all must be there
-    where:str,               # for errors
-    hexadecimal:bool=False,  # values are colours
-)->tuple:                    # h w uint8: index of the class; h w bool: whether it counts
+    pixels: np.ndarray,  # h w, integers
+    table: dict,  # value -> index of the class
+    names: tuple,  # of the classes
+    ignore: int,  # value of pixels that do not count, unless it is in the table; None: all must be there
+    where: str,  # for errors
+    hexadecimal: bool = False,  # values are colours
+) -> tuple:  # h w uint8: index of the class; h w bool: whether it counts
     "Class of each pixel by its value; `InputError` names a value that none has."
     found, inverse, counts = np.unique(pixels, return_inverse=True, return_counts=True)
     known = np.array([v in table for v in found.tolist()])
     say = (lambda v: f"#{v:06x}") if hexadecimal else str
     if (wrong := ~known & (found != ignore)).any():
         v, n = found[wrong][0], counts[wrong][0]
-        raise InputError(f"{where} has the value {say(int(v))} in {n} pixels: expected {', '.join(f'{say(k)} ({names[i]})' for k, i in list(table.items())[:8])}" + ("" if ignore is None else f", or {ignore} for ignored")
-                         + ("; for masks of 0 and 255 set mask_kind=binary" if not hexadecimal and int(found.max()) == 255 else ""))
+        raise InputError(
+            f"{where} has the value {say(int(v))} in {n} pixels: expected {', '.join(f'{say(k)} ({names[i]})' for k, i in list(table.items())[:8])}"
+            + ("" if ignore is None else f", or {ignore} for ignored")
+            + (
+                "; for masks of 0 and 255 set mask_kind=binary"
+                if not hexadecimal and int(found.max()) == 255
+                else ""
+            )
+        )
     index = np.array([table.get(v, 0) for v in found.tolist()], np.uint8)
     return index[inverse].reshape(pixels.shape), known[inverse].reshape(pixels.shape)
 
 # %% ../../nbs/api/data/images.ipynb #bec9dd7d
 def nearest_colour(
-    pixels:np.ndarray,  # h w 3, 8 bits
-    colours:tuple,      # "#rrggbb" of each class
-    where:str,          # for errors
-)->np.ndarray:          # h w, index of the class
+    pixels: np.ndarray,  # h w 3, 8 bits
+    colours: tuple,  # "#rrggbb" of each class
+    where: str,  # for errors
+) -> np.ndarray:  # h w, index of the class
     "The class of the nearest colour."
-    if pixels.shape[2] != 3 or pixels.dtype != np.uint8: raise InputError(f"{where} has {pixels.shape[2]} channels of {pixels.dtype}: expected three of 8 bits")
+    if pixels.shape[2] != 3 or pixels.dtype != np.uint8:
+        raise InputError(
+            f"{where} has {pixels.shape[2]} channels of {pixels.dtype}: expected three of 8 bits"
+        )
     distance = [((pixels - c) ** 2).sum(-1) for c in rgb_table(colours).astype(np.int32)]
     return np.argmin(distance, 0).astype(np.uint8)
 
@@ -107,45 +140,73 @@ def nearest_colour(
 @dataclass(frozen=True)
 class Classes:
     "What the numbers or colours in masks mean."
-    names:tuple          # of the classes
-    values:tuple=None    # in the masks; None: 0, 1, 2 ...
-    colours:tuple=None   # "#rrggbb" of each
-    kind:str="auto"      # labels, binary (all but 0 is class 1), colours, nearest (the class of the nearest colour, for masks saved as JPEG), or auto: colours where the mask has three channels
-    ignore:int=255       # value of pixels that do not count, unless it is a class
+
+    names: tuple  # of the classes
+    values: tuple = None  # in the masks; None: 0, 1, 2 ...
+    colours: tuple = None  # "#rrggbb" of each
+    kind: str = "auto"  # labels, binary (all but 0 is class 1), colours, nearest (the class of the nearest colour, for masks saved as JPEG), or auto: colours where the mask has three channels
+    ignore: int = 255  # value of pixels that do not count, unless it is a class
 
     def __post_init__(self):
         pick(dict.fromkeys(("auto", "labels", "binary", "colours", "nearest")), self.kind, "kind of masks")
         object.__setattr__(self, "names", tuple(self.names))
-        object.__setattr__(self, "values", tuple(range(len(self.names))) if self.values is None else tuple(self.values))
-        if self.kind == "binary" and len(self.names) > 2: raise InputError(f"binary masks with {len(self.names)} classes: expected one or two names")
-        if self.kind in ("colours", "nearest") and not self.colours: raise InputError("masks of colours without colours of classes: expected them in the manifest")
+        object.__setattr__(
+            self, "values", tuple(range(len(self.names))) if self.values is None else tuple(self.values)
+        )
+        if self.kind == "binary" and len(self.names) > 2:
+            raise InputError(f"binary masks with {len(self.names)} classes: expected one or two names")
+        if self.kind in ("colours", "nearest") and not self.colours:
+            raise InputError("masks of colours without colours of classes: expected them in the manifest")
 
-    def __len__(self): return len(self.names)
+    def __len__(self):
+        return len(self.names)
 
-    def index(self,
-        pixels:np.ndarray,  # h w, or h w c, as read_pixels gives them
-        where="mask",       # for errors
-    )->tuple:               # h w uint8: index of the class; h w bool: whether it counts
+    def index(
+        self,
+        pixels: np.ndarray,  # h w, or h w c, as read_pixels gives them
+        where="mask",  # for errors
+    ) -> tuple:  # h w uint8: index of the class; h w bool: whether it counts
         "Class of each pixel."
-        if pixels.ndim == 3 and pixels.shape[2] in (2, 4): pixels = pixels[..., :-1]
-        if pixels.ndim == 3 and pixels.shape[2] == 1: pixels = pixels[..., 0]
-        if pixels.ndim == 3 and self.kind == "nearest": return nearest_colour(pixels, self.colours, where), np.ones(pixels.shape[:2], bool)
-        if pixels.ndim == 3: return self._colours(pixels, where)
-        if pixels.dtype.kind == "f" and (pixels == np.round(pixels)).all(): pixels = pixels.astype(np.int64)
-        if pixels.dtype.kind not in "uib": raise InputError(f"{where} holds {pixels.dtype} numbers that are no integers: expected values of classes")
-        if self.kind == "binary": return (pixels > 0).astype(np.uint8), np.ones(pixels.shape, bool)
-        return look_up(pixels.astype(np.int64), dict(zip(self.values, range(len(self)))), self.names, self.ignore, where)
+        if pixels.ndim == 3 and pixels.shape[2] in (2, 4):
+            pixels = pixels[..., :-1]
+        if pixels.ndim == 3 and pixels.shape[2] == 1:
+            pixels = pixels[..., 0]
+        if pixels.ndim == 3 and self.kind == "nearest":
+            return nearest_colour(pixels, self.colours, where), np.ones(pixels.shape[:2], bool)
+        if pixels.ndim == 3:
+            return self._colours(pixels, where)
+        if pixels.dtype.kind == "f" and (pixels == np.round(pixels)).all():
+            pixels = pixels.astype(np.int64)
+        if pixels.dtype.kind not in "uib":
+            raise InputError(
+                f"{where} holds {pixels.dtype} numbers that are no integers: expected values of classes"
+            )
+        if self.kind == "binary":
+            return (pixels > 0).astype(np.uint8), np.ones(pixels.shape, bool)
+        return look_up(
+            pixels.astype(np.int64), dict(zip(self.values, range(len(self)))), self.names, self.ignore, where
+        )
 
     def _colours(self, pixels, where):
-        if not self.colours: raise InputError(f"{where} is a colour image: expected values of classes; give a manifest with the colours of the classes, or save the masks with one channel")
+        if not self.colours:
+            raise InputError(
+                f"{where} is a colour image: expected values of classes; give a manifest with the colours of the classes, or save the masks with one channel"
+            )
         code = (pixels.astype(np.int64) * (65536, 256, 1)).sum(-1)
-        return look_up(code, {int(c[1:], 16): i for i, c in enumerate(self.colours)}, self.names, None, where, hexadecimal=True)
+        return look_up(
+            code,
+            {int(c[1:], 16): i for i, c in enumerate(self.colours)},
+            self.names,
+            None,
+            where,
+            hexadecimal=True,
+        )
 
 # %% ../../nbs/api/data/images.ipynb #baefb75d
 def read_mask(
-    path,             # PNG, TIFF ...
-    classes:Classes,  # what is in it
-)->tuple:             # h w uint8: index of the class; h w bool: whether it counts
+    path,  # PNG, TIFF ...
+    classes: Classes,  # what is in it
+) -> tuple:  # h w uint8: index of the class; h w bool: whether it counts
     "The mask of one image."
     return classes.index(read_pixels(path), str(path))
 
@@ -153,171 +214,244 @@ def read_mask(
 @dataclass(frozen=True)
 class Picture:
     "An image and its mask."
-    name:str          # of the case
-    image:str         # path
-    mask:str=None     # path; None: not known
-    group:str=""      # such as a patient or a satellite, for scores of each
+
+    name: str  # of the case
+    image: str  # path
+    mask: str = None  # path; None: not known
+    group: str = ""  # such as a patient or a satellite, for scores of each
 
 # %% ../../nbs/api/data/images.ipynb #e813d405
 def list_images(
     source,  # a file, a folder, or several of these
-)->list:     # paths, sorted
+) -> list:  # paths, sorted
     "Image files; a folder stands for all images in it."
     files = []
     for s in [source] if isinstance(source, (str, Path)) else source:
         path = Path(s)
-        if not path.exists(): raise MissingError(f"no file or folder {str(path)!r}: expected an image or a folder of images")
-        found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.name[0] != ".") if path.is_dir() else [path]
-        if not found: raise InputError(f"no image in the folder {str(path)!r}: expected files ending with {', '.join(SUFFIXES)}")
+        if not path.exists():
+            raise MissingError(f"no file or folder {str(path)!r}: expected an image or a folder of images")
+        found = (
+            sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.name[0] != ".")
+            if path.is_dir()
+            else [path]
+        )
+        if not found:
+            raise InputError(
+                f"no image in the folder {str(path)!r}: expected files ending with {', '.join(SUFFIXES)}"
+            )
         files += found
     return files
 
 # %% ../../nbs/api/data/images.ipynb #75201a5d
 def folder_pictures(
-    images,      # folder
+    images,  # folder
     masks=None,  # folder with files of the same names up to the suffix; None: there are none
-)->list:         # of Picture
+) -> list:  # of Picture
     "Pairs from two folders; each image needs its mask, and each mask its image."
     files = {p.stem: p for p in list_images(images)}
-    if len(files) < len(list_images(images)): raise InputError(f"{images} holds images whose names differ only by the suffix: expected different names")
-    if masks is None: return [Picture(n, str(p)) for n, p in files.items()]
+    if len(files) < len(list_images(images)):
+        raise InputError(
+            f"{images} holds images whose names differ only by the suffix: expected different names"
+        )
+    if masks is None:
+        return [Picture(n, str(p)) for n, p in files.items()]
     known = {p.stem: p for p in list_images(masks)}
     for a, b, what in ((files, known, "mask"), (known, files, "image")):
         if missing := [n for n in a if n not in b]:
-            raise InputError(f"{len(missing)} without {what}: {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}; expected the same names in {images} and {masks}" + (f"; is it {near[0]}?" if (near := nearest(missing[0], b, n=1)) else ""))
+            raise InputError(
+                f"{len(missing)} without {what}: {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}; expected the same names in {images} and {masks}"
+                + (f"; is it {near[0]}?" if (near := nearest(missing[0], b, n=1)) else "")
+            )
     return [Picture(n, str(p), str(known[n])) for n, p in files.items()]
 
 # %% ../../nbs/api/data/images.ipynb #ee8c02b9
 def table_rows(
-    table,              # csv file
-    columns:Sequence,   # that it must have
-)->list:                # a dict per row, one at least
+    table,  # csv file
+    columns: Sequence,  # that it must have
+) -> list:  # a dict per row, one at least
     "The rows of a table."
     path = Path(table)
-    if not path.is_file(): raise MissingError(f"no table {str(path)!r}: expected a csv file with the columns {', '.join(columns)}")
-    with path.open(newline="", encoding="utf-8-sig") as f: rows = list(csv.DictReader(f))
-    if not rows: raise InputError(f"{path} has no rows: expected the columns {', '.join(columns)} and a row per image")
-    if missing := [c for c in columns if c not in rows[0]]: raise InputError(f"{path} has the columns {', '.join(rows[0])}: expected {', '.join(columns)}; {missing[0]} is missing")
+    if not path.is_file():
+        raise MissingError(
+            f"no table {str(path)!r}: expected a csv file with the columns {', '.join(columns)}"
+        )
+    with path.open(newline="", encoding="utf-8-sig") as f:
+        rows = list(csv.DictReader(f))
+    if not rows:
+        raise InputError(f"{path} has no rows: expected the columns {', '.join(columns)} and a row per image")
+    if missing := [c for c in columns if c not in rows[0]]:
+        raise InputError(
+            f"{path} has the columns {', '.join(rows[0])}: expected {', '.join(columns)}; {missing[0]} is missing"
+        )
     return rows
 
+
 def table_pictures(
-    table,            # csv file with the columns image, mask, and perhaps split; paths are relative to it
-    split:str=None,   # only rows of this split
-)->list:              # of Picture
+    table,  # csv file with the columns image, mask, and perhaps split; paths are relative to it
+    split: str = None,  # only rows of this split
+) -> list:  # of Picture
     "Pairs from a table."
     path, rows = Path(table), table_rows(table, ("image",))
-    if split is not None and "split" in rows[0]: rows = [r for r in rows if r["split"] == split]
-    if not rows: raise InputError(f"{path} has no row of split {split!r}: expected one at least")
-    full = lambda p: str(path.parent/p) if p else None
+    if split is not None and "split" in rows[0]:
+        rows = [r for r in rows if r["split"] == split]
+    if not rows:
+        raise InputError(f"{path} has no row of split {split!r}: expected one at least")
+    full = lambda p: str(path.parent / p) if p else None
     return [Picture(Path(r["image"]).stem, full(r["image"]), full(r.get("mask"))) for r in rows]
 
 # %% ../../nbs/api/data/images.ipynb #5dbe3230
 def manifest_pictures(
-    manifest,     # name, path or Manifest of kind image
-    split:str,    # its name
+    manifest,  # name, path or Manifest of kind image
+    split: str,  # its name
     root="data",  # folder of all data sets
-    group:str=None,  # parameter of the cases that says to which group each belongs
-)->list:          # of Picture
+    group: str = None,  # parameter of the cases that says to which group each belongs
+) -> list:  # of Picture
     "Pairs of one split of a data set."
     m = load_manifest(manifest)
-    if m.kind != "image": raise InputError(f"data set {m.name!r} is of kind {m.kind}: expected image")
+    if m.kind != "image":
+        raise InputError(f"data set {m.name!r} is of kind {m.kind}: expected image")
     of = lambda case: str(m.parameters_of(case).get(group, "")) if group else ""
-    return [Picture(case, files["image"], files.get("mask"), of(case)) for case, files in get_data(m, root, split).files.items()]
+    return [
+        Picture(case, files["image"], files.get("mask"), of(case))
+        for case, files in get_data(m, root, split).files.items()
+    ]
+
 
 def manifest_classes(
-    manifest,          # name, path or Manifest
-    kind:str="auto",   # of the masks
-    ignore:int=255,    # value of pixels that do not count
-)->Classes:
+    manifest,  # name, path or Manifest
+    kind: str = "auto",  # of the masks
+    ignore: int = 255,  # value of pixels that do not count
+) -> Classes:
     "The classes of a data set."
     m = load_manifest(manifest)
-    if not m.classes: raise InputError(f"data set {m.name!r} has no classes: expected them in its manifest")
+    if not m.classes:
+        raise InputError(f"data set {m.name!r} has no classes: expected them in its manifest")
     return Classes(*zip(*((c.name, c.value, c.colour) for c in m.classes)), kind, ignore)
 
 # %% ../../nbs/api/data/images.ipynb #16c9b089
 def read_pair(
-    picture:Picture,     # with a mask
-    classes:Classes,     # what is in the mask
-    channels:int=None,   # of the image
-    white:float=None,    # value that becomes 1
-)->tuple:                # c h w float32, h w uint8, h w bool
+    picture: Picture,  # with a mask
+    classes: Classes,  # what is in the mask
+    channels: int = None,  # of the image
+    white: float = None,  # value that becomes 1
+) -> tuple:  # c h w float32, h w uint8, h w bool
     "An image with its mask; `InputError` where their sizes differ."
-    if picture.mask is None: raise InputError(f"{picture.name} has no mask: expected one for training and evaluation")
+    if picture.mask is None:
+        raise InputError(f"{picture.name} has no mask: expected one for training and evaluation")
     image, (label, valid) = read_image(picture.image, channels, white), read_mask(picture.mask, classes)
-    if image.shape[1:] != label.shape: raise InputError(f"{picture.image} is {image.shape[1]} x {image.shape[2]}, its mask {picture.mask} {label.shape[0]} x {label.shape[1]}: expected the same size")
+    if image.shape[1:] != label.shape:
+        raise InputError(
+            f"{picture.image} is {image.shape[1]} x {image.shape[2]}, its mask {picture.mask} {label.shape[0]} x {label.shape[1]}: expected the same size"
+        )
     return image, label, valid
 
+
 def count_labels(
-    pictures:Sequence,   # of Picture
-    classes:Classes,     # what is in the masks
-    channels:int=None,   # of the images
-    white:float=None,    # value that becomes 1
-)->np.ndarray:           # pictures x classes: pixels
+    pictures: Sequence,  # of Picture
+    classes: Classes,  # what is in the masks
+    channels: int = None,  # of the images
+    white: float = None,  # value that becomes 1
+) -> np.ndarray:  # pictures x classes: pixels
     "Check all pairs, and count the pixels of each class in each."
+
     def one(p):
         _, label, valid = read_pair(p, classes, channels, white)
         return np.bincount(label[valid], minlength=max(2, len(classes)))
-    with ThreadPoolExecutor() as pool: rows = list(progress(pool.map(one, pictures), total=len(pictures), desc="masks", unit="image"))
+
+    with ThreadPoolExecutor() as pool:
+        rows = list(progress(pool.map(one, pictures), total=len(pictures), desc="masks", unit="image"))
     counts = np.array(rows)
-    if not counts.sum(): raise InputError("all pixels of all masks are ignored: expected some that count")
+    if not counts.sum():
+        raise InputError("all pixels of all masks are ignored: expected some that count")
     return counts
 
+
 def largest_label(
-    pictures:Sequence,  # of Picture
-    ignore:int=255,     # value that does not count
-)->int:
+    pictures: Sequence,  # of Picture
+    ignore: int = 255,  # value that does not count
+) -> int:
     "The largest value in the masks."
+
     def one(p):
         found = np.unique(read_pixels(p.mask))
         return int(max(found[found != ignore], default=0))
+
     return max(map(one, pictures))
 
 # %% ../../nbs/api/data/images.ipynb #c1684933
 class ImageDataset:
     "Random crops of pictures: `item(index, seed)` gives image c h w in 0..1, target h w, mask h w, name."
-    def __init__(self,
-        pictures:Sequence,      # of Picture
-        classes:Classes,        # what is in the masks
-        crop:tuple,             # height and width, pixels
+
+    def __init__(
+        self,
+        pictures: Sequence,  # of Picture
+        classes: Classes,  # what is in the masks
+        crop: tuple,  # height and width, pixels
         *,
-        length:int=None,        # crops per epoch; None: as many as pictures
-        channels:int=3,         # of the images
-        white:float=None,       # value that becomes 1
-        scale:tuple=(0.5, 2.),  # of the pictures, least and largest
-        augment=Augment(),      # flips, quarter turns, intensities; None: none
-        balance:float=1/3,      # share of crops centred on a class drawn evenly
-        whole:bool=False,       # the whole picture at the size of a crop, instead of a crop
-        memory:float=2.,        # GB of decoded pictures that are kept, per process
+        length: int = None,  # crops per epoch; None: as many as pictures
+        channels: int = 3,  # of the images
+        white: float = None,  # value that becomes 1
+        scale: tuple = (0.5, 2.0),  # of the pictures, least and largest
+        augment=Augment(),  # flips, quarter turns, intensities; None: none
+        balance: float = 1 / 3,  # share of crops centred on a class drawn evenly
+        whole: bool = False,  # the whole picture at the size of a crop, instead of a crop
+        memory: float = 2.0,  # GB of decoded pictures that are kept, per process
     ):
-        if not pictures: raise InputError("no pictures: expected one at least")
-        self.pictures, self.classes, self.crop, self.length = list(pictures), classes, tuple(crop), length or len(pictures)
-        self.channels, self.white, self.scale, self.augment, self.balance = channels, white, tuple(scale), augment, balance
-        if not 0 < self.scale[0] <= self.scale[1]: raise InputError(f"scale {self.scale}: expected two positive numbers, the smaller first")
-        if min(self.crop) < 1 or len(self.crop) != 2: raise InputError(f"crop {self.crop}: expected height and width in pixels")
+        if not pictures:
+            raise InputError("no pictures: expected one at least")
+        self.pictures, self.classes, self.crop, self.length = (
+            list(pictures),
+            classes,
+            tuple(crop),
+            length or len(pictures),
+        )
+        self.channels, self.white, self.scale, self.augment, self.balance = (
+            channels,
+            white,
+            tuple(scale),
+            augment,
+            balance,
+        )
+        if not 0 < self.scale[0] <= self.scale[1]:
+            raise InputError(f"scale {self.scale}: expected two positive numbers, the smaller first")
+        if min(self.crop) < 1 or len(self.crop) != 2:
+            raise InputError(f"crop {self.crop}: expected height and width in pixels")
         self.whole, self.memory, self._kept, self._bytes = whole, memory * 1e9, {}, 0
 
-    def __len__(self): return self.length
-    def __getstate__(self): return self.__dict__ | dict(_kept={}, _bytes=0)
+    def __len__(self):
+        return self.length
+
+    def __getstate__(self):
+        return self.__dict__ | dict(_kept={}, _bytes=0)
 
     def _read(self, i):
         if i not in self._kept:
             pair = read_pair(self.pictures[i], self.classes, self.channels, self.white)
-            if self.whole: pair = scaled(*pair, self.crop)
+            if self.whole:
+                pair = scaled(*pair, self.crop)
             size = sum(a.nbytes for a in pair)
-            if self._bytes + size > self.memory: return pair
+            if self._bytes + size > self.memory:
+                return pair
             self._kept[i], self._bytes = pair, self._bytes + size
         return self._kept[i]
 
-    def item(self,
-        index:int,  # of the picture, modulo their number
-        seed:int,   # everything random follows from it
-    )->dict:        # image c h w in 0..1, target h w, mask h w, name
+    def item(
+        self,
+        index: int,  # of the picture, modulo their number
+        seed: int,  # everything random follows from it
+    ) -> dict:  # image c h w in 0..1, target h w, mask h w, name
         "One crop, or one whole picture."
         rng = np.random.default_rng(seed)
         i = index % len(self.pictures)
         image, label, valid = self._read(i) if self.whole else self._crop(*self._read(i), rng)
-        if self.augment is not None: image, label, valid = vary(image, label, valid, self.augment, rng)
-        return dict(image=torch.from_numpy(image), target=torch.from_numpy(label.astype(np.int64)), mask=torch.from_numpy(np.ascontiguousarray(valid)), name=self.pictures[i].name)
+        if self.augment is not None:
+            image, label, valid = vary(image, label, valid, self.augment, rng)
+        return dict(
+            image=torch.from_numpy(image),
+            target=torch.from_numpy(label.astype(np.int64)),
+            mask=torch.from_numpy(np.ascontiguousarray(valid)),
+            name=self.pictures[i].name,
+        )
 
     def _crop(self, image, label, valid, rng):
         "A part of a picture at a random place and scale."
@@ -329,55 +463,68 @@ class ImageDataset:
     def _corner(self, label, valid, window, rng):
         "Upper left corner of a crop."
         corner = [int(rng.integers(min(0, n - w), max(0, n - w) + 1)) for n, w in zip(label.shape, window)]
-        if rng.random() >= self.balance: return corner
+        if rng.random() >= self.balance:
+            return corner
         there = np.flatnonzero(np.bincount(label[valid], minlength=1))
-        if not len(there): return corner
+        if not len(there):
+            return corner
         places = np.flatnonzero((label == rng.choice(there)) & valid)
         y, x = divmod(int(rng.choice(places)), label.shape[1])
-        return [min(max(min(0, n - w), c - int(rng.integers(w))), max(0, n - w)) for c, n, w in zip((y, x), label.shape, window)]
+        return [
+            min(max(min(0, n - w), c - int(rng.integers(w))), max(0, n - w))
+            for c, n, w in zip((y, x), label.shape, window)
+        ]
 
 # %% ../../nbs/api/data/images.ipynb #b40f1606
 def cut(
-    image:np.ndarray,   # c h w
-    label:np.ndarray,   # h w
-    valid:np.ndarray,   # h w
-    window:Sequence,    # height and width
-    corner:Sequence,    # upper left; may be outside
-)->tuple:               # image, label, valid of the window
+    image: np.ndarray,  # c h w
+    label: np.ndarray,  # h w
+    valid: np.ndarray,  # h w
+    window: Sequence,  # height and width
+    corner: Sequence,  # upper left; may be outside
+) -> tuple:  # image, label, valid of the window
     "A window of a picture, continued by its mirror image where it is larger."
     inside = tuple(slice(max(0, c), min(n, c + w)) for c, w, n in zip(corner, window, label.shape))
     pad = [(max(0, -c), max(0, c + w - n)) for c, w, n in zip(corner, window, label.shape)]
     image, label, valid = image[(slice(None), *inside)], label[inside], valid[inside]
-    if not any(map(any, pad)): return image, label, valid
+    if not any(map(any, pad)):
+        return image, label, valid
     return np.pad(image, [(0, 0), *pad], "symmetric"), np.pad(label, pad), np.pad(valid, pad)
 
+
 def scaled(
-    image:np.ndarray,   # c h w
-    label:np.ndarray,   # h w
-    valid:np.ndarray,   # h w
-    size:tuple,         # height and width
-)->tuple:               # image, label, valid
+    image: np.ndarray,  # c h w
+    label: np.ndarray,  # h w
+    valid: np.ndarray,  # h w
+    size: tuple,  # height and width
+) -> tuple:  # image, label, valid
     "A picture at another size: linear with antialiasing, labels by the nearest pixel."
-    if label.shape == tuple(size): return image, label, valid
-    image = F.interpolate(torch.from_numpy(np.ascontiguousarray(image))[None], size=size, mode="bilinear", antialias=True)[0].numpy()
+    if label.shape == tuple(size):
+        return image, label, valid
+    image = F.interpolate(
+        torch.from_numpy(np.ascontiguousarray(image))[None], size=size, mode="bilinear", antialias=True
+    )[0].numpy()
     both = torch.from_numpy(np.stack([label, valid.astype(label.dtype)]))
     label, valid = F.interpolate(both[None].float(), size=size, mode="nearest-exact")[0].numpy()
     return image, label.astype(np.uint8), valid > 0
 
+
 def vary(
-    image:np.ndarray,    # c h w in 0..1
-    label:np.ndarray,    # h w
-    valid:np.ndarray,    # h w
-    augment:Augment,     # how
-    rng:np.random.Generator,
-)->tuple:                # image, label, valid
+    image: np.ndarray,  # c h w in 0..1
+    label: np.ndarray,  # h w
+    valid: np.ndarray,  # h w
+    augment: Augment,  # how
+    rng: np.random.Generator,
+) -> tuple:  # image, label, valid
     "Flips and quarter turns of all, contrast, brightness, gamma and noise of the image."
     for axis in (-2, -1):
-        if rng.random() < augment.flip: image, label, valid = (np.flip(a, axis) for a in (image, label, valid))
+        if rng.random() < augment.flip:
+            image, label, valid = (np.flip(a, axis) for a in (image, label, valid))
     if label.shape[0] == label.shape[1] and rng.random() < augment.rotate:
         k = int(rng.integers(4))
         image, label, valid = (np.rot90(a, k, (-2, -1)) for a in (image, label, valid))
     return augment_planes(image, augment, rng), np.ascontiguousarray(label), valid
+
 
 def augment_planes(image, augment, rng):
     "Intensities, the same change in all channels."

@@ -12,67 +12,99 @@ __all__ = ['Name', 'Text', 'Colour', 'Sha256', 'ROLES', 'RULES', 'source_kind', 
 import re
 from inspect import signature
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Iterator, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
+from collections.abc import Iterator
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, NonNegativeInt, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    NonNegativeInt,
+    ValidationError,
+    model_validator,
+)
 
 import dinolab
 from ..core.errors import InputError, MissingError, nearest, pick
 
 # %% ../../nbs/api/data/manifest.ipynb #2100fbc6
 def source_kind(
-    source:str,  # as in the manifest
-)->tuple:        # ("synth", generator), ("package", name), ("url", the whole) or ("local", path)
+    source: str,  # as in the manifest
+) -> tuple:  # ("synth", generator), ("package", name), ("url", the whole) or ("local", path)
     "What a source is, and its name, address or path."
-    if "://" in source: return "url", source
+    if "://" in source:
+        return "url", source
     head, colon, name = source.partition(":")
-    if not colon: return "local", source
+    if not colon:
+        return "local", source
     if head not in ("synth", "package"):
         near = nearest(head, ["synth", "package"], n=1)
-        raise ValueError("a path, an address with ://, package:NAME or synth:NAME" + (f"; did you mean {near[0]}:{name}?" if near else ""))
+        raise ValueError(
+            "a path, an address with ://, package:NAME or synth:NAME"
+            + (f"; did you mean {near[0]}:{name}?" if near else "")
+        )
     return head, name
 
 # %% ../../nbs/api/data/manifest.ipynb #abc19cef
-def _matching(pattern:str, what:str):
+def _matching(pattern: str, what: str):
     "Text that matches `pattern`, else an error that says `what` is expected."
+
     def check(text):
-        if not re.fullmatch(pattern, text): raise ValueError(what)
+        if not re.fullmatch(pattern, text):
+            raise ValueError(what)
         return text
+
     return AfterValidator(check)
 
-def _below(path:str):
+
+def _below(path: str):
     if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts or not path:
         raise ValueError("a path below the source, without .. and without / in front")
     return path
 
-Name = Annotated[str, _matching(r"[A-Za-z0-9][\w.-]*", "letters, digits and . _ - only: it names a file or folder")]
+
+Name = Annotated[
+    str, _matching(r"[A-Za-z0-9][\w.-]*", "letters, digits and . _ - only: it names a file or folder")
+]
 Text = Annotated[str, _matching(r"(?s).*\S.*", "some text")]
 Colour = Annotated[str, _matching("#[0-9a-fA-F]{6}", 'a colour such as "#1f77b4"')]
-Sha256 = Annotated[str, _matching("[0-9a-f]{64}", "a SHA-256 checksum, 64 hexadecimal digits (what sha256sum prints)")]
+Sha256 = Annotated[
+    str, _matching("[0-9a-f]{64}", "a SHA-256 checksum, 64 hexadecimal digits (what sha256sum prints)")
+]
 
 # %% ../../nbs/api/data/manifest.ipynb #ecfe54b0
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
+
 class File(_Strict):
     "One file of a case; a bare path in the manifest is a `File` too."
+
     path: Annotated[str, AfterValidator(_below)] = Field(description="where it is below the source")
     sha256: Sha256 | None = Field(None, description="checksum of the whole file")
     size: NonNegativeInt | None = Field(None, description="bytes")
 
     @model_validator(mode="before")
     @classmethod
-    def _bare(cls, value): return {"path": value} if isinstance(value, str) else value
+    def _bare(cls, value):
+        return {"path": value} if isinstance(value, str) else value
 
 # %% ../../nbs/api/data/manifest.ipynb #eb334701
 class Reading(_Strict):
     "What a reader must be told; what is not set is taken from the file."
-    voxel_size: Annotated[list[PositiveFloat], Field(min_length=2, max_length=3)] | None = Field(None, description="nm, z y x (or y x), where the file has none")
+
+    voxel_size: Annotated[list[PositiveFloat], Field(min_length=2, max_length=3)] | None = Field(
+        None, description="nm, z y x (or y x), where the file has none"
+    )
     unit: str | None = Field(None, description="of lengths in the file, where it names none")
     channel: NonNegativeInt | None = Field(None, description="which channel, from 0")
     time: NonNegativeInt | None = Field(None, description="which time point, from 0")
-    origin: Literal["file", "corner"] | None = Field(None, description="of coarser levels: as the file says, or such that corners agree")
+    origin: Literal["file", "corner"] | None = Field(
+        None, description="of coarser levels: as the file says, or such that corners agree"
+    )
     missing: Literal["error", "fill"] | None = Field(None, description="what an absent chunk is")
 
 # %% ../../nbs/api/data/manifest.ipynb #d9630100
@@ -85,13 +117,16 @@ ROLES = dict(  # kind -> (needed, possible) roles of files
 # %% ../../nbs/api/data/manifest.ipynb #b0cf6596
 class Case(_Strict):
     "One volume, subject or scene: the unit that a split never divides."
+
     files: dict[Name, File] = Field({}, description="role -> file")
     parameters: dict[str, Any] = Field({}, description="of the generator, over those of the manifest")
     group: Text | None = Field(None, description="subject, animal or scene that several cases share")
     read: Reading = Field(Reading(), description="how to read the files, over that of the manifest")
 
+
 class Class(_Strict):
     "One class of the labels."
+
     value: NonNegativeInt = Field(description="in the labels")
     name: Text = Field(description="of the class")
     colour: Colour = Field(description='such as "#1f77b4"')
@@ -99,12 +134,15 @@ class Class(_Strict):
 # %% ../../nbs/api/data/manifest.ipynb #34fd030e
 class Manifest(_Strict):
     "One data set."
+
     name: Name = Field(description="of the data set and of its manifest")
     kind: Literal[tuple(ROLES)] = Field(description="of data")
     description: str = Field("", description="what one sees in it")
     licence: Text = Field(description="under which the data may be used")
     citation: Text = Field(description="whom to thank")
-    source: Annotated[Text, AfterValidator(lambda s: source_kind(s) and s)] = Field(description="path, address, package:NAME or synth:NAME")
+    source: Annotated[Text, AfterValidator(lambda s: source_kind(s) and s)] = Field(
+        description="path, address, package:NAME or synth:NAME"
+    )
     remote: bool = Field(False, description="read at the source, never downloaded")
     parameters: dict[str, Any] = Field({}, description="of the generator")
     read: Reading = Field(Reading(), description="how to read the files")
@@ -112,75 +150,91 @@ class Manifest(_Strict):
     splits: dict[Name, list[str]] = Field({}, description="split -> names of cases")
     classes: list[Class] = Field([], description="of the labels")
 
-    def names(self, split:str=None)->list:
+    def names(self, split: str = None) -> list:
         "Names of all cases, or of those in one split."
         return list(self.cases) if split is None else pick(self.splits, split, f"split of {self.name}")
 
-    def read_as(self, case:str)->dict:
+    def read_as(self, case: str) -> dict:
         "Settings of `Reading` for one case, only those that are set."
         return self.read.model_dump(exclude_none=True) | self.cases[case].read.model_dump(exclude_none=True)
 
-    def parameters_of(self, case:str)->dict:
+    def parameters_of(self, case: str) -> dict:
         "Parameters of the generator for one case."
         return self.parameters | self.cases[case].parameters
 
 # %% ../../nbs/api/data/manifest.ipynb #ac019870
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers = {k: [r for r in rules if not r[0].endswith("timestamp")]
-                               for k, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+    yaml_implicit_resolvers = {
+        k: [r for r in rules if not r[0].endswith("timestamp")]
+        for k, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
 
 def line_of(
-    node:yaml.Node,  # root of the file
-    place:tuple,     # keys and indices, as in pydantic's loc
-)->int:              # from 1
+    node: yaml.Node,  # root of the file
+    place: tuple,  # keys and indices, as in pydantic's loc
+) -> int:  # from 1
     "Line of the deepest part of `place` that the file has."
     line = node.start_mark.line + 1
     for step in place:
-        if isinstance(node, yaml.MappingNode): found = [(v, k) for k, v in node.value if k.value == str(step)]
-        elif isinstance(node, yaml.SequenceNode): found = [(v, v) for v in node.value[step:step+1]]
-        else: found = []
-        if not found: break
+        if isinstance(node, yaml.MappingNode):
+            found = [(v, k) for k, v in node.value if k.value == str(step)]
+        elif isinstance(node, yaml.SequenceNode):
+            found = [(v, v) for v in node.value[step : step + 1]]
+        else:
+            found = []
+        if not found:
+            break
         node, marked = found[-1]
         line = marked.start_mark.line + 1
     return line
 
 # %% ../../nbs/api/data/manifest.ipynb #fd495dfc
 def repeated_keys(
-    node:yaml.Node,  # where to look, all the way down
-)->Iterator:         # (line, message)
+    node: yaml.Node,  # where to look, all the way down
+) -> Iterator:  # (line, message)
     "Keys that stand twice in one mapping."
     first = {}
     for part in node.value if isinstance(node, yaml.CollectionNode) else []:
         key, value = part if isinstance(part, tuple) else (None, part)
         if key is not None:
             line = key.start_mark.line + 1
-            if key.value in first: yield line, f"key {key.value!r} is on line {first[key.value]} already: keep one"
+            if key.value in first:
+                yield line, f"key {key.value!r} is on line {first[key.value]} already: keep one"
             first.setdefault(key.value, line)
-        if value.start_mark.index > node.start_mark.index: yield from repeated_keys(value)  # an alias may point backwards
+        if value.start_mark.index > node.start_mark.index:
+            yield from repeated_keys(value)  # an alias may point backwards
 
 # %% ../../nbs/api/data/manifest.ipynb #1f00a862
 def fields_at(
-    place:tuple,  # keys and indices
-)->dict:          # key -> pydantic's FieldInfo
+    place: tuple,  # keys and indices
+) -> dict:  # key -> pydantic's FieldInfo
     "What may be written at a place of the manifest."
     kind = Manifest
-    for step in place: kind = kind.model_fields[step].annotation if hasattr(kind, "model_fields") else get_args(kind)[-1]
+    for step in place:
+        kind = kind.model_fields[step].annotation if hasattr(kind, "model_fields") else get_args(kind)[-1]
     return kind.model_fields
 
-def _unknown(name, choices, what)->str:
+
+def _unknown(name, choices, what) -> str:
     "The message of `pick` for a name that is not among the choices."
-    try: pick(dict.fromkeys(choices), name, what)
-    except InputError as e: return str(e)
+    try:
+        pick(dict.fromkeys(choices), name, what)
+    except InputError as e:
+        return str(e)
 
 # %% ../../nbs/api/data/manifest.ipynb #8e18c62c
-def _message(error:dict)->str:
+def _message(error: dict) -> str:
     "One of pydantic's errors in one line."
     *parent, key = error["loc"]
     inside = ".".join(map(str, parent)) + ": " if parent else ""
-    if error["type"] in ("extra_forbidden", "invalid_key"): return inside + _unknown(str(key), fields_at(parent), "key")
-    if error["type"] == "missing": return f"{inside}missing key {key!r} ({fields_at(parent)[key].description})"
+    if error["type"] in ("extra_forbidden", "invalid_key"):
+        return inside + _unknown(str(key), fields_at(parent), "key")
+    if error["type"] == "missing":
+        return f"{inside}missing key {key!r} ({fields_at(parent)[key].description})"
     got, want = repr(error["input"]), re.sub(r"^(\w+ should (be )?|Value error, )", "", error["msg"])
-    if error["input"] is None: got, want = "nothing", want + (": in quotes, since # begins a comment" if key == "colour" else "")
+    if error["input"] is None:
+        got, want = "nothing", want + (": in quotes, since # begins a comment" if key == "colour" else "")
     return f"{'.'.join(map(str, error['loc']))}: got {got if len(got) < 60 else got[:57] + '...'}, expected {want}"
 
 # %% ../../nbs/api/data/manifest.ipynb #49220ff6
@@ -190,26 +244,44 @@ def cases_in_one_split(splits, cases):
     for split, names in splits.items():
         for i, name in enumerate(names):
             place = ("splits", split, i)
-            if name not in cases: yield place, _unknown(name, cases, "case")
-            elif name in home: yield place, f"case {name!r} is in split {home[name]!r} already: expected each case in one split only"
+            if name not in cases:
+                yield place, _unknown(name, cases, "case")
+            elif name in home:
+                yield (
+                    place,
+                    f"case {name!r} is in split {home[name]!r} already: expected each case in one split only",
+                )
             home.setdefault(name, split)
-    if splits: yield from ((("cases", name), f"case {name!r} is in no split: add it to one, or remove it") for name in cases if name not in home)
+    if splits:
+        yield from (
+            (("cases", name), f"case {name!r} is in no split: add it to one, or remove it")
+            for name in cases
+            if name not in home
+        )
 
 # %% ../../nbs/api/data/manifest.ipynb #02135c3c
-def _files(case): return {role: f if isinstance(f, dict) else {"path": f} for role, f in case.get("files", {}).items()}
+def _files(case):
+    return {role: f if isinstance(f, dict) else {"path": f} for role, f in case.get("files", {}).items()}
+
 
 def nothing_shared(splits, cases, parameters, source):
     "No file, group or generated volume in two splits."
     seen = {}
     home = {name: split for split, names in splits.items() for name in names}
     for name, case in cases.items():
-        what = [f"{key} {f[key]!r}" for f in _files(case).values() for key in ("path", "sha256") if f.get(key)]
+        what = [
+            f"{key} {f[key]!r}" for f in _files(case).values() for key in ("path", "sha256") if f.get(key)
+        ]
         what += [f"group {case['group']!r}"] if case.get("group") else []
-        if source_kind(source)[0] == "synth": what += [f"seed {(parameters | case.get('parameters', {})).get('seed', 'of the generator')}"]
+        if source_kind(source)[0] == "synth":
+            what += [f"seed {(parameters | case.get('parameters', {})).get('seed', 'of the generator')}"]
         for thing in what:
             other = seen.setdefault(thing, name)
             if home.get(other) != home.get(name):
-                yield ("cases", name), f"{thing} of case {name!r} ({home.get(name)}) is in {other!r} ({home.get(other)}) too: expected in one split only"
+                yield (
+                    ("cases", name),
+                    f"{thing} of case {name!r} ({home.get(name)}) is in {other!r} ({home.get(other)}) too: expected in one split only",
+                )
 
 # %% ../../nbs/api/data/manifest.ipynb #b6f3f84e
 def roles_fit(kind, cases, source):
@@ -218,104 +290,172 @@ def roles_fit(kind, cases, source):
     for name, case in cases.items():
         place, roles = ("cases", name, "files"), case.get("files", {})
         if source_kind(source)[0] == "synth":
-            if roles: yield place, f"cases.{name}.files: got files for {source}, expected parameters only: a generator makes the files"
+            if roles:
+                yield (
+                    place,
+                    f"cases.{name}.files: got files for {source}, expected parameters only: a generator makes the files",
+                )
             continue
-        yield from (((*place, role), _unknown(role, needed + possible, f"role of a {kind}")) for role in roles if role not in needed + possible)
+        yield from (
+            ((*place, role), _unknown(role, needed + possible, f"role of a {kind}"))
+            for role in roles
+            if role not in needed + possible
+        )
         missing = [role for role in needed if role not in roles]
-        if missing: yield place, f"cases.{name}.files: missing {', '.join(missing)}: expected in each case of kind {kind}"
+        if missing:
+            yield (
+                place,
+                f"cases.{name}.files: missing {', '.join(missing)}: expected in each case of kind {kind}",
+            )
+
 
 def parameters_used(source, parameters, cases):
     "Parameters are for generators."
-    if source_kind(source)[0] == "synth": return
-    places = [("parameters",)] * bool(parameters) + [("cases", name, "parameters") for name, case in cases.items() if case.get("parameters")]
-    for place in places: yield place, f"{'.'.join(place)}: nothing reads them: expected with source synth:NAME only, got {source}"
+    if source_kind(source)[0] == "synth":
+        return
+    places = [("parameters",)] * bool(parameters) + [
+        ("cases", name, "parameters") for name, case in cases.items() if case.get("parameters")
+    ]
+    for place in places:
+        yield (
+            place,
+            f"{'.'.join(place)}: nothing reads them: expected with source synth:NAME only, got {source}",
+        )
 
 # %% ../../nbs/api/data/manifest.ipynb #9867ae54
 def downloads_checked(source, remote, cases):
     "Downloaded files have checksums; folders stay remote."
     kind = source_kind(source)[0]
-    if remote and kind != "url": yield ("remote",), f"remote: got true for {source}, expected with an address (https://, s3://) only"
-    if remote or kind not in ("url", "package"): return
+    if remote and kind != "url":
+        yield ("remote",), f"remote: got true for {source}, expected with an address (https://, s3://) only"
+    if remote or kind not in ("url", "package"):
+        return
     for name, case in cases.items():
         for role, file in _files(case).items():
             place = ("cases", name, "files", role)
-            if file["path"].rstrip("/").endswith((".zarr", ".n5")) or ".zarr/" in file["path"] or ".n5/" in file["path"]:
-                yield place, f"{'.'.join(place)}: a zarr is a folder and is not downloaded: set remote: true, or give a .zarr.zip"
-            elif not file.get("sha256"): yield place, f"{'.'.join(place)}: missing sha256: expected for each file that is downloaded or copied"
+            if (
+                file["path"].rstrip("/").endswith((".zarr", ".n5"))
+                or ".zarr/" in file["path"]
+                or ".n5/" in file["path"]
+            ):
+                yield (
+                    place,
+                    f"{'.'.join(place)}: a zarr is a folder and is not downloaded: set remote: true, or give a .zarr.zip",
+                )
+            elif not file.get("sha256"):
+                yield (
+                    place,
+                    f"{'.'.join(place)}: missing sha256: expected for each file that is downloaded or copied",
+                )
+
 
 def classes_differ(classes):
     "No value and no name twice."
     for key in ("value", "name"):
         taken = set()
         for i, c in enumerate(classes):
-            if c[key] in taken: yield ("classes", i, key), f"class {key} {c[key]!r} is taken by a class above: expected each {key} once"
+            if c[key] in taken:
+                yield (
+                    ("classes", i, key),
+                    f"class {key} {c[key]!r} is taken by a class above: expected each {key} once",
+                )
             taken.add(c[key])
+
 
 RULES = [cases_in_one_split, nothing_shared, roles_fit, parameters_used, downloads_checked, classes_differ]
 
 # %% ../../nbs/api/data/manifest.ipynb #76a98d70
-def _compose(text, where)->tuple:
+def _compose(text, where) -> tuple:
     "Nodes and values of YAML text."
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
-        if node is None: raise InputError(f"{where}:1: the file is empty: expected the keys {', '.join(Manifest.model_fields)}")
+        if node is None:
+            raise InputError(
+                f"{where}:1: the file is empty: expected the keys {', '.join(Manifest.model_fields)}"
+            )
         return node, loader.construct_document(node)
     except yaml.MarkedYAMLError as e:
         mark = e.problem_mark or e.context_mark
-        raise InputError(f"{where}:{mark.line + 1}: not YAML: {e.problem or e.context} (column {mark.column + 1})") from None
+        raise InputError(
+            f"{where}:{mark.line + 1}: not YAML: {e.problem or e.context} (column {mark.column + 1})"
+        ) from None
     except yaml.reader.ReaderError as e:
-        raise InputError(f"{where}:{text[:e.position].count(chr(10)) + 1}: not a text file: {e.reason}") from None
+        raise InputError(
+            f"{where}:{text[: e.position].count(chr(10)) + 1}: not a text file: {e.reason}"
+        ) from None
+
 
 def parse_manifest(
-    text:str,              # YAML
-    where:str="manifest",  # name of the file, for errors
-)->Manifest:
+    text: str,  # YAML
+    where: str = "manifest",  # name of the file, for errors
+) -> Manifest:
     "Read YAML; everything that is wrong with it is one `InputError`, one line `file:line: message` per mistake."
     node, data = _compose(text, where)
     if not isinstance(data, dict):
-        raise InputError(f"{where}:{line_of(node, ())}: got a {type(data).__name__}, expected the keys {', '.join(Manifest.model_fields)}")
+        raise InputError(
+            f"{where}:{line_of(node, ())}: got a {type(data).__name__}, expected the keys {', '.join(Manifest.model_fields)}"
+        )
     manifest, problems = None, list(repeated_keys(node))
-    try: manifest, wrong = Manifest.model_validate(data), set()
+    try:
+        manifest, wrong = Manifest.model_validate(data), set()
     except ValidationError as e:
         errors = e.errors()
         problems += [(line_of(node, error["loc"]), _message(error)) for error in errors]
         wrong = {error["loc"][0] for error in errors}
-    values = {key: data.get(key, field.default) for key, field in Manifest.model_fields.items() if key not in wrong}
+    values = {
+        key: data.get(key, field.default) for key, field in Manifest.model_fields.items() if key not in wrong
+    }
     for rule in RULES:
         keys = signature(rule).parameters
-        if set(keys) <= set(values): problems += [(line_of(node, place), text) for place, text in rule(**{k: values[k] for k in keys})]
-    if problems: raise InputError("\n".join(f"{where}:{line}: {text}" for line, text in sorted(problems)))
+        if set(keys) <= set(values):
+            problems += [(line_of(node, place), text) for place, text in rule(**{k: values[k] for k in keys})]
+    if problems:
+        raise InputError("\n".join(f"{where}:{line}: {text}" for line, text in sorted(problems)))
     return manifest
 
 # %% ../../nbs/api/data/manifest.ipynb #4152940a
 def find_manifests(
-    folder:str="data_manifests",  # where the manifests are
-)->dict:                          # name -> path, sorted
+    folder: str = "data_manifests",  # where the manifests are
+) -> dict:  # name -> path, sorted
     "All manifests of a folder, by the names of their files; a relative folder is looked for from here upwards, then beside the package."
     bases = (Path.cwd(), *Path.cwd().parents, Path(dinolab.__file__).resolve().parents[1])
-    there = next((b/folder for b in bases if (b/folder).is_dir()), Path(folder))
+    there = next((b / folder for b in bases if (b / folder).is_dir()), Path(folder))
     return {p.stem: p for p in sorted(there.glob("*.yaml"))}
 
+
 def load_manifest(
-    path_or_name,                 # file, name of a manifest in the folder, or a Manifest, which is returned as it is
-    folder:str="data_manifests",  # where names are looked up
-)->Manifest:
+    path_or_name,  # file, name of a manifest in the folder, or a Manifest, which is returned as it is
+    folder: str = "data_manifests",  # where names are looked up
+) -> Manifest:
     "Read and check a manifest."
-    if isinstance(path_or_name, Manifest): return path_or_name
+    if isinstance(path_or_name, Manifest):
+        return path_or_name
     path = Path(path_or_name).expanduser()
     by_name = path.suffix not in (".yaml", ".yml") and path.name == str(path_or_name)
     if by_name:
         found = find_manifests(folder)
-        if not found: raise MissingError(f"no manifests in {str(folder)!r}: give the path of a .yaml file, or the folder of manifests")
+        if not found:
+            raise MissingError(
+                f"no manifests in {str(folder)!r}: give the path of a .yaml file, or the folder of manifests"
+            )
         path = pick(found, str(path_or_name), f"data set in {str(folder)!r}")
-    if not path.is_file(): raise MissingError(f"no file {str(path)!r}: give the path of a manifest (.yaml), or the name of one in {str(folder)!r}")
-    try: text = path.read_text(encoding="utf-8")
+    if not path.is_file():
+        raise MissingError(
+            f"no file {str(path)!r}: give the path of a manifest (.yaml), or the name of one in {str(folder)!r}"
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
-        line = e.object[:e.start].count(10) + 1
+        line = e.object[: e.start].count(10) + 1
         raise InputError(f"{path}:{line}: not a text file in UTF-8: {e.reason}") from None
     manifest = parse_manifest(text, str(path))
     if by_name and manifest.name != path.stem:
-        raise InputError(f"{path}:{line_of(yaml.compose(text), ('name',))}: name: got {manifest.name!r}, expected {path.stem!r}, as the file is called")
-    if source_kind(manifest.source)[0] != "local": return manifest
-    return manifest.model_copy(update=dict(source=str((path.parent / Path(manifest.source).expanduser()).resolve())))
+        raise InputError(
+            f"{path}:{line_of(yaml.compose(text), ('name',))}: name: got {manifest.name!r}, expected {path.stem!r}, as the file is called"
+        )
+    if source_kind(manifest.source)[0] != "local":
+        return manifest
+    return manifest.model_copy(
+        update=dict(source=str((path.parent / Path(manifest.source).expanduser()).resolve()))
+    )

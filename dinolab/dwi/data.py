@@ -20,112 +20,178 @@ from ..volumes.formats import open_nifti
 @dataclass(frozen=True)
 class Gradients:
     "b-values and directions of a series."
-    bvals:np.ndarray             # v, s/mm²
-    bvecs:np.ndarray             # v 3, unit vectors; anything where there is no weighting
-    b0_threshold:float=50.       # s/mm², up to which a volume has no weighting
 
-    def __len__(self): return len(self.bvals)
+    bvals: np.ndarray  # v, s/mm²
+    bvecs: np.ndarray  # v 3, unit vectors; anything where there is no weighting
+    b0_threshold: float = 50.0  # s/mm², up to which a volume has no weighting
+
+    def __len__(self):
+        return len(self.bvals)
+
     @property
-    def is_b0(self)->np.ndarray:  # v, boolean
+    def is_b0(self) -> np.ndarray:  # v, boolean
         "Which volumes have no weighting."
         return self.bvals <= self.b0_threshold
+
     @property
-    def shells(self)->np.ndarray:  # v, s/mm²
+    def shells(self) -> np.ndarray:  # v, s/mm²
         "b-values rounded to 100, 0 for volumes without weighting."
         return np.where(self.is_b0, 0, np.maximum(100, np.round(self.bvals / 100) * 100)).astype(int)
 
-    def __getitem__(self, index)->"Gradients":
+    def __getitem__(self, index) -> "Gradients":
         "The table of some volumes."
         return Gradients(self.bvals[index], self.bvecs[index], self.b0_threshold)
 
+
 def check_gradients(
-    bvals,                    # v numbers, s/mm²
-    bvecs,                    # 3 v or v 3
-    volumes:int=None,         # of the image; None: not known
-    b0_threshold:float=50.,   # s/mm²
-)->Gradients:
+    bvals,  # v numbers, s/mm²
+    bvecs,  # 3 v or v 3
+    volumes: int = None,  # of the image; None: not known
+    b0_threshold: float = 50.0,  # s/mm²
+) -> Gradients:
     "A table that fits the image; `InputError` says what does not."
     b, g = np.asarray(bvals, float).ravel(), np.atleast_2d(np.asarray(bvecs, float))
-    if not np.isfinite(b).all() or (b < 0).any(): raise InputError(f"b-values hold {b[~(np.isfinite(b) & (b >= 0))][0]}: expected numbers of 0 or more, s/mm²")
-    if volumes is not None and len(b) != volumes: raise InputError(f"{len(b)} b-values for an image of {volumes} volumes: expected one per volume; is it the table of another series?")
-    if g.shape == (3, len(b)) and len(b) != 3: g = g.T
-    if g.shape != (len(b), 3): raise InputError(f"directions of shape {g.shape} for {len(b)} b-values: expected 3 x {len(b)} or {len(b)} x 3")
+    if not np.isfinite(b).all() or (b < 0).any():
+        raise InputError(
+            f"b-values hold {b[~(np.isfinite(b) & (b >= 0))][0]}: expected numbers of 0 or more, s/mm²"
+        )
+    if volumes is not None and len(b) != volumes:
+        raise InputError(
+            f"{len(b)} b-values for an image of {volumes} volumes: expected one per volume; is it the table of another series?"
+        )
+    if g.shape == (3, len(b)) and len(b) != 3:
+        g = g.T
+    if g.shape != (len(b), 3):
+        raise InputError(
+            f"directions of shape {g.shape} for {len(b)} b-values: expected 3 x {len(b)} or {len(b)} x 3"
+        )
     weighted = b > b0_threshold
-    if weighted.sum() < 6: raise InputError(f"{weighted.sum()} volumes with b above {b0_threshold:g}: expected 6 or more; b-values are in s/mm²")
-    if weighted.all(): raise InputError(f"no volume with b of at most {b0_threshold:g}: expected one at least; the smallest is {b.min():g}, raise the threshold if that is meant as b = 0")
+    if weighted.sum() < 6:
+        raise InputError(
+            f"{weighted.sum()} volumes with b above {b0_threshold:g}: expected 6 or more; b-values are in s/mm²"
+        )
+    if weighted.all():
+        raise InputError(
+            f"no volume with b of at most {b0_threshold:g}: expected one at least; the smallest is {b.min():g}, raise the threshold if that is meant as b = 0"
+        )
     length = np.linalg.norm(g, axis=1)
     wrong = weighted & ~(np.abs(length - 1) < 0.05)
-    if wrong.any(): raise InputError(f"the direction of volume {np.flatnonzero(wrong)[0]} (b {b[wrong][0]:g}) has length {length[wrong][0]:.3g}: expected unit vectors for weighted volumes")
-    return Gradients(b, np.where(weighted[:, None], g / np.where(weighted, length, 1)[:, None], 0.), b0_threshold)
+    if wrong.any():
+        raise InputError(
+            f"the direction of volume {np.flatnonzero(wrong)[0]} (b {b[wrong][0]:g}) has length {length[wrong][0]:.3g}: expected unit vectors for weighted volumes"
+        )
+    return Gradients(
+        b, np.where(weighted[:, None], g / np.where(weighted, length, 1)[:, None], 0.0), b0_threshold
+    )
 
 # %% ../../nbs/api/dwi/data.ipynb #f1740e7e
 def read_numbers(
-    path,         # .bval or .bvec
-)->np.ndarray:    # rows x columns
+    path,  # .bval or .bvec
+) -> np.ndarray:  # rows x columns
     "The numbers of a text file."
-    if not Path(path).is_file(): raise MissingError(f"no file {str(path)!r}: expected the b-values (--bval) or directions (--bvec) of the series")
-    try: found = np.array([[float(t) for t in line.replace(",", " ").split()] for line in Path(path).read_text().splitlines() if line.strip()])
-    except ValueError as e: raise InputError(f"{path}: {e}; expected numbers in rows of equal length") from None
-    if not found.size: raise InputError(f"{path} is empty: expected numbers")
+    if not Path(path).is_file():
+        raise MissingError(
+            f"no file {str(path)!r}: expected the b-values (--bval) or directions (--bvec) of the series"
+        )
+    try:
+        found = np.array(
+            [
+                [float(t) for t in line.replace(",", " ").split()]
+                for line in Path(path).read_text().splitlines()
+                if line.strip()
+            ]
+        )
+    except ValueError as e:
+        raise InputError(f"{path}: {e}; expected numbers in rows of equal length") from None
+    if not found.size:
+        raise InputError(f"{path} is empty: expected numbers")
     return found
 
 # %% ../../nbs/api/dwi/data.ipynb #197b4b79
 @dataclass(frozen=True)
 class Series:
     "A diffusion series."
-    data:np.ndarray         # x y z v, float32
-    gradients:Gradients
-    image:object=None       # nibabel image that it was read from; None for arrays
-    mask:np.ndarray=None    # x y z, boolean; None: everywhere
+
+    data: np.ndarray  # x y z v, float32
+    gradients: Gradients
+    image: object = None  # nibabel image that it was read from; None for arrays
+    mask: np.ndarray = None  # x y z, boolean; None: everywhere
 
     @property
-    def inside(self)->np.ndarray:  # x y z, boolean
+    def inside(self) -> np.ndarray:  # x y z, boolean
         "The mask, everywhere where there is none."
         return np.ones(self.data.shape[:3], bool) if self.mask is None else self.mask
 
+
 def check_series(
-    data,                  # x y z v
-    gradients:Gradients,
-    mask=None,             # x y z; counts where it is not 0
-    image=None,            # nibabel image that it was read from
-)->Series:
+    data,  # x y z v
+    gradients: Gradients,
+    mask=None,  # x y z; counts where it is not 0
+    image=None,  # nibabel image that it was read from
+) -> Series:
     "A series whose parts fit; `InputError` says what does not."
     data = np.asarray(data)
-    if data.ndim != 4: raise InputError(f"an image of shape {data.shape}: expected four axes, x y z and volumes")
-    if data.shape[3] != len(gradients): raise InputError(f"{data.shape[3]} volumes, {len(gradients)} b-values: expected one per volume")
+    if data.ndim != 4:
+        raise InputError(f"an image of shape {data.shape}: expected four axes, x y z and volumes")
+    if data.shape[3] != len(gradients):
+        raise InputError(f"{data.shape[3]} volumes, {len(gradients)} b-values: expected one per volume")
     bad = ~np.isfinite(data)
-    if bad.any(): raise InputError(f"{bad.sum()} values are not finite, the first at x y z v = {tuple(int(i) for i in np.argwhere(bad)[0])}: expected numbers everywhere; mask or mend them first")
-    if data.dtype.kind == "i" and (low := data.min()) < -0.5 * data.max(): raise InputError(f"{data.dtype} values down to {low}, up to {data.max()}: expected magnitudes, 0 or more; it looks as if large ones had overflowed: convert the series again, to float32")
+    if bad.any():
+        raise InputError(
+            f"{bad.sum()} values are not finite, the first at x y z v = {tuple(int(i) for i in np.argwhere(bad)[0])}: expected numbers everywhere; mask or mend them first"
+        )
+    if data.dtype.kind == "i" and (low := data.min()) < -0.5 * data.max():
+        raise InputError(
+            f"{data.dtype} values down to {low}, up to {data.max()}: expected magnitudes, 0 or more; it looks as if large ones had overflowed: convert the series again, to float32"
+        )
     if mask is not None:
         mask = np.asarray(mask) != 0
-        if mask.shape != data.shape[:3]: raise InputError(f"a mask of shape {mask.shape} for an image of {data.shape[:3]}: expected the same grid")
-        if not mask.any(): raise InputError("the mask is empty: expected some voxels that are not 0")
+        if mask.shape != data.shape[:3]:
+            raise InputError(
+                f"a mask of shape {mask.shape} for an image of {data.shape[:3]}: expected the same grid"
+            )
+        if not mask.any():
+            raise InputError("the mask is empty: expected some voxels that are not 0")
     inside = data.reshape(-1, data.shape[3]) if mask is None else data[mask]
     flat = np.flatnonzero(inside.min(0) == inside.max(0))
-    if len(flat): raise InputError(f"volume {flat[0]} has the value {inside[0, flat[0]]:g} everywhere{'' if mask is None else ' in the mask'}: expected an image; leave that volume out, with its b-value and direction")
+    if len(flat):
+        raise InputError(
+            f"volume {flat[0]} has the value {inside[0, flat[0]]:g} everywhere{'' if mask is None else ' in the mask'}: expected an image; leave that volume out, with its b-value and direction"
+        )
     return Series(np.ascontiguousarray(data, np.float32), gradients, image, mask)
 
+
 def read_series(
-    path,                    # .nii or .nii.gz
-    bval,                    # text file
-    bvec,                    # text file
-    mask=None,               # image; counts where it is not 0
-    b0_threshold:float=50.,  # s/mm²
-)->Series:
+    path,  # .nii or .nii.gz
+    bval,  # text file
+    bvec,  # text file
+    mask=None,  # image; counts where it is not 0
+    b0_threshold: float = 50.0,  # s/mm²
+) -> Series:
     "A series from files."
     data, image = open_nifti(path)
-    if data.ndim != 4: raise InputError(f"{path} has shape {data.shape}: expected four axes, x y z and volumes")
+    if data.ndim != 4:
+        raise InputError(f"{path} has shape {data.shape}: expected four axes, x y z and volumes")
     gradients = check_gradients(read_numbers(bval), read_numbers(bvec), data.shape[3], b0_threshold)
-    if mask is None: return check_series(data, gradients, None, image)
+    if mask is None:
+        return check_series(data, gradients, None, image)
     inside, its = open_nifti(mask)
-    if not np.allclose(its.affine, image.affine, atol=1e-3): raise InputError(f"{mask} lies elsewhere than {path} (their affines differ by {np.abs(its.affine - image.affine).max():.3g}): expected a mask on the same grid")
-    return check_series(data, gradients, inside.reshape(inside.shape[:3]) if inside.ndim == 4 and inside.shape[3] == 1 else inside, image)
+    if not np.allclose(its.affine, image.affine, atol=1e-3):
+        raise InputError(
+            f"{mask} lies elsewhere than {path} (their affines differ by {np.abs(its.affine - image.affine).max():.3g}): expected a mask on the same grid"
+        )
+    return check_series(
+        data,
+        gradients,
+        inside.reshape(inside.shape[:3]) if inside.ndim == 4 and inside.shape[3] == 1 else inside,
+        image,
+    )
 
 # %% ../../nbs/api/dwi/data.ipynb #9b4a0d64
 def otsu(
-    values:np.ndarray,  # any shape
-    bins:int=256,
-)->float:
+    values: np.ndarray,  # any shape
+    bins: int = 256,
+) -> float:
     "The threshold that separates two classes best (Otsu 1979)."
     counts, edges = np.histogram(values, bins)
     middle, total = (edges[1:] + edges[:-1]) / 2, counts.sum()
@@ -134,25 +200,32 @@ def otsu(
     mean_above = ((counts * middle).sum() - np.cumsum(counts * middle)) / np.maximum(total - below, 1)
     return float(middle[np.argmax(below * (total - below) * (mean_below - mean_above) ** 2)])
 
+
 def brain_mask(
-    series:Series,
-)->np.ndarray:  # x y z, boolean
+    series: Series,
+) -> np.ndarray:  # x y z, boolean
     "Head against background."
     image = median_filter(series.data[..., series.gradients.is_b0].mean(-1), 3)
     pieces, n = label(image > otsu(image))
-    if not n: raise InputError("no voxel is brighter than the background: expected an image of something; give a mask")
+    if not n:
+        raise InputError(
+            "no voxel is brighter than the background: expected an image of something; give a mask"
+        )
     return binary_fill_holes(pieces == 1 + np.argmax(np.bincount(pieces.ravel())[1:]))
 
+
 def background_sigma(
-    series:Series,           # magnitudes
-    mask:np.ndarray=None,    # x y z; None: the mask of the series, or brain_mask
-    away:int=2,              # voxels between mask and background
-)->float:                    # None where there is no background
+    series: Series,  # magnitudes
+    mask: np.ndarray = None,  # x y z; None: the mask of the series, or brain_mask
+    away: int = 2,  # voxels between mask and background
+) -> float:  # None where there is no background
     "Standard deviation of the noise, from the background: sqrt(mean(M²) / 2)."
     mask = mask if mask is not None else series.mask if series.mask is not None else brain_mask(series)
     values = series.data[~binary_dilation(mask, iterations=away)].astype(float)
     values = values[(values > 0).any(-1)]  # scanners write 0 where they have measured nothing
-    if len(values) < 100: return None
+    if len(values) < 100:
+        return None
     b0 = series.gradients.is_b0
-    if values[:, b0].mean() > 1.1 * values[:, ~b0].mean(): return None  # noise has no diffusion: this is tissue
-    return float(np.sqrt((values ** 2).mean() / 2))
+    if values[:, b0].mean() > 1.1 * values[:, ~b0].mean():
+        return None  # noise has no diffusion: this is tissue
+    return float(np.sqrt((values**2).mean() / 2))

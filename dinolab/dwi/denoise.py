@@ -34,292 +34,450 @@ from ..volumes.formats import open_nifti, write_nifti
 @dataclass(frozen=True)
 class Options:
     "What methods may use."
-    sigma:object=None       # standard deviation of the noise, number or x y z; None where it is not needed
-    blind:str="volume"      # what a linear prediction does not see: the whole volume, or (voxel) the voxel in it
-    folds:int=8             # of linear predictions
-    seed:int=0              # of qnet
-    threads:int=None        # None: as many as torch uses
+
+    sigma: object = None  # standard deviation of the noise, number or x y z; None where it is not needed
+    blind: str = (
+        "volume"  # what a linear prediction does not see: the whole volume, or (voxel) the voxel in it
+    )
+    folds: int = 8  # of linear predictions
+    seed: int = 0  # of qnet
+    threads: int = None  # None: as many as torch uses
+
 
 METHODS = dict(
     blend=lambda s, o: blend(estimates(s, o.sigma, o.folds, o.blind, o.threads), s),
     simnet=lambda s, o: simnet(s, o.sigma, folds=o.folds, blind=o.blind, threads=o.threads),
     mppca=lambda s, o: mppca(s.data, s.inside, patch_radius(s.data.shape), threads=o.threads, quiet=False),
-    localpca=lambda s, o: localpca(s.data, o.sigma, s.inside, patch_radius(s.data.shape), threads=o.threads, quiet=False),
+    localpca=lambda s, o: localpca(
+        s.data, o.sigma, s.inside, patch_radius(s.data.shape), threads=o.threads, quiet=False
+    ),
     tissue_linear=lambda s, o: fit_tissue(s, folds=o.folds, blind=o.blind).fitted,
     qnet=lambda s, o: qnet(s, fit_tissue(s, folds=o.folds).fitted, o.folds, seed=o.seed)[0],
     spatial_linear=lambda s, o: fit_spatial(s, folds=o.folds, blind=o.blind).fitted,
     loo_linear=lambda s, o: fit_loo(s).predict(s.data),
 )
-METHODS |= dict(tissue=METHODS["tissue_linear"], spatial=METHODS["spatial_linear"], p2s=METHODS["loo_linear"])  # short names
+METHODS |= dict(
+    tissue=METHODS["tissue_linear"], spatial=METHODS["spatial_linear"], p2s=METHODS["loo_linear"]
+)  # short names
 NEEDS_SIGMA = ("blend", "simnet", "localpca")
 UNBIASED = ("simnet",)  # what comes out has no noise floor
 
 # %% ../../nbs/api/dwi/denoise.ipynb #8f984170
 def find_sigma(
-    series:Series,
-    threads:int=None,
-)->float:
+    series: Series,
+    threads: int = None,
+) -> float:
     "Noise level of a series: from its background, or else from the eigenvalues of patches."
     found = background_sigma(series)
-    if found: return found
-    _, sigma = mppca(series.data, series.inside, patch_radius(series.data.shape), threads=threads, return_sigma=True)
+    if found:
+        return found
+    _, sigma = mppca(
+        series.data, series.inside, patch_radius(series.data.shape), threads=threads, return_sigma=True
+    )
     return float(np.median(sigma[series.inside]))
 
 # %% ../../nbs/api/dwi/denoise.ipynb #a9491aa4
 @dataclass(frozen=True)
 class Denoised:
     "A denoised series, and what was used."
-    data:np.ndarray     # x y z v, float32
-    series:Series       # what was denoised
-    sigma:object        # noise level, number or x y z; None where it was not needed
-    about:dict          # method, options, notes
+
+    data: np.ndarray  # x y z v, float32
+    series: Series  # what was denoised
+    sigma: object  # noise level, number or x y z; None where it was not needed
+    about: dict  # method, options, notes
 
     @property
-    def residual(self)->np.ndarray:  # x y z v
+    def residual(self) -> np.ndarray:  # x y z v
         "Noisy minus denoised."
         return self.series.data - self.data
 
 # %% ../../nbs/api/dwi/denoise.ipynb #e22b3c20
-BLIND_METHODS = ("loo_linear", "p2s", "tissue_linear", "tissue", "spatial_linear", "spatial", "qnet")  # each volume without itself
+BLIND_METHODS = (
+    "loo_linear",
+    "p2s",
+    "tissue_linear",
+    "tissue",
+    "spatial_linear",
+    "spatial",
+    "qnet",
+)  # each volume without itself
+
 
 def notes_on(
-    series:Series,
-    out:np.ndarray,   # x y z v, denoised, with its noise floor
-    method:str,
-)->list:              # of sentences
+    series: Series,
+    out: np.ndarray,  # x y z v, denoised, with its noise floor
+    method: str,
+) -> list:  # of sentences
     "What a user should know about a result."
     g, weighted, found = series.gradients, (~series.gradients.is_b0).sum(), []
-    if weighted < 10 and method in BLIND_METHODS: found.append(f"{weighted} weighted volumes are few to predict one from the others: blend or mppca do better")
-    if g.is_b0.sum() == 1 and method in BLIND_METHODS: found.append("the only volume without weighting stays as it is")
+    if weighted < 10 and method in BLIND_METHODS:
+        found.append(
+            f"{weighted} weighted volumes are few to predict one from the others: blend or mppca do better"
+        )
+    if g.is_b0.sum() == 1 and method in BLIND_METHODS:
+        found.append("the only volume without weighting stays as it is")
     rough = residual_autocorrelation((series.data - out)[..., ~g.is_b0], series.inside)
-    if rough > 0.15: found.append(f"what was removed is correlated between neighbours ({rough:.2f}): has the series been interpolated or filtered? denoise it before any other step")
+    if rough > 0.15:
+        found.append(
+            f"what was removed is correlated between neighbours ({rough:.2f}): has the series been interpolated or filtered? denoise it before any other step"
+        )
     return found
 
 # %% ../../nbs/api/dwi/denoise.ipynb #fa2af5b3
 def check_level(
-    sigma,           # number, or x y z; None: not known
-    series:Series,
-)->object:           # None, a number, or x y z: the map in the mask, its median outside
+    sigma,  # number, or x y z; None: not known
+    series: Series,
+) -> object:  # None, a number, or x y z: the map in the mask, its median outside
     "A noise level that fits the series; `InputError` says what does not."
-    if sigma is None: return None
-    if np.shape(sigma) not in ((), series.data.shape[:3]): raise InputError(f"sigma of shape {np.shape(sigma)} for an image of {series.data.shape[:3]}: expected a number or a map on the same grid")
+    if sigma is None:
+        return None
+    if np.shape(sigma) not in ((), series.data.shape[:3]):
+        raise InputError(
+            f"sigma of shape {np.shape(sigma)} for an image of {series.data.shape[:3]}: expected a number or a map on the same grid"
+        )
     inside = np.asarray(sigma, float)[series.inside if np.ndim(sigma) else ...]
-    if not (np.isfinite(inside).all() and (inside > 0).all()): raise InputError(f"sigma holds numbers that are not above 0{' in the mask' if np.ndim(sigma) else ''}: expected a noise level in the units of the image")
+    if not (np.isfinite(inside).all() and (inside > 0).all()):
+        raise InputError(
+            f"sigma holds numbers that are not above 0{' in the mask' if np.ndim(sigma) else ''}: expected a noise level in the units of the image"
+        )
     return np.where(series.inside, sigma, np.median(inside)) if np.ndim(sigma) else float(sigma)
 
 # %% ../../nbs/api/dwi/denoise.ipynb #2e521515
 LEAST = 100  # voxels of a mask
 
+
 def denoise_series(
-    series:Series,
-    method:str="blend",    # a key of METHODS
-    sigma=None,            # noise level, number or x y z; None: found where it is needed
-    rician:str="off",      # off, or koay: take the bias of magnitudes off
-    blind:str="volume",    # what a linear prediction does not see: volume or voxel
-    folds:int=8,           # of linear predictions
-    seed:int=0,            # of qnet
-    threads:int=None,      # None: as many as torch uses
-    level:bool=False,      # find the noise level although nothing needs it
-)->Denoised:
+    series: Series,
+    method: str = "blend",  # a key of METHODS
+    sigma=None,  # noise level, number or x y z; None: found where it is needed
+    rician: str = "off",  # off, or koay: take the bias of magnitudes off
+    blind: str = "volume",  # what a linear prediction does not see: volume or voxel
+    folds: int = 8,  # of linear predictions
+    seed: int = 0,  # of qnet
+    threads: int = None,  # None: as many as torch uses
+    level: bool = False,  # find the noise level although nothing needs it
+) -> Denoised:
     "Denoise a series that was checked."
     work, rician = pick(METHODS, method, "method"), pick(dict(off=False, koay=True), rician, "rician")
     pick(BLIND, blind, "blind")
-    if seed < 0: raise InputError(f"seed={seed}: expected 0 or more")
-    if folds < 2: raise InputError(f"folds={folds}: expected 2 or more")
-    if series.inside.sum() < LEAST: raise InputError(f"{series.inside.sum()} voxels in the mask: expected {LEAST} or more; give a larger mask")
+    if seed < 0:
+        raise InputError(f"seed={seed}: expected 0 or more")
+    if folds < 2:
+        raise InputError(f"folds={folds}: expected 2 or more")
+    if series.inside.sum() < LEAST:
+        raise InputError(
+            f"{series.inside.sum()} voxels in the mask: expected {LEAST} or more; give a larger mask"
+        )
     sigma, began = check_level(sigma, series), time.perf_counter()
-    if sigma is None and (rician or level or method in NEEDS_SIGMA): sigma = find_sigma(series, threads)
+    if sigma is None and (rician or level or method in NEEDS_SIGMA):
+        sigma = find_sigma(series, threads)
     out = work(series, Options(sigma, blind, folds, seed, threads))
-    if series.data.min() >= 0: out = np.maximum(out, 0)  # magnitudes stay magnitudes
+    if series.data.min() >= 0:
+        out = np.maximum(out, 0)  # magnitudes stay magnitudes
     notes = notes_on(series, out, method)
-    if rician and method not in UNBIASED: out = np.where(series.inside[..., None], debias(out, sigma), out)
+    if rician and method not in UNBIASED:
+        out = np.where(series.inside[..., None], debias(out, sigma), out)
     out = np.where(series.inside[..., None], out, series.data).astype(np.float32)
-    about = dict(version=dinolab.__version__, method=method, blind=blind, folds=folds, seed=seed, rician="koay" if rician else "off", noise_floor_removed=bool(rician or method in UNBIASED), sees_own_noise=method not in BLIND_METHODS,
-                 sigma=None if sigma is None else float(np.median(sigma[series.inside] if np.ndim(sigma) else sigma)), voxels=int(series.inside.sum()), shells={str(b): int((series.gradients.shells == b).sum()) for b in np.unique(series.gradients.shells)},
-                 notes=notes, seconds=round(time.perf_counter() - began, 2))
+    about = dict(
+        version=dinolab.__version__,
+        method=method,
+        blind=blind,
+        folds=folds,
+        seed=seed,
+        rician="koay" if rician else "off",
+        noise_floor_removed=bool(rician or method in UNBIASED),
+        sees_own_noise=method not in BLIND_METHODS,
+        sigma=None if sigma is None else float(np.median(sigma[series.inside] if np.ndim(sigma) else sigma)),
+        voxels=int(series.inside.sum()),
+        shells={
+            str(b): int((series.gradients.shells == b).sum()) for b in np.unique(series.gradients.shells)
+        },
+        notes=notes,
+        seconds=round(time.perf_counter() - began, 2),
+    )
     return Denoised(out, series, sigma, about)
 
 # %% ../../nbs/api/dwi/denoise.ipynb #74e31114
 def denoise(
-    data,                     # x y z v
-    bvals,                    # v, s/mm²
-    bvecs,                    # 3 v or v 3, unit vectors
-    method:str="blend",       # a key of METHODS
-    mask=None,                # x y z, counts where it is not 0; None: found from the volumes without weighting
-    b0_threshold:float=50.,   # s/mm², up to which a volume has no weighting
-    **options,                # of denoise_series
-)->Denoised:
+    data,  # x y z v
+    bvals,  # v, s/mm²
+    bvecs,  # 3 v or v 3, unit vectors
+    method: str = "blend",  # a key of METHODS
+    mask=None,  # x y z, counts where it is not 0; None: found from the volumes without weighting
+    b0_threshold: float = 50.0,  # s/mm², up to which a volume has no weighting
+    **options,  # of denoise_series
+) -> Denoised:
     "Denoise an array."
-    if np.ndim(data) != 4: raise InputError(f"an image of shape {np.shape(data)}: expected four axes, x y z and volumes")
+    if np.ndim(data) != 4:
+        raise InputError(f"an image of shape {np.shape(data)}: expected four axes, x y z and volumes")
     series = check_series(data, check_gradients(bvals, bvecs, np.shape(data)[3], b0_threshold), mask)
     return denoise_series(masked(series), method, **options)
 
-def masked(series:Series)->Series:
+
+def masked(series: Series) -> Series:
     "With a mask, where it has none."
-    return series if series.mask is not None else check_series(series.data, series.gradients, brain_mask(series), series.image)
+    return (
+        series
+        if series.mask is not None
+        else check_series(series.data, series.gradients, brain_mask(series), series.image)
+    )
 
 # %% ../../nbs/api/dwi/denoise.ipynb #5039b4de
-def stem_of(path)->str:
+def stem_of(path) -> str:
     "A path without .nii or .nii.gz."
     return str(path).removesuffix(".gz").removesuffix(".nii")
 
+
 def check_targets(
-    files:list,    # to be written
-    force:bool,    # whether they may be there
-    sources=(),    # files that are read, None where there is none
+    files: list,  # to be written
+    force: bool,  # whether they may be there
+    sources=(),  # files that are read, None where there is none
 ):
     "`InputError` where a result cannot be written."
     read = {Path(s).resolve() for s in sources if s}
     for f in files:
-        if Path(f).resolve() in read: raise InputError(f"{f} is the input: expected another name")
-        if Path(f).is_dir(): raise InputError(f"{f} is a folder: expected the name of a file")
+        if Path(f).resolve() in read:
+            raise InputError(f"{f} is the input: expected another name")
+        if Path(f).is_dir():
+            raise InputError(f"{f} is a folder: expected the name of a file")
     there = [f for f in files if Path(f).exists()]
-    if there and not force: raise InputError(f"{there[0]} is there already: expected a new name; --force writes over it")
+    if there and not force:
+        raise InputError(f"{there[0]} is there already: expected a new name; --force writes over it")
     folder = next(p for p in Path(files[0]).absolute().parents if p.exists())
     try:
-        with tempfile.TemporaryFile(dir=folder): pass
-    except OSError as e: raise InputError(f"nothing can be written to {folder} ({e.strerror}): expected a folder with write access") from None
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as e:
+        raise InputError(
+            f"nothing can be written to {folder} ({e.strerror}): expected a folder with write access"
+        ) from None
 
 # %% ../../nbs/api/dwi/denoise.ipynb #19597602
 def read_level(
-    text:str,     # auto, a number, or the path of a map
-)->object:        # None, number or x y z
+    text: str,  # auto, a number, or the path of a map
+) -> object:  # None, number or x y z
     "A noise level as the command line gives it."
-    if text == "auto": return None
-    try: return float(text)
-    except ValueError: pass
-    if not Path(text).exists(): raise InputError(f"sigma {text!r}: expected auto, a number in the units of the image, or the map of a noise level")
+    if text == "auto":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        pass
+    if not Path(text).exists():
+        raise InputError(
+            f"sigma {text!r}: expected auto, a number in the units of the image, or the map of a noise level"
+        )
     return np.asarray(open_nifti(text)[0], float)
 
 # %% ../../nbs/api/dwi/denoise.ipynb #824a5874
 def write_result(
-    done:Denoised,
-    stem:str,            # of the files
-    output:str,          # of the image
-    bval:str,
-    bvec:str,
-    noise_out:bool,
-    residual_out:bool,
+    done: Denoised,
+    stem: str,  # of the files
+    output: str,  # of the image
+    bval: str,
+    bvec: str,
+    noise_out: bool,
+    residual_out: bool,
 ):
     "Write a result with its gradients and maps."
     Path(stem).parent.mkdir(parents=True, exist_ok=True)
     for source, suffix in ((bval, ".bval"), (bvec, ".bvec")):
-        if Path(source).resolve() != Path(stem + suffix).resolve(): shutil.copyfile(source, stem + suffix)
+        if Path(source).resolve() != Path(stem + suffix).resolve():
+            shutil.copyfile(source, stem + suffix)
     image = done.series.image
-    if noise_out: write_nifti(f"{stem}_sigma.nii.gz", np.where(done.series.inside, done.sigma, 0), image)
-    if residual_out: write_nifti(f"{stem}_residual.nii.gz", done.residual, image)
+    if noise_out:
+        write_nifti(f"{stem}_sigma.nii.gz", np.where(done.series.inside, done.sigma, 0), image)
+    if residual_out:
+        write_nifti(f"{stem}_residual.nii.gz", done.residual, image)
     write_nifti(output, done.data, image)
 
 # %% ../../nbs/api/dwi/denoise.ipynb #8a4b9b27
 def denoise_files(
-    input:str,                 # series, .nii or .nii.gz
-    output:str,                # result, .nii or .nii.gz
+    input: str,  # series, .nii or .nii.gz
+    output: str,  # result, .nii or .nii.gz
     *,
-    bval:str,                  # b-values, s/mm²
-    bvec:str,                  # directions, 3 rows or 3 columns
-    mask:str=None,             # image, counts where it is not 0; default: found from the volumes without weighting
-    method:str="blend",        # blend, simnet, mppca, localpca, tissue, qnet, spatial or p2s
-    noise_out:bool=False,      # also write the noise level
-    residual_out:bool=False,   # also write what was removed
-    rician:str="off",          # off, or koay: take the bias of magnitudes off
-    sigma:str="auto",          # noise level: auto, a number, or a map
-    b0_threshold:float=50.,    # s/mm², up to which a volume has no weighting
-    folds:int=8,               # of linear predictions
-    blind:str="volume",        # what a linear prediction does not see: volume, or voxel (for few volumes and white noise)
-    seed:int=0,                # of qnet
-    threads:int=0,             # processor threads; 0: as many as there are
-    force:bool=False,          # write over results
-)->Denoised:
+    bval: str,  # b-values, s/mm²
+    bvec: str,  # directions, 3 rows or 3 columns
+    mask: str = None,  # image, counts where it is not 0; default: found from the volumes without weighting
+    method: str = "blend",  # blend, simnet, mppca, localpca, tissue, qnet, spatial or p2s
+    noise_out: bool = False,  # also write the noise level
+    residual_out: bool = False,  # also write what was removed
+    rician: str = "off",  # off, or koay: take the bias of magnitudes off
+    sigma: str = "auto",  # noise level: auto, a number, or a map
+    b0_threshold: float = 50.0,  # s/mm², up to which a volume has no weighting
+    folds: int = 8,  # of linear predictions
+    blind: str = "volume",  # what a linear prediction does not see: volume, or voxel (for few volumes and white noise)
+    seed: int = 0,  # of qnet
+    threads: int = 0,  # processor threads; 0: as many as there are
+    force: bool = False,  # write over results
+) -> Denoised:
     "Denoise a diffusion series; the first step, before Gibbs ringing, motion, eddy currents and bias field."
-    if not str(output).endswith((".nii", ".nii.gz")): raise InputError(f"output {output!r}: expected a name that ends in .nii.gz or .nii")
+    if not str(output).endswith((".nii", ".nii.gz")):
+        raise InputError(f"output {output!r}: expected a name that ends in .nii.gz or .nii")
     stem = stem_of(output)
     extra = [f"{stem}_sigma.nii.gz"] * noise_out + [f"{stem}_residual.nii.gz"] * residual_out
-    check_targets([output, f"{stem}_denoise.json", *extra, *(f"{stem}{s}" for s, f in ((".bval", bval), (".bvec", bvec)) if Path(f).resolve() != Path(f"{stem}{s}").resolve())], force, [input, bval, bvec, mask, sigma])
-    if threads < 0: raise InputError(f"threads={threads}: expected 0 or more")
-    if threads: torch.set_num_threads(threads)
+    check_targets(
+        [
+            output,
+            f"{stem}_denoise.json",
+            *extra,
+            *(
+                f"{stem}{s}"
+                for s, f in ((".bval", bval), (".bvec", bvec))
+                if Path(f).resolve() != Path(f"{stem}{s}").resolve()
+            ),
+        ],
+        force,
+        [input, bval, bvec, mask, sigma],
+    )
+    if threads < 0:
+        raise InputError(f"threads={threads}: expected 0 or more")
+    if threads:
+        torch.set_num_threads(threads)
     pick(METHODS, method, "method")
     series = masked(read_series(input, bval, bvec, mask, b0_threshold))
-    done = denoise_series(series, method, read_level(sigma), rician, blind, folds, seed, threads or None, noise_out)
+    done = denoise_series(
+        series, method, read_level(sigma), rician, blind, folds, seed, threads or None, noise_out
+    )
     write_result(done, stem, output, bval, bvec, noise_out, residual_out)
-    source = dict(input=str(Path(input).absolute()), bval=str(Path(bval).absolute()), bvec=str(Path(bvec).absolute()), mask=None if mask is None else str(Path(mask).absolute()), b0_threshold=b0_threshold, sigma_given=str(Path(sigma).absolute()) if Path(sigma).is_file() else sigma)
+    source = dict(
+        input=str(Path(input).absolute()),
+        bval=str(Path(bval).absolute()),
+        bvec=str(Path(bvec).absolute()),
+        mask=None if mask is None else str(Path(mask).absolute()),
+        b0_threshold=b0_threshold,
+        sigma_given=str(Path(sigma).absolute()) if Path(sigma).is_file() else sigma,
+    )
     write_json(f"{stem}_denoise.json", dict(output=str(output)) | source | done.about)
     return done
 
 # %% ../../nbs/api/dwi/denoise.ipynb #e4893120
 def phantom_files(
-    outdir:str,              # folder, made where it is missing
+    outdir: str,  # folder, made where it is missing
     *,
-    seed:int=0,              # of the brain and of the noise
-    snr:float=20.,           # signal of white matter without weighting, divided by sigma
-    scheme:str="64",         # 64: 4 b0 + 30 b1000 + 30 b2000; 10: 1 b0 + 9 b2500; multi: 6 b0 + 20 b700 + 45 b1500 + 45 b3000
-    family:str="brain",      # brain or shapes
-    shape:str="48,48,24",    # voxels along x, y, z
-    force:bool=False,        # write over a phantom
-)->str:                      # the folder
+    seed: int = 0,  # of the brain and of the noise
+    snr: float = 20.0,  # signal of white matter without weighting, divided by sigma
+    scheme: str = "64",  # 64: 4 b0 + 30 b1000 + 30 b2000; 10: 1 b0 + 9 b2500; multi: 6 b0 + 20 b700 + 45 b1500 + 45 b3000
+    family: str = "brain",  # brain or shapes
+    shape: str = "48,48,24",  # voxels along x, y, z
+    force: bool = False,  # write over a phantom
+) -> str:  # the folder
     "Write a simulated brain: noisy series, gradients, mask and the series without noise."
-    try: size = tuple(int(n) for n in shape.split(","))
-    except ValueError: raise InputError(f"shape {shape!r}: expected three whole numbers such as 48,48,24") from None
-    if seed < 0: raise InputError(f"seed={seed}: expected 0 or more")
-    check_targets([Path(outdir)/name for name in ("dwi.nii.gz", "dwi.bval", "dwi.bvec", "clean.nii.gz", "mask.nii.gz", "phantom.json")], force)
+    try:
+        size = tuple(int(n) for n in shape.split(","))
+    except ValueError:
+        raise InputError(f"shape {shape!r}: expected three whole numbers such as 48,48,24") from None
+    if seed < 0:
+        raise InputError(f"seed={seed}: expected 0 or more")
+    check_targets(
+        [
+            Path(outdir) / name
+            for name in ("dwi.nii.gz", "dwi.bval", "dwi.bvec", "clean.nii.gz", "mask.nii.gz", "phantom.json")
+        ],
+        force,
+    )
     write_phantom(outdir, make_phantom(seed, size, scheme, family=family), snr, seed)
     return str(outdir)
 
 # %% ../../nbs/api/dwi/denoise.ipynb #6afd8c11
 def against_truth(
-    denoised:Series,
-    truth:np.ndarray,        # x y z v, without noise
-)->dict:
+    denoised: Series,
+    truth: np.ndarray,  # x y z v, without noise
+) -> dict:
     "Scores of weighted volumes; tensor maps where the true FA is above 0.2."
     on, inside = ~denoised.gradients.is_b0, denoised.inside
-    maps, true = (fit_dti(np.where(inside[..., None], a, 0), denoised.gradients, inside) for a in (denoised.data, truth))
+    maps, true = (
+        fit_dti(np.where(inside[..., None], a, 0), denoised.gradients, inside) for a in (denoised.data, truth)
+    )
     fibres = inside & (true["fa"] > 0.2)
-    rmse = lambda name: float(np.sqrt(((maps[name] - true[name])[fibres].astype(float) ** 2).mean())) if fibres.any() else None
+    rmse = lambda name: (
+        float(np.sqrt(((maps[name] - true[name])[fibres].astype(float) ** 2).mean()))
+        if fibres.any()
+        else None
+    )
     x, t = denoised.data[..., on], truth[..., on]
-    return {"psnr_db": float(psnr(x, t, inside).mean()), "ssim": float(ssim3d(x, t, inside).mean()), "edge_slope": float(edge_slope(x, t, inside).mean()), "fa_rmse": rmse("fa"), "md_rmse_1e-3mm2/s": rmse("md")}
+    return {
+        "psnr_db": float(psnr(x, t, inside).mean()),
+        "ssim": float(ssim3d(x, t, inside).mean()),
+        "edge_slope": float(edge_slope(x, t, inside).mean()),
+        "fa_rmse": rmse("fa"),
+        "md_rmse_1e-3mm2/s": rmse("md"),
+    }
 
 # %% ../../nbs/api/dwi/denoise.ipynb #237b194e
-def report_of(denoised:str)->dict:
+def report_of(denoised: str) -> dict:
     "What `denoise_files` wrote beside a result."
     path = Path(f"{stem_of(denoised)}_denoise.json")
-    if not path.exists(): raise MissingError(f"no {path}: expected the report of dinolab dwi denoise beside {denoised}, which names the series and the method; or give --truth")
-    try: return json.loads(path.read_text())
-    except ValueError as e: raise InputError(f"{path} is not a report ({e}): expected that of dinolab dwi denoise; denoise again, or give --truth") from None
+    if not path.exists():
+        raise MissingError(
+            f"no {path}: expected the report of dinolab dwi denoise beside {denoised}, which names the series and the method; or give --truth"
+        )
+    try:
+        return json.loads(path.read_text())
+    except ValueError as e:
+        raise InputError(
+            f"{path} is not a report ({e}): expected that of dinolab dwi denoise; denoise again, or give --truth"
+        ) from None
+
 
 def again_on_half(
-    about:dict,     # a report
-    bmax:float,     # s/mm²
-)->dict:
+    about: dict,  # a report
+    bmax: float,  # s/mm²
+) -> dict:
     "Error on directions that were held out, of the method of a report and of the noisy series."
-    series = masked(read_series(about["input"], about["bval"], about["bvec"], about["mask"], about["b0_threshold"]))
+    series = masked(
+        read_series(about["input"], about["bval"], about["bvec"], about["mask"], about["b0_threshold"])
+    )
     sigma = check_level(read_level(about["sigma_given"]), series)
     sigma = find_sigma(series) if sigma is None else sigma
-    work = lambda half: denoise_series(half, about["method"], sigma, about["rician"], about["blind"], about["folds"], about["seed"]).data
+    work = lambda half: (
+        denoise_series(
+            half, about["method"], sigma, about["rician"], about["blind"], about["folds"], about["seed"]
+        ).data
+    )
     level = float(np.median(sigma[series.inside])) if np.ndim(sigma) else sigma
-    return {"heldout_rmse_over_sigma": held_out(work, series, level, bmax, about["noise_floor_removed"]), "heldout_rmse_over_sigma_noisy": held_out(lambda half: half.data, series, level, bmax), "sigma": level}
+    return {
+        "heldout_rmse_over_sigma": held_out(work, series, level, bmax, about["noise_floor_removed"]),
+        "heldout_rmse_over_sigma_noisy": held_out(lambda half: half.data, series, level, bmax),
+        "sigma": level,
+    }
 
 # %% ../../nbs/api/dwi/denoise.ipynb #f6f8d845
 def evaluate_files(
-    denoised:str,            # a result of dinolab dwi denoise
+    denoised: str,  # a result of dinolab dwi denoise
     *,
-    truth:str=None,          # the series without noise
-    heldout:bool=False,      # denoise half of the directions again, predict the others as measured
-    mask:str=None,           # image, counts where it is not 0; default: that of the report, or found
-    bval:str=None,           # default: beside the result, with --heldout that of the report
-    bvec:str=None,           # likewise
-    bmax:float=1200.,        # s/mm², up to which tensors are fitted and held-out directions predicted
-    out:str=None,            # json file of the scores; default: RESULT_eval.json
-)->dict:                     # the scores
+    truth: str = None,  # the series without noise
+    heldout: bool = False,  # denoise half of the directions again, predict the others as measured
+    mask: str = None,  # image, counts where it is not 0; default: that of the report, or found
+    bval: str = None,  # default: beside the result, with --heldout that of the report
+    bvec: str = None,  # likewise
+    bmax: float = 1200.0,  # s/mm², up to which tensors are fitted and held-out directions predicted
+    out: str = None,  # json file of the scores; default: RESULT_eval.json
+) -> dict:  # the scores
     "Score a denoised series."
-    if (truth is None) == (not heldout): raise InputError("expected either --truth FILE or --heldout")
+    if (truth is None) == (not heldout):
+        raise InputError("expected either --truth FILE or --heldout")
     stem = stem_of(denoised)
     check_targets([out or f"{stem}_eval.json"], True, [denoised, truth, mask, bval, bvec])
-    about = report_of(denoised) if heldout or Path(f"{stem}_denoise.json").exists() else dict(mask=None, b0_threshold=50.)
+    about = (
+        report_of(denoised)
+        if heldout or Path(f"{stem}_denoise.json").exists()
+        else dict(mask=None, b0_threshold=50.0)
+    )
     about |= {name: file for name, file in dict(mask=mask, bval=bval, bvec=bvec).items() if file}
-    if heldout: found = again_on_half(about, bmax)
+    if heldout:
+        found = again_on_half(about, bmax)
     else:
-        series = masked(read_series(denoised, bval or f"{stem}.bval", bvec or f"{stem}.bvec", about["mask"], about["b0_threshold"]))
+        series = masked(
+            read_series(
+                denoised, bval or f"{stem}.bval", bvec or f"{stem}.bvec", about["mask"], about["b0_threshold"]
+            )
+        )
         clean = np.asarray(open_nifti(truth)[0], np.float32)
-        if clean.shape != series.data.shape: raise InputError(f"{truth} has shape {clean.shape}, {denoised} {series.data.shape}: expected the same series without noise")
+        if clean.shape != series.data.shape:
+            raise InputError(
+                f"{truth} has shape {clean.shape}, {denoised} {series.data.shape}: expected the same series without noise"
+            )
         found = against_truth(series, clean)
     write_json(out or f"{stem}_eval.json", found)
     return found

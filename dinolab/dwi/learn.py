@@ -31,34 +31,43 @@ from ..volumes.tiles import DirectConvolution
 @dataclass(frozen=True)
 class Channels:
     "What a network sees of each volume."
-    maps:list  # of (stack x y z k, index v): channel of volume v is stack[..., index[v]]
 
-    def __len__(self): return len(self.maps)
-    def __call__(self, v:int, roi=(slice(None),) * 3)->np.ndarray:  # c x y z, float32
+    maps: list  # of (stack x y z k, index v): channel of volume v is stack[..., index[v]]
+
+    def __len__(self):
+        return len(self.maps)
+
+    def __call__(self, v: int, roi=(slice(None),) * 3) -> np.ndarray:  # c x y z, float32
         "Channels of volume v in a region."
-        return np.stack([stack[(*roi, index[v])] for stack, index in self.maps]).astype(np.float32, copy=False)
+        return np.stack([stack[(*roi, index[v])] for stack, index in self.maps]).astype(
+            np.float32, copy=False
+        )
+
 
 def each(
-    stack:np.ndarray,  # x y z v
-)->tuple:              # the stack, and v indices into it
+    stack: np.ndarray,  # x y z v
+) -> tuple:  # the stack, and v indices into it
     "A channel that is volume v itself."
     return stack, np.arange(stack.shape[-1])
 
-def constant(values, shape:tuple)->tuple:
+
+def constant(values, shape: tuple) -> tuple:
     "A channel with one number per volume."
     return each(np.broadcast_to(np.asarray(values, np.float32), (*shape, len(values))))
 
+
 def shared(
-    image:np.ndarray,  # x y z
-    count:int,         # volumes
-)->tuple:              # a stack x y z 1, and its index for each volume
+    image: np.ndarray,  # x y z
+    count: int,  # volumes
+) -> tuple:  # a stack x y z 1, and its index for each volume
     "A channel that is the same map for all volumes."
     return image[..., None], np.zeros(count, int)
 
+
 def of_shell(
-    stack:np.ndarray,     # x y z v
-    gradients:Gradients,  # of the v volumes
-)->tuple:                 # a stack x y z k of means, and v indices into it
+    stack: np.ndarray,  # x y z v
+    gradients: Gradients,  # of the v volumes
+) -> tuple:  # a stack x y z k of means, and v indices into it
     "A channel that is the mean of the shell of v."
     shells, index = np.unique(gradients.shells, return_inverse=True)
     return np.stack([stack[..., index == i].mean(-1) for i in range(len(shells))], -1), index
@@ -67,15 +76,19 @@ def of_shell(
 @dataclass(frozen=True)
 class Patches:
     "Random crops of random volumes."
-    cases:list        # of (Channels, target x y z v, weight of the voxels x y z, volumes to draw)
-    size:int=20       # side, voxels; less where a case is smaller
-    count:int=2400    # crops per epoch
 
-    def __len__(self): return self.count
-    def item(self,
-        index,   # of the crop in its epoch; only the seed matters
-        seed,    # everything random follows from it
-    )->dict:     # x c x y z, y 1 x y z, weight 1 x y z
+    cases: list  # of (Channels, target x y z v, weight of the voxels x y z, volumes to draw)
+    size: int = 20  # side, voxels; less where a case is smaller
+    count: int = 2400  # crops per epoch
+
+    def __len__(self):
+        return self.count
+
+    def item(
+        self,
+        index,  # of the crop in its epoch; only the seed matters
+        seed,  # everything random follows from it
+    ) -> dict:  # x c x y z, y 1 x y z, weight 1 x y z
         "One crop."
         rng = np.random.default_rng(seed)
         channels, target, weight, volumes = self.cases[rng.integers(len(self.cases))]
@@ -83,94 +96,138 @@ class Patches:
         side = [min(self.size, *(c[2].shape[a] for c in self.cases)) for a in range(3)]
         inside = np.flatnonzero(weight)
         centre = np.unravel_index(inside[rng.integers(len(inside))], weight.shape)
-        roi = tuple(slice(a, a + s) for a, s in ((int(np.clip(c - s // 2, 0, n - s)), s) for c, s, n in zip(centre, side, weight.shape)))
+        roi = tuple(
+            slice(a, a + s)
+            for a, s in (
+                (int(np.clip(c - s // 2, 0, n - s)), s) for c, s, n in zip(centre, side, weight.shape)
+            )
+        )
         flip = tuple(slice(None, None, -1 if f else 1) for f in rng.integers(0, 2, 3))
         crop = lambda image: torch.from_numpy(np.ascontiguousarray(image[(..., *flip)], np.float32))
         return dict(x=crop(channels(v, roi)), y=crop(target[(*roi, v)])[None], weight=crop(weight[roi])[None])
 
-def weighted_mse(model:nn.Module, batch:dict)->tuple:
+
+def weighted_mse(model: nn.Module, batch: dict) -> tuple:
     "Mean squared error of the voxels, by their weights."
     w = batch["weight"]
     return ((model(batch["x"]) - batch["y"]) ** 2 * w).sum() / (w > 0).sum().clamp(min=1), {}
 
 # %% ../../nbs/api/dwi/learn.ipynb #d0100d2c
 def teach(
-    model:nn.Module,
-    cases:list,           # as in Patches
-    steps:int,            # of the optimiser
-    seed:int=0,
-    lr:float=2e-3,        # at its peak
-    batch_size:int=4,     # crops
-    size:int=20,          # side of the crops, voxels
-    step:Callable=weighted_mse,
-    run=None,             # where checkpoints and log go
-)->nn.Module:
+    model: nn.Module,
+    cases: list,  # as in Patches
+    steps: int,  # of the optimiser
+    seed: int = 0,
+    lr: float = 2e-3,  # at its peak
+    batch_size: int = 4,  # crops
+    size: int = 20,  # side of the crops, voxels
+    step: Callable = weighted_mse,
+    run=None,  # where checkpoints and log go
+) -> nn.Module:
     "Train on crops of some cases."
-    args = TrainArgs(batch_size=batch_size, lr=lr, warmup=0.05, weight_decay=0., max_steps=steps, seed=seed, log_every=max(1, steps // 20), precision="no", device="cpu")
+    args = TrainArgs(
+        batch_size=batch_size,
+        lr=lr,
+        warmup=0.05,
+        weight_decay=0.0,
+        max_steps=steps,
+        seed=seed,
+        log_every=max(1, steps // 20),
+        precision="no",
+        device="cpu",
+    )
     return fit(model, step, Patches(cases, size, steps * batch_size), args=args, run=run).model.eval()
+
 
 @torch.no_grad()
 def apply_net(
-    model:nn.Module,
-    channels:Channels,
-    volumes:Sequence,    # to compute
-    start:np.ndarray,    # x y z v: values of the others
-)->np.ndarray:           # x y z v
+    model: nn.Module,
+    channels: Channels,
+    volumes: Sequence,  # to compute
+    start: np.ndarray,  # x y z v: values of the others
+) -> np.ndarray:  # x y z v
     "Let a network mend some volumes."
     out = np.array(start, np.float32)
     with DirectConvolution():
-        for v in progress(volumes, desc="network", unit="volume"): out[..., v] = model(torch.from_numpy(channels(v))[None])[0, 0].numpy()
+        for v in progress(volumes, desc="network", unit="volume"):
+            out[..., v] = model(torch.from_numpy(channels(v))[None])[0, 0].numpy()
     return out
 
 # %% ../../nbs/api/dwi/learn.ipynb #152a0b30
 def similar_volumes(
-    gradients:Gradients,
-    count:int,           # per volume
-)->np.ndarray:           # v count
+    gradients: Gradients,
+    count: int,  # per volume
+) -> np.ndarray:  # v count
     "For each volume the others of its shell with the most similar directions; of other shells where there are too few."
-    likeness = np.abs(gradients.bvecs @ gradients.bvecs.T) - 2 * (gradients.shells[:, None] != gradients.shells[None]) - 8 * gradients.is_b0[None]
+    likeness = (
+        np.abs(gradients.bvecs @ gradients.bvecs.T)
+        - 2 * (gradients.shells[:, None] != gradients.shells[None])
+        - 8 * gradients.is_b0[None]
+    )
     np.fill_diagonal(likeness, -100)
     return np.argsort(-likeness, 1, kind="stable")[:, :count]
 
+
 def blind_channels(
-    series:Series,
-    start:np.ndarray,   # x y z v, predicted without the fold of each volume
-    folds:list,         # index arrays, as of deal
-    scale:float,        # the unit
-)->Channels:            # 10 of them
+    series: Series,
+    start: np.ndarray,  # x y z v, predicted without the fold of each volume
+    folds: list,  # index arrays, as of deal
+    scale: float,  # the unit
+) -> Channels:  # 10 of them
     "Channels that have not seen the noisy volume; the first is the start."
     g, fold = series.gradients, np.zeros(len(series.gradients), int)
-    for i, f in enumerate(folds): fold[f] = i
+    for i, f in enumerate(folds):
+        fold[f] = i
     raw, start = (np.asarray(a / scale, np.float32) for a in (series.data, start))
     shells = np.unique(g.shells[~g.is_b0])
     without = [np.setdiff1d(np.flatnonzero(g.shells == s), f) for f in folds for s in shells]
-    means = np.stack([raw[..., w].mean(-1) if len(w) else raw[..., ~g.is_b0].mean(-1) * 0 for w in without], -1)
+    means = np.stack(
+        [raw[..., w].mean(-1) if len(w) else raw[..., ~g.is_b0].mean(-1) * 0 for w in without], -1
+    )
     of_fold = np.stack([start[..., f].mean(-1) for f in folds], -1)
     near = similar_volumes(g, 5)
-    return Channels([each(start), (means, fold * len(shells) + np.searchsorted(shells, np.maximum(g.shells, shells[0]))), shared(raw[..., g.is_b0].mean(-1), len(g)), (of_fold, fold),
-                     *((raw, near[:, i]) for i in range(5)), constant(g.bvals / 3000, raw.shape[:3])])
+    return Channels(
+        [
+            each(start),
+            (means, fold * len(shells) + np.searchsorted(shells, np.maximum(g.shells, shells[0]))),
+            shared(raw[..., g.is_b0].mean(-1), len(g)),
+            (of_fold, fold),
+            *((raw, near[:, i]) for i in range(5)),
+            constant(g.bvals / 3000, raw.shape[:3]),
+        ]
+    )
 
-def unit_of(series:Series)->float:
+
+def unit_of(series: Series) -> float:
     "The scale of a series: the median of its volumes without weighting in the mask, where they are above 0."
     b0 = series.data[series.inside][:, series.gradients.is_b0]
-    return float(np.median(b0[b0 > 0])) if (b0 > 0).any() else 1.
+    return float(np.median(b0[b0 > 0])) if (b0 > 0).any() else 1.0
+
 
 def qnet(
-    series:Series,
-    start:np.ndarray,    # x y z v, predicted without the fold of each volume
-    folds:int=8,         # of that prediction
-    steps:int=500,       # of training
-    seed:int=0,
-)->tuple:                # x y z v; and the share of the correction that is kept, 0 to 1
+    series: Series,
+    start: np.ndarray,  # x y z v, predicted without the fold of each volume
+    folds: int = 8,  # of that prediction
+    steps: int = 500,  # of training
+    seed: int = 0,
+) -> tuple:  # x y z v; and the share of the correction that is kept, 0 to 1
     "Mend a blind prediction with a network that is taught by the noisy volumes."
     g, mask = series.gradients, series.inside
     scale, volumes = unit_of(series), np.flatnonzero(~g.is_b0)
-    channels, target = blind_channels(series, start, deal(g, folds), scale), np.asarray(series.data / scale, np.float32)
+    channels, target = (
+        blind_channels(series, start, deal(g, folds), scale),
+        np.asarray(series.data / scale, np.float32),
+    )
     voxels = list_voxels(mask)
     held = np.zeros(mask.shape, bool)
-    held.reshape(-1)[voxels.where[:voxels.ends[1]]] = True
+    held.reshape(-1)[voxels.where[: voxels.ends[1]]] = True
     torch.manual_seed(seed)
-    model = teach(MultiScaleDetailNet(len(channels), residual=0), [(channels, target, (mask & ~held).astype(np.float32), volumes)], steps, seed)
+    model = teach(
+        MultiScaleDetailNet(len(channels), residual=0),
+        [(channels, target, (mask & ~held).astype(np.float32), volumes)],
+        steps,
+        seed,
+    )
     found = apply_net(model, channels, volumes, start / scale)
     change, left = ((a - start / scale)[held][:, volumes] for a in (found, target))
     share = float(np.clip((change * left).sum() / max((change * change).sum(), 1e-12), 0, 1))
@@ -180,30 +237,36 @@ def qnet(
 SHARES = dict(localpca=0.35, mppca=0.3, tissue=0.35)  # found on phantoms with seeds from 200
 FEW = 20  # weighted volumes below which the own volume is looked at
 
-def patch_radius(shape:tuple)->tuple:
+
+def patch_radius(shape: tuple) -> tuple:
     "Radius of patches along x, y and z: 2 voxels, less along an axis of less than 5."
     return tuple(min(2, (n - 1) // 2) for n in shape[:3])
 
+
 def estimates(
-    series:Series,
-    sigma,                 # of the noise: number or x y z
-    folds:int=8,           # of the linear estimate
-    blind:str="volume",    # what the linear estimate does not see; voxel is taken for few volumes
-    threads:int=None,
-)->dict:                   # name -> x y z v
+    series: Series,
+    sigma,  # of the noise: number or x y z
+    folds: int = 8,  # of the linear estimate
+    blind: str = "volume",  # what the linear estimate does not see; voxel is taken for few volumes
+    threads: int = None,
+) -> dict:  # name -> x y z v
     "The three estimates of `blend`."
     count = series.data.shape[3]
     few = (~series.gradients.is_b0).sum() < FEW
     radius = patch_radius(series.data.shape)
     tau = 2.3 * (1 + (count / np.prod([2 * r + 1 for r in radius])) ** 0.5) / (1 + (64 / 125) ** 0.5)
     how = dict(patch_radius=radius, threads=threads, quiet=False)
-    return dict(localpca=localpca(series.data, sigma, series.inside, tau_factor=tau, **how), mppca=mppca(series.data, series.inside, **how),
-                tissue=fit_tissue(series, folds=folds, blind="voxel" if few else blind).fitted)
+    return dict(
+        localpca=localpca(series.data, sigma, series.inside, tau_factor=tau, **how),
+        mppca=mppca(series.data, series.inside, **how),
+        tissue=fit_tissue(series, folds=folds, blind="voxel" if few else blind).fitted,
+    )
+
 
 def blend(
-    found:dict,       # as of estimates
-    series:Series,
-)->np.ndarray:        # x y z v
+    found: dict,  # as of estimates
+    series: Series,
+) -> np.ndarray:  # x y z v
     "The weighted mean of the estimates; a single volume without weighting, which has no linear one, is the mean of the others."
     out = sum(SHARES[name] * found[name] for name in SHARES)
     single = alone(series.gradients)
@@ -212,41 +275,74 @@ def blend(
 
 # %% ../../nbs/api/dwi/learn.ipynb #1ff7f617
 def sighted_channels(
-    series:Series,
-    found:dict,       # as of estimates
-    sigma,            # of the noise: number or x y z
-    scale:float,      # the unit
-)->Channels:          # 9 of them
+    series: Series,
+    found: dict,  # as of estimates
+    sigma,  # of the noise: number or x y z
+    scale: float,  # the unit
+) -> Channels:  # 9 of them
     "Channels of `simnet`; the first is the blend without its noise floor."
     g, shape = series.gradients, series.data.shape[:3]
     start = np.asarray(debias(blend(found, series), sigma) / scale, np.float32)
     noise = np.broadcast_to(np.asarray(sigma * 10 / scale, np.float32), shape)
-    return Channels([each(start), *(each(np.asarray(a / scale, np.float32)) for a in (series.data, *(found[name] for name in SHARES))),
-                     of_shell(start, g), shared(start[..., g.is_b0].mean(-1), len(g)), shared(noise, len(g)), constant(g.bvals / 3000, shape)])
+    return Channels(
+        [
+            each(start),
+            *(
+                each(np.asarray(a / scale, np.float32))
+                for a in (series.data, *(found[name] for name in SHARES))
+            ),
+            of_shell(start, g),
+            shared(start[..., g.is_b0].mean(-1), len(g)),
+            shared(noise, len(g)),
+            constant(g.bvals / 3000, shape),
+        ]
+    )
+
 
 THIRTY = ((0, 2), (1000, 30))  # a common clinical scheme
-LESSONS = tuple(("brain", *l) for l in (("64", 9.), ("64", 14.), ("64", 22.), (THIRTY, 11.), (THIRTY, 18.), ("10", 10.), ("10", 20.))) + tuple(("shapes", *l) for l in (("64", 10.), ("64", 20.), (THIRTY, 14.)))  # family, scheme and SNR
+LESSONS = tuple(
+    ("brain", *l)
+    for l in (
+        ("64", 9.0),
+        ("64", 14.0),
+        ("64", 22.0),
+        (THIRTY, 11.0),
+        (THIRTY, 18.0),
+        ("10", 10.0),
+        ("10", 20.0),
+    )
+) + tuple(("shapes", *l) for l in (("64", 10.0), ("64", 20.0), (THIRTY, 14.0)))  # family, scheme and SNR
+
 
 def lesson(
-    seed:int,
-    family:str,      # brain or shapes
-    scheme,          # as in make_phantom
-    snr:float,
-    shape:tuple=(40, 40, 20),  # voxels
-)->tuple:            # a case of Patches
+    seed: int,
+    family: str,  # brain or shapes
+    scheme,  # as in make_phantom
+    snr: float,
+    shape: tuple = (40, 40, 20),  # voxels
+) -> tuple:  # a case of Patches
     "A phantom to learn from."
     phantom = make_phantom(seed, shape, scheme=scheme, family=family)
-    series, sigma = check_series(noisy(phantom, snr, seed), phantom.gradients, phantom.mask), phantom.sigma(snr)
+    series, sigma = (
+        check_series(noisy(phantom, snr, seed), phantom.gradients, phantom.mask),
+        phantom.sigma(snr),
+    )
     scale = unit_of(series)
     channels = sighted_channels(series, estimates(series, sigma), sigma, scale)
-    return channels, np.asarray(phantom.clean / scale, np.float32), phantom.mask * np.float32(scale / sigma) ** 2, np.arange(len(phantom.gradients))
+    return (
+        channels,
+        np.asarray(phantom.clean / scale, np.float32),
+        phantom.mask * np.float32(scale / sigma) ** 2,
+        np.arange(len(phantom.gradients)),
+    )
+
 
 def train_simnet(
-    seed:int=1000,      # of the first phantom
-    steps:int=1400,     # of the optimiser
-    lessons=LESSONS,    # (family, scheme, SNR) of each phantom
-    run=None,           # where checkpoints and log go
-)->nn.Module:
+    seed: int = 1000,  # of the first phantom
+    steps: int = 1400,  # of the optimiser
+    lessons=LESSONS,  # (family, scheme, SNR) of each phantom
+    run=None,  # where checkpoints and log go
+) -> nn.Module:
     "Teach `simnet`."
     cases = [lesson(seed + i, *l) for i, l in enumerate(progress(lessons, desc="phantoms", unit="phantom"))]
     torch.manual_seed(seed)
@@ -254,24 +350,29 @@ def train_simnet(
 
 # %% ../../nbs/api/dwi/learn.ipynb #93c17e76
 def load_simnet(
-    path=None,     # safetensors; None: those of the package
-)->nn.Module:
+    path=None,  # safetensors; None: those of the package
+) -> nn.Module:
     "The network with its weights."
     model = FrequencyDomainNet(9, residual=0)
-    model.load_state_dict(load_file(path or files("dinolab.dwi")/"simnet.safetensors"))
+    model.load_state_dict(load_file(path or files("dinolab.dwi") / "simnet.safetensors"))
     return model.eval()
 
+
 def simnet(
-    series:Series,
-    sigma,                 # of the noise: number or x y z
-    model:nn.Module=None,  # None: that of the package
-    folds:int=8,           # of the linear estimate
-    blind:str="volume",    # what the linear estimate does not see
-    threads:int=None,
-    found:dict=None,       # the estimates, where they are known
-)->np.ndarray:             # x y z v, without the bias of magnitudes
+    series: Series,
+    sigma,  # of the noise: number or x y z
+    model: nn.Module = None,  # None: that of the package
+    folds: int = 8,  # of the linear estimate
+    blind: str = "volume",  # what the linear estimate does not see
+    threads: int = None,
+    found: dict = None,  # the estimates, where they are known
+) -> np.ndarray:  # x y z v, without the bias of magnitudes
     "Mend the blend with a network that was taught by simulated brains."
     scale = unit_of(series)
-    channels = sighted_channels(series, found or estimates(series, sigma, folds, blind, threads), sigma, scale)
-    out = apply_net(load_simnet() if model is None else model, channels, range(series.data.shape[3]), channels.maps[0][0])
+    channels = sighted_channels(
+        series, found or estimates(series, sigma, folds, blind, threads), sigma, scale
+    )
+    out = apply_net(
+        load_simnet() if model is None else model, channels, range(series.data.shape[3]), channels.maps[0][0]
+    )
     return np.where(series.inside[..., None], np.maximum(out, 0) * scale, series.data).astype(np.float32)

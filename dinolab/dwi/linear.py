@@ -27,47 +27,60 @@ from .data import Gradients, Series
 
 # %% ../../nbs/api/dwi/linear.ipynb #868ec3bc
 def leave_one_out_weights(
-    gram:Tensor,     # v v, of centred volumes, float64
-    ridge:float=0.,  # relative to the mean of the diagonal
-)->Tensor:           # v v: column v holds the weights of the others, 0 for itself
+    gram: Tensor,  # v v, of centred volumes, float64
+    ridge: float = 0.0,  # relative to the mean of the diagonal
+) -> Tensor:  # v v: column v holds the weights of the others, 0 for itself
     "Ridge regressions of each volume on all others."
     n = len(gram)
-    p = torch.from_numpy(np.linalg.inv((gram + ridge * gram.trace() / n * torch.eye(n, dtype=gram.dtype)).numpy()))
+    p = torch.from_numpy(
+        np.linalg.inv((gram + ridge * gram.trace() / n * torch.eye(n, dtype=gram.dtype)).numpy())
+    )
     return (-p / p.diagonal()).fill_diagonal_(0)
 
 # %% ../../nbs/api/dwi/linear.ipynb #4489d217
 @dataclass(frozen=True)
 class Voxels:
     "The voxels of a mask, listed part by part."
-    where:np.ndarray  # m, flat index into x y z
-    near:Tensor       # m 27, position in this list, m outside of the mask; number 13 is the voxel itself
-    ends:tuple        # of the parts in the list, 0 first
-    shape:tuple       # x y z
-    box:tuple         # shape of the box around the mask, and flat index of the voxels in it
 
-    def __len__(self): return len(self.where)
-    def rows(self, data)->Tensor:  # m v
+    where: np.ndarray  # m, flat index into x y z
+    near: Tensor  # m 27, position in this list, m outside of the mask; number 13 is the voxel itself
+    ends: tuple  # of the parts in the list, 0 first
+    shape: tuple  # x y z
+    box: tuple  # shape of the box around the mask, and flat index of the voxels in it
+
+    def __len__(self):
+        return len(self.where)
+
+    def rows(self, data) -> Tensor:  # m v
         "Values of the voxels."
-        return torch.from_numpy(np.ascontiguousarray(data.reshape(-1, data.shape[-1])[self.where], np.float32))
-    def fill(self, rows, data)->np.ndarray:  # x y z v
+        return torch.from_numpy(
+            np.ascontiguousarray(data.reshape(-1, data.shape[-1])[self.where], np.float32)
+        )
+
+    def fill(self, rows, data) -> np.ndarray:  # x y z v
         "A copy of `data` (x y z v) with other values in the voxels."
-        out = np.array(data, np.float32, order="C")  # nibabel's arrays lie the other way round, and reshape would copy them
+        out = np.array(
+            data, np.float32, order="C"
+        )  # nibabel's arrays lie the other way round, and reshape would copy them
         out.reshape(-1, data.shape[-1])[self.where] = rows
         return out
-    def chunks(self, size=8192)->Iterator:
+
+    def chunks(self, size=8192) -> Iterator:
         "(part, slice of the list), none over two parts."
         for part, (a, b) in enumerate(zip(self.ends, self.ends[1:])):
-            for start in range(a, b, size): yield part, slice(start, min(start + size, b))
+            for start in range(a, b, size):
+                yield part, slice(start, min(start + size, b))
 
 # %% ../../nbs/api/dwi/linear.ipynb #b5c12600
 def list_voxels(
-    mask:np.ndarray,  # x y z, boolean
-    parts:int=4,      # for cross-fitting; 1: fit and predict the same voxels
-    block:int=2,      # side of the blocks, voxels; halved while one part holds most of a small mask
-)->Voxels:
+    mask: np.ndarray,  # x y z, boolean
+    parts: int = 4,  # for cross-fitting; 1: fit and predict the same voxels
+    block: int = 2,  # side of the blocks, voxels; halved while one part holds most of a small mask
+) -> Voxels:
     "List the voxels of a mask."
     at = np.argwhere(mask)
-    while parts > 1 and block > 1 and np.bincount((at // block).sum(1) % parts).max() > len(at) / 2: block //= 2
+    while parts > 1 and block > 1 and np.bincount((at // block).sum(1) % parts).max() > len(at) / 2:
+        block //= 2
     part = (at // block).sum(1) % parts
     order = np.argsort(part, kind="stable")
     at, place = at[order], np.full(mask.shape, len(at))
@@ -76,30 +89,37 @@ def list_voxels(
     near = np.stack([place[tuple(np.clip(at + s, 0, np.array(mask.shape) - 1).T)] for s in steps], 1)
     low, side = at.min(0), np.ptp(at, 0) + 1
     box = tuple(side.tolist()), torch.from_numpy(np.ravel_multi_index((at - low).T, side))
-    return Voxels(np.ravel_multi_index(at.T, mask.shape), torch.from_numpy(near), (0, *np.cumsum(np.bincount(part, minlength=parts)).tolist()), mask.shape, box)
+    return Voxels(
+        np.ravel_multi_index(at.T, mask.shape),
+        torch.from_numpy(near),
+        (0, *np.cumsum(np.bincount(part, minlength=parts)).tolist()),
+        mask.shape,
+        box,
+    )
 
 # %% ../../nbs/api/dwi/linear.ipynb #44344577
 def ridge_solve(
-    xx:Tensor,         # ... k k
-    xy:Tensor,         # ... k n
-    penalty:Tensor,    # ... k, added to the diagonal
-)->Tensor:             # ... k n
+    xx: Tensor,  # ... k k
+    xy: Tensor,  # ... k n
+    penalty: Tensor,  # ... k, added to the diagonal
+) -> Tensor:  # ... k n
     "Weights of ridge regressions, by NumPy: torch's batched solver can hang with several threads (MKL reports DLASWP)."
     return torch.from_numpy(np.linalg.solve((xx + torch.diag_embed(penalty)).numpy(), xy.numpy()))
 
+
 def others(
-    sums:Tensor,  # parts *s
-)->Tensor:        # likewise: for each part, the sum of all others
+    sums: Tensor,  # parts *s
+) -> Tensor:  # likewise: for each part, the sum of all others
     "Leave one part out."
     return sums.sum(0) - sums if len(sums) > 1 else sums
 
 # %% ../../nbs/api/dwi/linear.ipynb #79827c1e
 def fit_parts(
-    regressors:Callable,  # slice of the list -> c k
-    targets:Tensor,       # m n
-    voxels:Voxels,
-    penalty:Callable,     # xx -> diagonal
-)->Tensor:                # parts k n
+    regressors: Callable,  # slice of the list -> c k
+    targets: Tensor,  # m n
+    voxels: Voxels,
+    penalty: Callable,  # xx -> diagonal
+) -> Tensor:  # parts k n
     "Weights for each part from all others."
     k, n, parts = regressors(slice(0, 1)).shape[1], targets.shape[1], len(voxels.ends) - 1
     xx, xy = torch.zeros(parts, k, k, dtype=torch.float64), torch.zeros(parts, k, n, dtype=torch.float64)
@@ -110,15 +130,17 @@ def fit_parts(
     xx = others(xx)
     return ridge_solve(xx, others(xy), penalty(xx)).float()
 
+
 def apply_parts(
-    regressors:Callable,  # slice of the list -> c k
-    weights:Tensor,       # parts k n
-    voxels:Voxels,
-)->Tensor:                # m n
+    regressors: Callable,  # slice of the list -> c k
+    weights: Tensor,  # parts k n
+    voxels: Voxels,
+) -> Tensor:  # m n
     "Predictions of all voxels, each part with its weights."
     return torch.cat([regressors(rows) @ weights[part] for part, rows in voxels.chunks()])
 
-def relative(ridge:float)->Callable:
+
+def relative(ridge: float) -> Callable:
     "A penalty of `ridge` times the mean of the diagonal."
     return lambda xx: ridge * xx.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).expand(xx.shape[:-1])
 
@@ -126,24 +148,29 @@ def relative(ridge:float)->Callable:
 @dataclass(frozen=True)
 class LooLinear:
     "Every volume from all others at the same voxel, with fixed weights."
-    voxels:Voxels
-    mean:Tensor     # v
-    weights:Tensor  # parts v v
 
-    def predict(self, data)->np.ndarray:  # x y z v
+    voxels: Voxels
+    mean: Tensor  # v
+    weights: Tensor  # parts v v
+
+    def predict(self, data) -> np.ndarray:  # x y z v
         "Predict each volume of `data` (x y z v) from the others."
         c = self.voxels.rows(data) - self.mean
-        return self.voxels.fill(apply_parts(lambda rows: c[rows], self.weights, self.voxels) + self.mean, data)
+        return self.voxels.fill(
+            apply_parts(lambda rows: c[rows], self.weights, self.voxels) + self.mean, data
+        )
 
-def alone(gradients:Gradients)->np.ndarray:  # v, boolean
+
+def alone(gradients: Gradients) -> np.ndarray:  # v, boolean
     "The only volume without weighting, which nothing predicts well."
     return gradients.is_b0 & (gradients.is_b0.sum() == 1)
 
+
 def fit_loo(
-    series:Series,
-    ridge:float=1e-4,     # relative to the mean of the diagonal; 0: ordinary least squares
-    parts:int=4,          # for cross-fitting
-)->LooLinear:
+    series: Series,
+    ridge: float = 1e-4,  # relative to the mean of the diagonal; 0: ordinary least squares
+    parts: int = 4,  # for cross-fitting
+) -> LooLinear:
     "Fit each volume on all others; a single one without weighting is given back as it is."
     voxels = list_voxels(series.inside, parts)
     y = voxels.rows(series.data)
@@ -151,13 +178,14 @@ def fit_loo(
     c = (y - mean).double()
     grams = others(torch.stack([c[a:b].T @ c[a:b] for a, b in zip(voxels.ends, voxels.ends[1:])]))
     weights = torch.stack([leave_one_out_weights(g, ridge) for g in grams]).float()
-    for v in np.flatnonzero(alone(series.gradients)): weights[:, :, v] = torch.eye(len(mean))[v]
+    for v in np.flatnonzero(alone(series.gradients)):
+        weights[:, :, v] = torch.eye(len(mean))[v]
     return LooLinear(voxels, mean, weights)
 
 # %% ../../nbs/api/dwi/linear.ipynb #cc7a4076
 def chain(
-    bvecs:np.ndarray,  # n 3, unit vectors
-)->list:               # order of the directions
+    bvecs: np.ndarray,  # n 3, unit vectors
+) -> list:  # order of the directions
     "Directions such that each is followed by the most similar one left; g and -g are the same."
     left, order = list(range(1, len(bvecs))), [0]
     while left:
@@ -167,21 +195,23 @@ def chain(
 
 # %% ../../nbs/api/dwi/linear.ipynb #000063ff
 def deal(
-    gradients:Gradients,
-    folds:int=8,          # of weighted volumes
-)->list:                  # of index arrays
+    gradients: Gradients,
+    folds: int = 8,  # of weighted volumes
+) -> list:  # of index arrays
     "Volumes that are predicted together."
     weighted = np.flatnonzero(~gradients.is_b0)
     in_shell = [np.flatnonzero(gradients.shells == s) for s in np.unique(gradients.shells[weighted])]
     dealt = np.concatenate([v[chain(gradients.bvecs[v])] for v in in_shell])
     folds = min(folds, len(dealt))
-    return [np.sort(dealt[i::folds]) for i in range(folds)] + [np.array([v]) for v in np.flatnonzero(gradients.is_b0)]
+    return [np.sort(dealt[i::folds]) for i in range(folds)] + [
+        np.array([v]) for v in np.flatnonzero(gradients.is_b0)
+    ]
 
 # %% ../../nbs/api/dwi/linear.ipynb #1c504b20
 def principal(
-    c:Tensor,   # m v, centred
-    rank:int,   # components
-)->Tensor:      # v rank
+    c: Tensor,  # m v, centred
+    rank: int,  # components
+) -> Tensor:  # v rank
     "The directions of most variance among volumes, the largest entry of each above 0."
     found = torch.linalg.eigh((c.T @ c).double())[1].flip(1)[:, :rank]
     return (found * found.gather(0, found.abs().argmax(0, keepdim=True)).sign()).float()
@@ -190,48 +220,53 @@ def principal(
 @dataclass(frozen=True)
 class Scores:
     "Maps of the visible volumes of a fold, with fixed means and basis."
-    visible:np.ndarray  # n, indices of volumes
-    mean:Tensor         # n, of each
-    basis:Tensor        # visible x rank
 
-    def __call__(self, y:Tensor)->Tensor:  # m v -> m+1 r
+    visible: np.ndarray  # n, indices of volumes
+    mean: Tensor  # n, of each
+    basis: Tensor  # visible x rank
+
+    def __call__(self, y: Tensor) -> Tensor:  # m v -> m+1 r
         "Components of the voxels, with a row of zeros for what lies outside."
         maps = (y[:, self.visible] - self.mean) @ self.basis
         return torch.cat([maps, maps.new_zeros(1, maps.shape[1])])
 
+
 def fit_scores(
-    y:Tensor,             # m v
-    visible:np.ndarray,   # n, indices of volumes
-    rank:int,             # components, at most
-)->Scores:
+    y: Tensor,  # m v
+    visible: np.ndarray,  # n, indices of volumes
+    rank: int,  # components, at most
+) -> Scores:
     "Means and principal components of the volumes that a fold may see."
     mean = y[:, visible].mean(0)
     return Scores(visible, mean, principal(y[:, visible] - mean, min(rank, len(visible))))
 
+
 def taps(
-    maps:Tensor,   # m + 1, r
-    near:Tensor,   # c 27
-)->Tensor:         # c 27 * r
+    maps: Tensor,  # m + 1, r
+    near: Tensor,  # c 27
+) -> Tensor:  # c 27 * r
     "The maps at 27 voxels."
     return maps[near].flatten(1)
 
 # %% ../../nbs/api/dwi/linear.ipynb #460cb4ef
 AROUND = [i for i in range(27) if i != 13]  # the neighbours of a voxel, without itself
 
+
 def own_taps(
-    c:Tensor,     # m + 1, n, a row of zeros last
-    near:Tensor,  # m 27, as in Voxels
-)->Callable:      # slice of the list -> c 26 n
+    c: Tensor,  # m + 1, n, a row of zeros last
+    near: Tensor,  # m 27, as in Voxels
+) -> Callable:  # slice of the list -> c 26 n
     "The 26 neighbours in the own volumes."
     return lambda r: c[near[r][:, AROUND]]
 
+
 def fit_own(
-    shared:Callable,   # slice of the list -> c k, regressors of all targets
-    around:Callable,   # slice of the list -> c j n, regressors of each target
-    targets:Tensor,    # m n
-    voxels:Voxels,
-    penalty:Callable,  # xx -> diagonal
-)->Tensor:             # parts k + j n
+    shared: Callable,  # slice of the list -> c k, regressors of all targets
+    around: Callable,  # slice of the list -> c j n, regressors of each target
+    targets: Tensor,  # m n
+    voxels: Voxels,
+    penalty: Callable,  # xx -> diagonal
+) -> Tensor:  # parts k + j n
     "As `fit_parts`, with regressors of its own for each target."
     first = slice(0, 1)
     k, j, n, parts = shared(first).shape[1], around(first).shape[1], targets.shape[1], len(voxels.ends) - 1
@@ -248,72 +283,98 @@ def fit_own(
     xx = others(xx)
     return ridge_solve(xx, others(xy), penalty(xx))[..., 0].mT.float()
 
-def apply_own(shared, around, weights, voxels)->Tensor:  # m n
+
+def apply_own(shared, around, weights, voxels) -> Tensor:  # m n
     "Predictions with the weights of `fit_own`."
+
     def predict(part, rows):
         f = shared(rows)
-        return f @ weights[part][:f.shape[1]] + torch.einsum("cjn,jn->cn", around(rows), weights[part][f.shape[1]:])
+        return f @ weights[part][: f.shape[1]] + torch.einsum(
+            "cjn,jn->cn", around(rows), weights[part][f.shape[1] :]
+        )
+
     return torch.cat([predict(part, rows) for part, rows in voxels.chunks(4096)])
 
 # %% ../../nbs/api/dwi/linear.ipynb #73bdd5e4
-def fit_either(shared, around, targets, voxels, penalty)->Tensor:  # parts k n
+def fit_either(shared, around, targets, voxels, penalty) -> Tensor:  # parts k n
     "`fit_own`, or `fit_parts` where there are no regressors of its own."
-    return fit_parts(shared, targets, voxels, penalty) if around is None else fit_own(shared, around, targets, voxels, penalty)
+    return (
+        fit_parts(shared, targets, voxels, penalty)
+        if around is None
+        else fit_own(shared, around, targets, voxels, penalty)
+    )
 
-def apply_either(shared, around, weights, voxels)->Tensor:  # m n
+
+def apply_either(shared, around, weights, voxels) -> Tensor:  # m n
     "Predictions with the weights of `fit_either`."
-    return apply_parts(shared, weights, voxels) if around is None else apply_own(shared, around, weights, voxels)
+    return (
+        apply_parts(shared, weights, voxels) if around is None else apply_own(shared, around, weights, voxels)
+    )
 
 # %% ../../nbs/api/dwi/linear.ipynb #4ce76877
 BLIND = dict(volume=False, voxel=True)  # what a prediction does not see: the whole volume, or the voxel in it
 
+
 @dataclass(frozen=True)
 class SpatialFold:
     "Predicts the volumes of one fold from maps of the others."
-    targets:np.ndarray  # n, indices of volumes
-    scores:Scores
-    mean:Tensor         # n, of the targets
-    weights:Tensor      # parts k n
-    own:bool            # neighbours in the own volume are regressors too
 
-    def predict(self, y:Tensor, voxels:Voxels)->Tensor:  # m v -> m n
+    targets: np.ndarray  # n, indices of volumes
+    scores: Scores
+    mean: Tensor  # n, of the targets
+    weights: Tensor  # parts k n
+    own: bool  # neighbours in the own volume are regressors too
+
+    def predict(self, y: Tensor, voxels: Voxels) -> Tensor:  # m v -> m n
         "The targets at the voxels."
         maps = self.scores(y)
         near = own_taps(centred(y[:, self.targets], self.mean), voxels.near) if self.own else None
         return self.mean + apply_either(lambda r: taps(maps, voxels.near[r]), near, self.weights, voxels)
 
+
 def centred(
-    y:Tensor,  # m n
-    mean,      # n, or a number
-)->Tensor:     # m + 1, n
+    y: Tensor,  # m n
+    mean,  # n, or a number
+) -> Tensor:  # m + 1, n
     "Minus the mean, with a row of zeros for what lies outside."
     return torch.cat([y - mean, y.new_zeros(1, y.shape[1])])
 
 # %% ../../nbs/api/dwi/linear.ipynb #fee28cb1
 def fit_spatial_fold(
-    y:Tensor,              # m v
-    voxels:Voxels,
-    targets:np.ndarray,    # n, volumes of the fold
-    visible:np.ndarray,    # k, volumes that it may see
-    rank:int,              # components, at most
-    ridge:float,           # times the mean of the diagonal
-    own:bool,              # neighbours in the own volume are regressors too
-)->tuple:                  # SpatialFold; and its prediction of the same data, m n
+    y: Tensor,  # m v
+    voxels: Voxels,
+    targets: np.ndarray,  # n, volumes of the fold
+    visible: np.ndarray,  # k, volumes that it may see
+    rank: int,  # components, at most
+    ridge: float,  # times the mean of the diagonal
+    own: bool,  # neighbours in the own volume are regressors too
+) -> tuple:  # SpatialFold; and its prediction of the same data, m n
     "Fit one fold."
     scores, mean = fit_scores(y, visible, rank), y[:, targets].mean(0)
     maps, c = scores(y), centred(y[:, targets], mean)
-    weights = fit_either(lambda r: taps(maps, voxels.near[r]), own_taps(c, voxels.near) if own else None, c[:-1], voxels, relative(ridge))
+    weights = fit_either(
+        lambda r: taps(maps, voxels.near[r]),
+        own_taps(c, voxels.near) if own else None,
+        c[:-1],
+        voxels,
+        relative(ridge),
+    )
     found = SpatialFold(targets, scores, mean, weights, own)
     return found, found.predict(y, voxels)
 
 # %% ../../nbs/api/dwi/linear.ipynb #0184e466
 def steps_within(
-    radius:int,  # voxels
-)->list:         # of (x, y, z)
+    radius: int,  # voxels
+) -> list:  # of (x, y, z)
     "One of each two opposite steps of at most radius + 1/4, without the step of no length."
-    return [s for s in product(range(-radius, radius + 1), repeat=3) if s > (0, 0, 0) and sum(k * k for k in s) <= (radius + 0.25) ** 2]
+    return [
+        s
+        for s in product(range(-radius, radius + 1), repeat=3)
+        if s > (0, 0, 0) and sum(k * k for k in s) <= (radius + 0.25) ** 2
+    ]
 
-def shifted(step:tuple, shape:tuple)->tuple:
+
+def shifted(step: tuple, shape: tuple) -> tuple:
     "Two regions of an image that lie a step apart: (from, to), each with a leading axis that is kept whole."
     near = (slice(None), *(slice(max(0, -s), n - max(0, s)) for s, n in zip(step, shape)))
     far = (slice(None), *(slice(max(0, s), n - max(0, -s)) for s, n in zip(step, shape)))
@@ -321,17 +382,27 @@ def shifted(step:tuple, shape:tuple)->tuple:
 
 # %% ../../nbs/api/dwi/linear.ipynb #2976550e
 def similar_means(
-    maps:Tensor,         # r x y z, to be averaged
-    inside:Tensor,       # 1 x y z, 1 in the mask and 0 outside
-    guide:Tensor,        # k x y z, in units of its noise
-    radius:int=2,        # of the ball, voxels
-    itself:float=1.,     # weight of the voxel; 0: the mean does not see it
-)->Tensor:               # r x y z
+    maps: Tensor,  # r x y z, to be averaged
+    inside: Tensor,  # 1 x y z, 1 in the mask and 0 outside
+    guide: Tensor,  # k x y z, in units of its noise
+    radius: int = 2,  # of the ball, voxels
+    itself: float = 1.0,  # weight of the voxel; 0: the mean does not see it
+) -> Tensor:  # r x y z
     "Weighted means over the voxels of a ball whose guide is similar."
     k, total, weight = len(guide), maps * (inside * itself), inside * itself
     for step in steps_within(radius):
         a, b = shifted(step, inside.shape[1:])
-        w = (guide[a] - guide[b]).square_().sum(0, keepdim=True).sub_(2 * k).clamp_(min=0).mul_(-1 / k).exp_().mul_(inside[a]).mul_(inside[b])
+        w = (
+            (guide[a] - guide[b])
+            .square_()
+            .sum(0, keepdim=True)
+            .sub_(2 * k)
+            .clamp_(min=0)
+            .mul_(-1 / k)
+            .exp_()
+            .mul_(inside[a])
+            .mul_(inside[b])
+        )
         total[a] += w * maps[b]
         total[b] += w * maps[a]
         weight[a] += w
@@ -340,67 +411,78 @@ def similar_means(
 
 # %% ../../nbs/api/dwi/linear.ipynb #6938a8f4
 def on_box(
-    rows:Tensor,     # m r
-    voxels:Voxels,
-)->Tensor:           # r x y z
+    rows: Tensor,  # m r
+    voxels: Voxels,
+) -> Tensor:  # r x y z
     "Values of the voxels in the box around them, 0 elsewhere."
     shape, place = voxels.box
     out = rows.new_zeros(rows.shape[1], int(np.prod(shape)))
     out[:, place] = rows.T
     return out.reshape(-1, *shape)
 
+
 @dataclass(frozen=True)
 class Averages:
     "Components of a fold and their means over similar voxels, with fixed basis and noise."
-    scores:Scores
-    noise:float      # of a component
-    guides:int       # components that say what is similar
-    radius:int       # of the ball, voxels
 
-    def __call__(self, y:Tensor, voxels:Voxels)->Tensor:  # m v -> m 2r
+    scores: Scores
+    noise: float  # of a component
+    guides: int  # components that say what is similar
+    radius: int  # of the ball, voxels
+
+    def __call__(self, y: Tensor, voxels: Voxels) -> Tensor:  # m v -> m 2r
         "Components of the voxels, then their means."
         maps = self.scores(y)[:-1]
         return torch.cat([maps, self.means(maps, maps, voxels)], 1)
 
-    def means(self,
-        rows:Tensor,       # m n
-        maps:Tensor,       # m r, components
-        voxels:Voxels,
-        itself:float=1.,   # weight of the voxel itself
-    )->Tensor:             # m n
+    def means(
+        self,
+        rows: Tensor,  # m n
+        maps: Tensor,  # m r, components
+        voxels: Voxels,
+        itself: float = 1.0,  # weight of the voxel itself
+    ) -> Tensor:  # m n
         "Means of `rows` over voxels whose components are similar."
-        found = similar_means(on_box(rows, voxels), on_box(rows.new_ones(len(rows), 1), voxels), on_box(maps[:, :self.guides] / self.noise, voxels), self.radius, itself)
+        found = similar_means(
+            on_box(rows, voxels),
+            on_box(rows.new_ones(len(rows), 1), voxels),
+            on_box(maps[:, : self.guides] / self.noise, voxels),
+            self.radius,
+            itself,
+        )
         return found.flatten(1)[:, voxels.box[1]].T.contiguous()
 
 # %% ../../nbs/api/dwi/linear.ipynb #656c5e58
 def fit_averages(
-    y:Tensor,             # m v
-    visible:np.ndarray,   # n, indices of volumes
-    rank:int,             # components, at most
-    guides:int,           # components that say what is similar
-    radius:int,           # of the ball, voxels
-)->Averages:
+    y: Tensor,  # m v
+    visible: np.ndarray,  # n, indices of volumes
+    rank: int,  # components, at most
+    guides: int,  # components that say what is similar
+    radius: int,  # of the ball, voxels
+) -> Averages:
     "Basis and noise of the volumes that a fold may see: the lower half of the eigenvalues is taken for noise."
     scores = fit_scores(y, visible, rank)
     c = y[:, visible] - scores.mean
     values = torch.linalg.eigvalsh((c.T @ c).double() / len(c))
-    return Averages(scores, max(float(values[:(len(values) + 1) // 2].mean()), 1e-12) ** 0.5, guides, radius)
+    return Averages(scores, max(float(values[: (len(values) + 1) // 2].mean()), 1e-12) ** 0.5, guides, radius)
 
 # %% ../../nbs/api/dwi/linear.ipynb #82284f99
 @dataclass(frozen=True)
 class Kinds:
     "Sorts voxels by their mean components, with fixed centres."
-    scale:float           # unit
-    centres:np.ndarray    # kinds x components
 
-    def __call__(self, x:Tensor)->Tensor:  # m k -> m
+    scale: float  # unit
+    centres: np.ndarray  # kinds x components
+
+    def __call__(self, x: Tensor) -> Tensor:  # m k -> m
         "Kind of each voxel, from its mean components."
         return torch.from_numpy(vq(x.numpy() / self.scale, self.centres)[0].astype(np.int64))
 
+
 def fit_kinds(
-    x:Tensor,        # m k, mean components
-    kinds:int=12,
-)->Kinds:
+    x: Tensor,  # m k, mean components
+    kinds: int = 12,
+) -> Kinds:
     "k-means in 15 rounds."
     scale = max(float(x.std()), 1e-12)
     z = x.numpy() / scale
@@ -411,31 +493,36 @@ def fit_kinds(
 
 # %% ../../nbs/api/dwi/linear.ipynb #ca1c5f97
 def in_kinds(
-    kind:Tensor,    # m
-    count:int,      # kinds
-    rows:slice,     # of the list
-)->Iterator:        # (kind, places in the list)
+    kind: Tensor,  # m
+    count: int,  # kinds
+    rows: slice,  # of the list
+) -> Iterator:  # (kind, places in the list)
     "The voxels of a slice, kind by kind."
-    for k in range(count): yield k, rows.start + torch.nonzero(kind[rows] == k)[:, 0]
+    for k in range(count):
+        yield k, rows.start + torch.nonzero(kind[rows] == k)[:, 0]
+
 
 def with_one(
-    x:Tensor,  # m k
-)->Tensor:     # m k+1
+    x: Tensor,  # m k
+) -> Tensor:  # m k+1
     "A constant beside the regressors."
     return torch.cat([x, x.new_ones(len(x), 1)], 1)
 
 # %% ../../nbs/api/dwi/linear.ipynb #c802e4b1
 def fit_per_kind(
-    x:Tensor,        # m k, regressors
-    kind:Tensor,     # m
-    count:int,       # kinds
-    targets:Tensor,  # m n
-    voxels:Voxels,
-    ridge:float,     # relative to the diagonal of each kind; the constant has none
-)->Tensor:           # parts, kinds, k + 1, n
+    x: Tensor,  # m k, regressors
+    kind: Tensor,  # m
+    count: int,  # kinds
+    targets: Tensor,  # m n
+    voxels: Voxels,
+    ridge: float,  # relative to the diagonal of each kind; the constant has none
+) -> Tensor:  # parts, kinds, k + 1, n
     "Weights and a constant for each kind, for each part from all others."
     k, n, parts = x.shape[1] + 1, targets.shape[1], len(voxels.ends) - 1
-    xx, xy = torch.zeros(parts, count, k, k, dtype=torch.float64), torch.zeros(parts, count, k, n, dtype=torch.float64)
+    xx, xy = (
+        torch.zeros(parts, count, k, k, dtype=torch.float64),
+        torch.zeros(parts, count, k, n, dtype=torch.float64),
+    )
     for part, rows in voxels.chunks():
         for i, at in in_kinds(kind, count, rows):
             one = with_one(x[at])
@@ -446,84 +533,91 @@ def fit_per_kind(
     penalty[..., -1] = 1e-6
     return ridge_solve(xx, others(xy), penalty).float()
 
+
 def apply_per_kind(
-    x:Tensor,        # m k, regressors
-    kind:Tensor,     # m
-    weights:Tensor,  # parts, kinds, k + 1, n
-    voxels:Voxels,
-)->Tensor:           # m n
+    x: Tensor,  # m k, regressors
+    kind: Tensor,  # m
+    weights: Tensor,  # parts, kinds, k + 1, n
+    voxels: Voxels,
+) -> Tensor:  # m n
     "Predictions with the weights of `fit_per_kind`."
     out = x.new_zeros(len(x), weights.shape[-1])
     for part, rows in voxels.chunks():
-        for i, at in in_kinds(kind, weights.shape[1], rows): out[at] = with_one(x[at]) @ weights[part, i]
+        for i, at in in_kinds(kind, weights.shape[1], rows):
+            out[at] = with_one(x[at]) @ weights[part, i]
     return out
 
 # %% ../../nbs/api/dwi/linear.ipynb #1fed73e0
 @dataclass(frozen=True)
 class TissueFold:
     "Predicts the volumes of one fold from averages of the others, with weights per kind of tissue."
-    targets:np.ndarray  # n, indices of volumes
-    averages:Averages
-    mean:Tensor         # n, of the targets
-    common:Tensor       # parts k n
-    kinds:Kinds
-    special:Tensor      # parts kinds k' + 1 n
-    own:bool            # neighbours in the own volume are regressors too
 
-    def predict(self,
-        y:Tensor,       # m v
-        voxels:Voxels,
-        x:Tensor=None,  # m 2r, the averages where they are known
-    )->Tensor:          # m n
+    targets: np.ndarray  # n, indices of volumes
+    averages: Averages
+    mean: Tensor  # n, of the targets
+    common: Tensor  # parts k n
+    kinds: Kinds
+    special: Tensor  # parts kinds k' + 1 n
+    own: bool  # neighbours in the own volume are regressors too
+
+    def predict(
+        self,
+        y: Tensor,  # m v
+        voxels: Voxels,
+        x: Tensor = None,  # m 2r, the averages where they are known
+    ) -> Tensor:  # m n
         "The targets at the voxels."
         x = self.averages(y, voxels) if x is None else x
-        means = x[:, x.shape[1] // 2:]
+        means = x[:, x.shape[1] // 2 :]
         near = own_neighbours(self.averages, x, y[:, self.targets] - self.mean, voxels) if self.own else None
-        special = apply_per_kind(means, self.kinds(means[:, :self.averages.guides]), self.special, voxels)
+        special = apply_per_kind(means, self.kinds(means[:, : self.averages.guides]), self.special, voxels)
         return self.mean + apply_either(lambda r: x[r], near, self.common, voxels) + special
 
 # %% ../../nbs/api/dwi/linear.ipynb #44e08aa1
 def own_neighbours(
-    averages:Averages,
-    x:Tensor,            # m 2r, as of averages
-    c:Tensor,            # m n: the volumes of the fold, centred
-    voxels:Voxels,
-)->Callable:             # slice of the list -> c 27 n
+    averages: Averages,
+    x: Tensor,  # m 2r, as of averages
+    c: Tensor,  # m n: the volumes of the fold, centred
+    voxels: Voxels,
+) -> Callable:  # slice of the list -> c 27 n
     "The 26 neighbours of a voxel in its own volume, and their mean over similar voxels."
-    near, means = own_taps(centred(c, 0.), voxels.near), averages.means(c, x, voxels, itself=0.)
+    near, means = own_taps(centred(c, 0.0), voxels.near), averages.means(c, x, voxels, itself=0.0)
     return lambda r: torch.cat([near(r), means[r][:, None]], 1)
 
 # %% ../../nbs/api/dwi/linear.ipynb #b5b75d47
 def fit_tissue_fold(
-    y:Tensor,              # m v
-    voxels:Voxels,
-    targets:np.ndarray,    # n, volumes of the fold
-    averages:Averages,
-    kinds:int,             # how many
-    ridge:float,           # of the common weights
-    kind_ridge:float,      # of those per kind
-    own:bool,
-)->tuple:                  # TissueFold; and its prediction of the same data, m n
+    y: Tensor,  # m v
+    voxels: Voxels,
+    targets: np.ndarray,  # n, volumes of the fold
+    averages: Averages,
+    kinds: int,  # how many
+    ridge: float,  # of the common weights
+    kind_ridge: float,  # of those per kind
+    own: bool,
+) -> tuple:  # TissueFold; and its prediction of the same data, m n
     "Fit one fold: common weights, then, per kind, what they left."
     x, mean = averages(y, voxels), y[:, targets].mean(0)
-    c, means = y[:, targets] - mean, x[:, x.shape[1] // 2:]
+    c, means = y[:, targets] - mean, x[:, x.shape[1] // 2 :]
     near = own_neighbours(averages, x, c, voxels) if own else None
     common = fit_either(lambda r: x[r], near, c, voxels, relative(ridge))
     first = apply_either(lambda r: x[r], near, common, voxels)
-    found = fit_kinds(means[:, :averages.guides], kinds)
-    kind = found(means[:, :averages.guides])
+    found = fit_kinds(means[:, : averages.guides], kinds)
+    kind = found(means[:, : averages.guides])
     special = fit_per_kind(means, kind, kinds, c - first, voxels, kind_ridge)
-    return TissueFold(targets, averages, mean, common, found, special, own), mean + first + apply_per_kind(means, kind, special, voxels)
+    return TissueFold(targets, averages, mean, common, found, special, own), mean + first + apply_per_kind(
+        means, kind, special, voxels
+    )
 
 # %% ../../nbs/api/dwi/linear.ipynb #0c8a3f9a
 @dataclass(frozen=True)
 class FoldLinear:
     "Predicts every volume from those outside of its fold, with fixed weights."
-    voxels:Voxels
-    folds:list       # of SpatialFold or TissueFold
-    fitted:np.ndarray=None  # x y z v: the prediction of the data it was fitted to
 
-    def predict(self, data)->np.ndarray:  # x y z v
+    voxels: Voxels
+    folds: list  # of SpatialFold or TissueFold
+    fitted: np.ndarray = None  # x y z v: the prediction of the data it was fitted to
+
+    def predict(self, data) -> np.ndarray:  # x y z v
         "Predict each volume of `data` (x y z v)."
         y = self.voxels.rows(data)
         out = y.clone()
@@ -533,20 +627,21 @@ class FoldLinear:
 
 # %% ../../nbs/api/dwi/linear.ipynb #05c79eac
 def fold_tasks(
-    series:Series,
-    folds:int,       # of weighted volumes
-)->list:             # of (targets, visible), index arrays
+    series: Series,
+    folds: int,  # of weighted volumes
+) -> list:  # of (targets, visible), index arrays
     "Which volumes are predicted together, and from which; a single one without weighting is not predicted."
     g = series.gradients
     return [(t, np.setdiff1d(np.arange(len(g)), t)) for t in deal(g, folds) if not alone(g)[t].any()]
 
+
 def fit_folds(
-    series:Series,
-    name:str,          # for the progress bar
-    folds:int,         # of weighted volumes
-    parts:int,         # for cross-fitting
-    fit:Callable,      # (y, voxels, targets, visible) -> (fold, its prediction)
-)->FoldLinear:
+    series: Series,
+    name: str,  # for the progress bar
+    folds: int,  # of weighted volumes
+    parts: int,  # for cross-fitting
+    fit: Callable,  # (y, voxels, targets, visible) -> (fold, its prediction)
+) -> FoldLinear:
     "Fit all folds."
     voxels, found = list_voxels(series.inside, parts), []
     y = voxels.rows(series.data)
@@ -558,29 +653,44 @@ def fit_folds(
 
 # %% ../../nbs/api/dwi/linear.ipynb #e5cff270
 def fit_spatial(
-    series:Series,
-    rank:int=12,           # principal components
-    folds:int=8,
-    ridge:float=3e-3,      # relative to the mean of the diagonal
-    parts:int=4,           # for cross-fitting
-    blind:str="volume",    # or voxel, which needs noise that is independent between voxels
-)->FoldLinear:
+    series: Series,
+    rank: int = 12,  # principal components
+    folds: int = 8,
+    ridge: float = 3e-3,  # relative to the mean of the diagonal
+    parts: int = 4,  # for cross-fitting
+    blind: str = "volume",  # or voxel, which needs noise that is independent between voxels
+) -> FoldLinear:
     "Fit `spatial_linear`."
     own = pick(BLIND, blind, "blind")
-    return fit_folds(series, "spatial_linear", folds, parts, lambda y, voxels, t, seen: fit_spatial_fold(y, voxels, t, seen, rank, ridge, own))
+    return fit_folds(
+        series,
+        "spatial_linear",
+        folds,
+        parts,
+        lambda y, voxels, t, seen: fit_spatial_fold(y, voxels, t, seen, rank, ridge, own),
+    )
+
 
 def fit_tissue(
-    series:Series,
-    rank:int=28,             # principal components
-    folds:int=8,
-    ridge:float=3e-3,        # of the common weights, relative to the mean of the diagonal
-    kinds:int=12,            # of tissue, at most; one per 2000 voxels
-    kind_ridge:float=3e-2,   # of the weights per kind
-    guides:int=10,           # components that say what is similar
-    radius:int=2,            # of the ball in which similar voxels are looked for, voxels
-    parts:int=4,             # for cross-fitting
-    blind:str="volume",      # or voxel, which needs noise that is independent between voxels
-)->FoldLinear:
+    series: Series,
+    rank: int = 28,  # principal components
+    folds: int = 8,
+    ridge: float = 3e-3,  # of the common weights, relative to the mean of the diagonal
+    kinds: int = 12,  # of tissue, at most; one per 2000 voxels
+    kind_ridge: float = 3e-2,  # of the weights per kind
+    guides: int = 10,  # components that say what is similar
+    radius: int = 2,  # of the ball in which similar voxels are looked for, voxels
+    parts: int = 4,  # for cross-fitting
+    blind: str = "volume",  # or voxel, which needs noise that is independent between voxels
+) -> FoldLinear:
     "Fit `tissue_linear`."
     own, kinds = pick(BLIND, blind, "blind"), max(1, min(kinds, int(series.inside.sum()) // 2000))
-    return fit_folds(series, "tissue_linear", folds, parts, lambda y, voxels, t, seen: fit_tissue_fold(y, voxels, t, fit_averages(y, seen, rank, guides, radius), kinds, ridge, kind_ridge, own))
+    return fit_folds(
+        series,
+        "tissue_linear",
+        folds,
+        parts,
+        lambda y, voxels, t, seen: fit_tissue_fold(
+            y, voxels, t, fit_averages(y, seen, rank, guides, radius), kinds, ridge, kind_ridge, own
+        ),
+    )

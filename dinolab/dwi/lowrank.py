@@ -25,11 +25,11 @@ from ..core.progress import progress
 
 # %% ../../nbs/api/dwi/lowrank.ipynb #62e05952
 def noise_variance(
-    values:np.ndarray,  # patch n, ascending
-    samples:int,        # voxels of a patch
-)->np.ndarray:          # one per patch
+    values: np.ndarray,  # patch n, ascending
+    samples: int,  # voxels of a patch
+) -> np.ndarray:  # one per patch
     "Variance of the noise from the eigenvalues of covariances (Veraart et al. 2016)."
-    values = values[:, max(0, values.shape[1] - (samples - 1)):]
+    values = values[:, max(0, values.shape[1] - (samples - 1)) :]
     count = np.arange(1, values.shape[1] + 1)
     mean = np.cumsum(values, 1) / count
     wider = values - values[:, :1] > 4 * np.sqrt(count / samples) * mean
@@ -39,30 +39,46 @@ def noise_variance(
 
 # %% ../../nbs/api/dwi/lowrank.ipynb #2dfdc86d
 def lapack(
-    name:str,       # of a function in scipy.linalg.cython_lapack
-    arguments:int,  # their number
-)->Callable:        # of addresses
+    name: str,  # of a function in scipy.linalg.cython_lapack
+    arguments: int,  # their number
+) -> Callable:  # of addresses
     "A function of LAPACK."
     capsule = cython_lapack.__pyx_capi__[name]
     get_name = ctypes.PYFUNCTYPE(ctypes.c_char_p, ctypes.py_object)(("PyCapsule_GetName", ctypes.pythonapi))
-    get_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(("PyCapsule_GetPointer", ctypes.pythonapi))
+    get_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+        ("PyCapsule_GetPointer", ctypes.pythonapi)
+    )
     return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * arguments)(get_pointer(capsule, get_name(capsule)))
+
 
 dsytrd, dsterf, dormtr = lapack("dsytrd", 10), lapack("dsterf", 4), lapack("dormtr", 13)
 
 # %% ../../nbs/api/dwi/lowrank.ipynb #b0f0ee01
 class Scratch:
     "Addresses of constants and work space for LAPACK."
-    def __init__(self, n:int):
-        self.kept = dict(n=ctypes.c_int(n), k=ctypes.c_int(0), one=ctypes.c_int(1), info=ctypes.c_int(0), L=ctypes.c_char(b"L"), N=ctypes.c_char(b"N"), work=(ctypes.c_double * (n + 1))())
-        for name, o in self.kept.items(): setattr(self, name, ctypes.addressof(o))
+
+    def __init__(self, n: int):
+        self.kept = dict(
+            n=ctypes.c_int(n),
+            k=ctypes.c_int(0),
+            one=ctypes.c_int(1),
+            info=ctypes.c_int(0),
+            L=ctypes.c_char(b"L"),
+            N=ctypes.c_char(b"N"),
+            work=(ctypes.c_double * (n + 1))(),
+        )
+        for name, o in self.kept.items():
+            setattr(self, name, ctypes.addressof(o))
 
     @property
-    def failed(self)->bool: "Whether the last routine reported an error."; return self.kept["info"].value != 0
+    def failed(self) -> bool:
+        "Whether the last routine reported an error."
+        return self.kept["info"].value != 0
+
 
 def tridiagonal(
-    A:np.ndarray,  # patch n n, symmetric, float64, contiguous: overwritten by the reflectors
-)->tuple:          # diagonal (patch n), off-diagonal (patch n, the last not used), factors of the reflectors (patch n)
+    A: np.ndarray,  # patch n n, symmetric, float64, contiguous: overwritten by the reflectors
+) -> tuple:  # diagonal (patch n), off-diagonal (patch n, last unused), reflectors' factors (patch n)
     "Orthogonal reduction of symmetric matrices to tridiagonal form."
     n, s = A.shape[1], Scratch(A.shape[1])
     d, e, tau = np.empty(A.shape[:2]), np.empty(A.shape[:2]), np.empty(A.shape[:2])
@@ -72,22 +88,24 @@ def tridiagonal(
         a, di, ei, ti = a + 8 * n * n, di + 8 * n, ei + 8 * n, ti + 8 * n
     return d, e, tau
 
+
 def tridiagonal_eigenvalues(
-    d:np.ndarray,  # patch n, diagonal
-    e:np.ndarray,  # patch n, off-diagonal
-)->np.ndarray:     # patch n, ascending
+    d: np.ndarray,  # patch n, diagonal
+    e: np.ndarray,  # patch n, off-diagonal
+) -> np.ndarray:  # patch n, ascending
     "Eigenvalues of tridiagonal matrices."
     values, e, n, s = d.copy(), e.copy(), d.shape[1], Scratch(d.shape[1])
     for i in range(len(d)):
         dsterf(s.n, values.ctypes.data + 8 * n * i, e.ctypes.data + 8 * n * i, s.info)
-        if s.failed: raise ArithmeticError("eigenvalues of a patch did not converge")
+        if s.failed:
+            raise ArithmeticError("eigenvalues of a patch did not converge")
     return values
 
 # %% ../../nbs/api/dwi/lowrank.ipynb #8ac23beb
 def pivots(
-    D:np.ndarray,   # n m: diagonal minus eigenvalue
-    E2:np.ndarray,  # n-1 m: squared off-diagonal
-)->tuple:           # pivots from the top and from the bottom, n m
+    D: np.ndarray,  # n m: diagonal minus eigenvalue
+    E2: np.ndarray,  # n-1 m: squared off-diagonal
+) -> tuple:  # pivots from the top and from the bottom, n m
     "Both triangular factorisations of tridiagonal matrices."
     down, up, t = D.copy(), D.copy(), np.empty_like(D[0])
     for i in range(1, len(D)):
@@ -98,98 +116,128 @@ def pivots(
         np.subtract(D[i], t, out=up[i])
     return down, up
 
+
 def twisted_vectors(
-    d:np.ndarray,       # patch n
-    e:np.ndarray,       # patch n
-    values:np.ndarray,  # m, eigenvalues
-    owner:np.ndarray,   # m: patch of each
-)->tuple:               # m n unit vectors, m residuals |T z - λ z|
+    d: np.ndarray,  # patch n
+    e: np.ndarray,  # patch n
+    values: np.ndarray,  # m, eigenvalues
+    owner: np.ndarray,  # m: patch of each
+) -> tuple:  # m n unit vectors, m residuals |T z - λ z|
     "Eigenvectors of tridiagonal matrices to given eigenvalues."
     D, E = np.take(d.T, owner, 1) - values, np.take(e.T[:-1], owner, 1)
     down, up = pivots(D, E * E)
     twist = np.abs(down + up - D)
     start = twist.argmin(0)
     before = np.arange(len(E))[:, None] < start
-    z, above = np.ones_like(D), np.where(before, -E / down[:-1], 1.)
-    z[1:] = np.where(before, 1., -E / up[1:])
-    for i in range(1, len(z)): z[i] *= z[i - 1]
-    for i in range(len(above) - 2, -1, -1): above[i] *= above[i + 1]
+    z, above = np.ones_like(D), np.where(before, -E / down[:-1], 1.0)
+    z[1:] = np.where(before, 1.0, -E / up[1:])
+    for i in range(1, len(z)):
+        z[i] *= z[i - 1]
+    for i in range(len(above) - 2, -1, -1):
+        above[i] *= above[i + 1]
     z[:-1] *= above
     length = np.sqrt((z * z).sum(0))
     return np.ascontiguousarray((z / length).T), twist[start, np.arange(len(start))] / length
 
 # %% ../../nbs/api/dwi/lowrank.ipynb #bd70ffae
 def pad(
-    rows:np.ndarray,   # m n, those of a patch together
-    count:np.ndarray,  # one per patch: its rows, m in all
-)->np.ndarray:         # patch max(count) n, zeros behind
+    rows: np.ndarray,  # m n, those of a patch together
+    count: np.ndarray,  # one per patch: its rows, m in all
+) -> np.ndarray:  # patch max(count) n, zeros behind
     "Rows by patch, as one array."
     index = np.arange(len(rows)) - np.repeat(np.cumsum(count) - count, count)
     out = np.zeros((len(count), max(1, count.max(initial=0)), rows.shape[1]))
     out[np.repeat(np.arange(len(count)), count), index] = rows
     return out
 
+
 def tridiagonal_eigenvectors(
-    d:np.ndarray,       # patch n
-    e:np.ndarray,       # patch n
-    values:np.ndarray,  # patch n, ascending
-    count:np.ndarray,   # one per patch: vectors wanted, to the largest eigenvalues
-)->np.ndarray:          # m n, patch by patch, descending eigenvalues
+    d: np.ndarray,  # patch n
+    e: np.ndarray,  # patch n
+    values: np.ndarray,  # patch n, ascending
+    count: np.ndarray,  # one per patch: vectors wanted, to the largest eigenvalues
+) -> np.ndarray:  # m n, patch by patch, descending eigenvalues
     "Eigenvectors of tridiagonal matrices to their largest eigenvalues."
     owner, n = np.repeat(np.arange(len(count)), count), d.shape[1]
     index = np.arange(len(owner)) - (np.cumsum(count) - count)[owner]
-    with np.errstate(all="ignore"): Z, residual = twisted_vectors(d, e, values[owner, n - 1 - index], owner)
+    with np.errstate(all="ignore"):
+        Z, residual = twisted_vectors(d, e, values[owner, n - 1 - index], owner)
     scale = np.maximum(np.abs(values[:, 0]), np.abs(values[:, -1]))
     bad = np.zeros(len(count), bool)
     bad[owner[~(residual <= 1e-12 * scale[owner]) | ~np.isfinite(Z).all(1)]] = True
     padded = torch.from_numpy(pad(Z, count))
-    gram = torch.bmm(padded, padded.mT) - torch.diag_embed((torch.arange(padded.shape[1]) < torch.from_numpy(count)[:, None]).double())
+    gram = torch.bmm(padded, padded.mT) - torch.diag_embed(
+        (torch.arange(padded.shape[1]) < torch.from_numpy(count)[:, None]).double()
+    )
     bad |= ~(gram.abs().amax((1, 2)).numpy() < 1e-9)
     for i in np.flatnonzero(bad & (count > 0)):
-        Z[owner == i] = np.linalg.eigh(np.diag(d[i]) + np.diag(e[i, :-1], 1) + np.diag(e[i, :-1], -1))[1][:, ::-1][:, :count[i]].T
+        Z[owner == i] = np.linalg.eigh(np.diag(d[i]) + np.diag(e[i, :-1], 1) + np.diag(e[i, :-1], -1))[1][
+            :, ::-1
+        ][:, : count[i]].T
     return Z
 
 # %% ../../nbs/api/dwi/lowrank.ipynb #36088a43
 def rotate_back(
-    A:np.ndarray,      # patch n n, reflectors, as tridiagonal leaves them
-    tau:np.ndarray,    # patch n, their factors
-    Z:np.ndarray,      # m n, vectors in the tridiagonal frame: overwritten
-    count:np.ndarray,  # one per patch: its vectors, m in all
-)->np.ndarray:         # m n, in the frame of the matrices
+    A: np.ndarray,  # patch n n, reflectors, as tridiagonal leaves them
+    tau: np.ndarray,  # patch n, their factors
+    Z: np.ndarray,  # m n, vectors in the tridiagonal frame: overwritten
+    count: np.ndarray,  # one per patch: its vectors, m in all
+) -> np.ndarray:  # m n, in the frame of the matrices
     "Eigenvectors of the matrices from those of their tridiagonal forms."
     n, s = A.shape[1], Scratch(A.shape[1])
     size, z = ctypes.c_int(n + 1), Z.ctypes.data
     for i, k in enumerate(count.tolist()):
         s.kept["k"].value = k
-        if k: dormtr(s.L, s.L, s.N, s.n, s.k, A.ctypes.data + 8 * n * n * i, s.n, tau.ctypes.data + 8 * n * i, z, s.n, s.work, ctypes.addressof(size), s.info)
+        if k:
+            dormtr(
+                s.L,
+                s.L,
+                s.N,
+                s.n,
+                s.k,
+                A.ctypes.data + 8 * n * n * i,
+                s.n,
+                tau.ctypes.data + 8 * n * i,
+                z,
+                s.n,
+                s.work,
+                ctypes.addressof(size),
+                s.info,
+            )
         z += 8 * n * k
     return Z
 
+
 def leading_vectors(
-    A:np.ndarray,    # patch n n, symmetric, float64, contiguous: overwritten
-    decide:Callable, # eigenvalues (patch n, ascending) -> how many of the largest are wanted (patch)
-)->tuple:            # vectors m n, patch by patch, count of vectors (patch), eigenvalues (patch n)
+    A: np.ndarray,  # patch n n, symmetric, float64, contiguous: overwritten
+    decide: Callable,  # eigenvalues (patch n, ascending) -> how many of the largest are wanted (patch)
+) -> tuple:  # vectors m n, patch by patch, count of vectors (patch), eigenvalues (patch n)
     "The eigenvectors that `decide` wants; none of matrices of zeros."
     values, live = np.zeros(A.shape[:2]), np.trace(A, axis1=1, axis2=2) > 0
     A = A if live.all() else A[live]
     d, e, tau = tridiagonal(A)
     values[live] = tridiagonal_eigenvalues(d, e)
     count = np.where(live, decide(values), 0)
-    return rotate_back(A, tau, tridiagonal_eigenvectors(d, e, values[live], count[live]), count[live]), count, values
+    return (
+        rotate_back(A, tau, tridiagonal_eigenvectors(d, e, values[live], count[live]), count[live]),
+        count,
+        values,
+    )
 
 # %% ../../nbs/api/dwi/lowrank.ipynb #ab7e983c
 def windows(
-    x:Tensor,   # x y z v
-    size:tuple, # of a window: voxels along x, y, z
-)->Tensor:      # x y z, then the window x y z v: a view
+    x: Tensor,  # x y z v
+    size: tuple,  # of a window: voxels along x, y, z
+) -> Tensor:  # x y z, then the window x y z v: a view
     "All windows that fit in."
     inner = [n - w + 1 for n, w in zip(x.shape, size)]
     return x.as_strided((*inner, *size, x.shape[3]), (*x.stride()[:3], *x.stride()))
 
+
 def running_covariances(
-    planes:Tensor,  # x column sample v: voxels of each plane of the patches, float64
-    active:Tensor,  # x column: patches wanted; fewer along x than planes
-)->tuple:           # covariances (patch v v), means (patch v)
+    planes: Tensor,  # x column sample v: voxels of each plane of the patches, float64
+    active: Tensor,  # x column: patches wanted; fewer along x than planes
+) -> tuple:  # covariances (patch v v), means (patch v)
     "Covariances of the patches of columns of voxels."
     width, samples = planes.shape[0] - active.shape[0] + 1, planes.shape[2]
     total = width * samples
@@ -200,215 +248,294 @@ def running_covariances(
         torch.bmm(plane.mT, plane, out=sums[x % width])
         wanted = active[max(0, x - width + 1)]
         end = at + int(wanted.sum()) * (x >= width - 1)
-        if end > at: torch.baddbmm((sums if wanted.all() else sums[:, wanted]).sum(0), mean[at:end, :, None], mean[at:end, None], beta=1 / total, alpha=-1, out=C[at:end])
+        if end > at:
+            torch.baddbmm(
+                (sums if wanted.all() else sums[:, wanted]).sum(0),
+                mean[at:end, :, None],
+                mean[at:end, None],
+                beta=1 / total,
+                alpha=-1,
+                out=C[at:end],
+            )
         at = end
     return C, mean
 
 # %% ../../nbs/api/dwi/lowrank.ipynb #061c058d
 def signal_components(
-    A:np.ndarray,        # patch n n, float64: covariances, or products between samples
-    mean:np.ndarray,     # patch v, of the samples
-    threshold:Callable,  # eigenvalues (patch n, ascending) -> least eigenvalue that is signal (patch), variance of noise (patch)
-)->tuple:                # vectors (patch k n, zeros behind), their eigenvalues (patch k), components (patch), variance of noise (patch)
+    A: np.ndarray,  # patch n n, float64: covariances, or products between samples
+    mean: np.ndarray,  # patch v, of the samples
+    threshold: Callable,  # eigenvalues (patch n, ascending) -> least eigenvalue that is signal (patch), variance of noise (patch)
+) -> tuple:  # vectors (patch k n, zeros behind), their eigenvalues (patch k), components (patch), variance of noise (patch)
     "What of patches is signal."
     trace, found = np.trace(A, axis1=1, axis2=2), []
     floor = 1e-13 * (trace + (mean**2).sum(1))
     A[trace <= floor] = 0
+
     def decide(values):
         found[:] = threshold(np.where(values > floor[:, None], values, 0))
         return (values >= np.maximum(found[0], floor)[:, None]).sum(1)
+
     vectors, count, values = leading_vectors(A, decide)
     vectors = pad(vectors.reshape(-1, A.shape[1]), count)
-    return vectors, values[:, ::-1][:, :vectors.shape[1]], np.where(found[0] > 0, count, mean.shape[1]), found[1]
+    return (
+        vectors,
+        values[:, ::-1][:, : vectors.shape[1]],
+        np.where(found[0] > 0, count, mean.shape[1]),
+        found[1],
+    )
 
 # %% ../../nbs/api/dwi/lowrank.ipynb #090cfbce
 def small_patch_components(
-    X:Tensor,            # patch sample v, float64
-    threshold:Callable,  # as of signal_components
-)->tuple:                # as of signal_components, and means (patch v)
+    X: Tensor,  # patch sample v, float64
+    threshold: Callable,  # as of signal_components
+) -> tuple:  # as of signal_components, and means (patch v)
     "Signal of patches that have fewer voxels than there are volumes."
     samples, mean = X.shape[1], X.mean(1)
     X = X - mean[:, None]
-    U, values, count, variance = signal_components((torch.bmm(X, X.mT) / samples).numpy(), mean.numpy(), threshold)
+    U, values, count, variance = signal_components(
+        (torch.bmm(X, X.mT) / samples).numpy(), mean.numpy(), threshold
+    )
     scale = np.sqrt(samples * np.where(U.any(-1), values, np.inf))
     return torch.bmm(torch.from_numpy(U), X).numpy() / scale[..., None], values, count, variance, mean
 
 # %% ../../nbs/api/dwi/lowrank.ipynb #b422d1a7
 def overlap_add(
-    parts:Tensor,  # x y z, then the window y z, then v
-)->Tensor:         # x, y + window - 1, z + window - 1, v
+    parts: Tensor,  # x y z, then the window y z, then v
+) -> Tensor:  # x, y + window - 1, z + window - 1, v
     "Sum of windows at their places."
     x, y, z, wy, wz, v = parts.shape
     out = parts.new_zeros(x, y + wy - 1, z + wz - 1, v)
-    for i, j in product(range(wy), range(wz)): out[:, i:i + y, j:j + z] += parts[:, :, :, i, j]
+    for i, j in product(range(wy), range(wz)):
+        out[:, i : i + y, j : j + z] += parts[:, :, :, i, j]
     return out
 
+
 def recombine(
-    planes:Tensor,  # x column sample v
-    active:Tensor,  # x column: patches
-    vectors:Tensor, # patch k v
-    mean:Tensor,    # patch v
-    theta:Tensor,   # one per patch: weight
-    variance:Tensor,# one per patch: of the noise
-)->Tensor:          # x column sample v+2: sums of weighted estimates, weights, weighted variances
+    planes: Tensor,  # x column sample v
+    active: Tensor,  # x column: patches
+    vectors: Tensor,  # patch k v
+    mean: Tensor,  # patch v
+    theta: Tensor,  # one per patch: weight
+    variance: Tensor,  # one per patch: of the noise
+) -> Tensor:  # x column sample v+2: sums of weighted estimates, weights, weighted variances
     "What the patches in a row along x say about the voxels of each plane they share."
     n, (inner, columns), width = planes.shape[0], active.shape, planes.shape[0] - active.shape[0] + 1
     rest = mean - torch.bmm(torch.bmm(vectors, mean[..., None]).mT, vectors)[:, 0]
-    V, S = planes.new_zeros(inner + 2 * (width - 1), columns, *vectors.shape[1:]), planes.new_zeros(inner + 2 * (width - 1), columns, planes.shape[3] + 2)
-    V[width - 1:width - 1 + inner][active] = vectors * theta.sqrt()[:, None, None]
-    S[width - 1:width - 1 + inner][active] = torch.cat([theta[:, None] * rest, theta[:, None], (theta * variance)[:, None]], 1)
+    V, S = (
+        planes.new_zeros(inner + 2 * (width - 1), columns, *vectors.shape[1:]),
+        planes.new_zeros(inner + 2 * (width - 1), columns, planes.shape[3] + 2),
+    )
+    V[width - 1 : width - 1 + inner][active] = vectors * theta.sqrt()[:, None, None]
+    S[width - 1 : width - 1 + inner][active] = torch.cat(
+        [theta[:, None] * rest, theta[:, None], (theta * variance)[:, None]], 1
+    )
     out = S.unfold(0, width, 1).sum(-1)[:, :, None].repeat(1, 1, planes.shape[2], 1)
     for x in range(n):
-        W = V[x:x + width].transpose(0, 1).reshape(columns, -1, planes.shape[3])
+        W = V[x : x + width].transpose(0, 1).reshape(columns, -1, planes.shape[3])
         out[x, ..., :-2] += torch.bmm(torch.bmm(planes[x], W.mT), W)
     return out
 
 # %% ../../nbs/api/dwi/lowrank.ipynb #6f3f634e
 def denoise_block(
-    data:np.ndarray,     # x y z v: a block of centres and radius more on each side
-    active:np.ndarray,   # x y z: centres of the patches wanted, without the border
-    radius:tuple,        # of the patches along x, y, z
-    offset:np.ndarray,   # v: taken off before sums
-    threshold:Callable,  # as of components
-)->np.ndarray:           # x y z v+2, of the data: sums of weighted estimates less offset, of weights, of weighted variances
+    data: np.ndarray,  # x y z v: a block of centres and radius more on each side
+    active: np.ndarray,  # x y z: centres of the patches wanted, without the border
+    radius: tuple,  # of the patches along x, y, z
+    offset: np.ndarray,  # v: taken off before sums
+    threshold: Callable,  # as of components
+) -> np.ndarray:  # x y z v+2: sums of weighted estimates less offset, of weights, of weighted variances
     "Sums over the patches of a block."
     size, dtype = [2 * r + 1 for r in radius], torch.float64 if data.dtype == np.float64 else torch.float32
     x = torch.from_numpy(np.subtract(data, offset, dtype=np.float64, order="C"))
     y, z = torch.from_numpy(np.argwhere(active.any(0))).T
     planes, wanted = windows(x, (1, *size[1:]))[:, y, z].flatten(2, 4), torch.from_numpy(active)[:, y, z]
-    if np.prod(size) < data.shape[3]: V, _, count, variance, mean = small_patch_components(windows(x, size)[torch.from_numpy(active)].flatten(1, 3), threshold)
+    if np.prod(size) < data.shape[3]:
+        V, _, count, variance, mean = small_patch_components(
+            windows(x, size)[torch.from_numpy(active)].flatten(1, 3), threshold
+        )
     else:
         C, mean = running_covariances(planes, wanted)
         V, _, count, variance = signal_components(C.numpy(), mean.numpy(), threshold)
     V, theta, variance = (torch.from_numpy(o).to(dtype) for o in (V, 1 / (1 + count), variance))
     parts = recombine(planes.to(dtype), wanted, V, mean.to(dtype), theta, variance)
-    if len(y) < active[0].size: parts = parts.new_zeros(len(parts), active[0].size, *parts.shape[2:]).index_copy_(1, y * active.shape[2] + z, parts)
+    if len(y) < active[0].size:
+        parts = parts.new_zeros(len(parts), active[0].size, *parts.shape[2:]).index_copy_(
+            1, y * active.shape[2] + z, parts
+        )
     return overlap_add(parts.view(len(parts), *active.shape[1:], *size[1:], -1)).numpy()
 
 # %% ../../nbs/api/dwi/lowrank.ipynb #bd7ac78d
 def blocks_of(
-    active:np.ndarray,   # x y z: centres of patches wanted
-    size:tuple=(32, 4, 4),
-)->list:                 # starts (x, y, z) and cuts of active, trimmed along x
+    active: np.ndarray,  # x y z: centres of patches wanted
+    size: tuple = (32, 4, 4),
+) -> list:  # starts (x, y, z) and cuts of active, trimmed along x
     "Blocks with at least one patch."
     found = []
     for x, y, z in product(*(range(0, n, s) for n, s in zip(active.shape, size))):
-        cut = active[x:x + size[0], y:y + size[1], z:z + size[2]]
+        cut = active[x : x + size[0], y : y + size[1], z : z + size[2]]
         rows = np.flatnonzero(cut.any((1, 2)))
-        if len(rows): found.append(((x + int(rows[0]), y, z), np.ascontiguousarray(cut[rows[0]:rows[-1] + 1])))
+        if len(rows):
+            found.append(((x + int(rows[0]), y, z), np.ascontiguousarray(cut[rows[0] : rows[-1] + 1])))
     return found
+
 
 @contextmanager
 def workers(
-    threads:int,
-):          # a function as `map`, whose results come in order
+    threads: int,
+):  # a function as `map`, whose results come in order
     "Threads, each with one thread of torch."
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        if threads == 1: yield map
+        if threads == 1:
+            yield map
         else:
-            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool: yield pool.map
-    finally: torch.set_num_threads(before)
+            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                yield pool.map
+    finally:
+        torch.set_num_threads(before)
 
 # %% ../../nbs/api/dwi/lowrank.ipynb #2205b661
 def check_input(
-    data,          # x y z v
-    mask,          # x y z, or None
+    data,  # x y z v
+    mask,  # x y z, or None
     patch_radius,  # number, or one per axis
-)->tuple:          # data in float32, or float64 where it came so, mask, radius per axis
+) -> tuple:  # data in float32, or float64 where it came so, mask, radius per axis
     "What the denoisers work on; `InputError` says what is wrong."
     data = np.asarray(data)
-    if data.ndim != 4: raise InputError(f"data of shape {data.shape}: expected four axes, x y z and volumes")
+    if data.ndim != 4:
+        raise InputError(f"data of shape {data.shape}: expected four axes, x y z and volumes")
     data = data if data.dtype == np.float64 else data.astype(np.float32, copy=False)
     for x, plane in enumerate(data):
-        if not np.isfinite(plane).all(): raise InputError(f"data that are not finite, first at x y z v = {(x, *(int(i) for i in np.argwhere(~np.isfinite(plane))[0]))}: expected numbers everywhere; set them to 0 and leave them out of the mask")
+        if not np.isfinite(plane).all():
+            raise InputError(
+                f"data that are not finite, first at x y z v = {(x, *(int(i) for i in np.argwhere(~np.isfinite(plane))[0]))}: expected numbers everywhere; set them to 0 and leave them out of the mask"
+            )
     mask = np.ones(data.shape[:3], bool) if mask is None else np.asarray(mask) != 0
-    if mask.shape != data.shape[:3]: raise InputError(f"a mask of shape {mask.shape} for data of {data.shape[:3]}: expected the same grid")
-    radius = np.broadcast_to(patch_radius, 3) if np.ndim(patch_radius) == 0 or len(patch_radius) == 3 else None
-    if radius is None or (radius != np.round(radius)).any() or (radius < 0).any(): raise InputError(f"patch_radius {patch_radius}: expected a whole number of voxels, or three of them")
+    if mask.shape != data.shape[:3]:
+        raise InputError(f"a mask of shape {mask.shape} for data of {data.shape[:3]}: expected the same grid")
+    radius = (
+        np.broadcast_to(patch_radius, 3) if np.ndim(patch_radius) == 0 or len(patch_radius) == 3 else None
+    )
+    if radius is None or (radius != np.round(radius)).any() or (radius < 0).any():
+        raise InputError(f"patch_radius {patch_radius}: expected a whole number of voxels, or three of them")
     radius = tuple(int(r) if n > 1 else 0 for r, n in zip(radius, data.shape))
-    if not any(radius): raise InputError(f"patch_radius {patch_radius} for data of {data.shape[:3]} makes patches of one voxel: expected 1 or more along an axis of several voxels; 2 is usual")
+    if not any(radius):
+        raise InputError(
+            f"patch_radius {patch_radius} for data of {data.shape[:3]} makes patches of one voxel: expected 1 or more along an axis of several voxels; 2 is usual"
+        )
     for name, r, n in zip("xyz", radius, data.shape):
-        if n < 2 * r + 1: raise InputError(f"{n} voxels along {name} for patches of {2 * r + 1}: expected at least as many; give patch_radius {(n - 1) // 2} for that axis, as in patch_radius={tuple(min(r, (n - 1) // 2) for r, n in zip(radius, data.shape))}")
-    if not mask[tuple(slice(r, n - r) for r, n in zip(radius, data.shape))].any(): raise InputError(f"no voxel of the mask is {radius} voxels or more away from the border: expected one at least; give a smaller patch_radius or pad the data")
+        if n < 2 * r + 1:
+            raise InputError(
+                f"{n} voxels along {name} for patches of {2 * r + 1}: expected at least as many; give patch_radius {(n - 1) // 2} for that axis, as in patch_radius={tuple(min(r, (n - 1) // 2) for r, n in zip(radius, data.shape))}"
+            )
+    if not mask[tuple(slice(r, n - r) for r, n in zip(radius, data.shape))].any():
+        raise InputError(
+            f"no voxel of the mask is {radius} voxels or more away from the border: expected one at least; give a smaller patch_radius or pad the data"
+        )
     return data, mask, radius
 
 # %% ../../nbs/api/dwi/lowrank.ipynb #e1acc12d
 def finish(
-    sums:np.ndarray,    # x y z v+2
-    data:np.ndarray,    # x y z v
-    mask:np.ndarray,    # x y z
-    offset:np.ndarray,  # v
-)->tuple:               # denoised x y z v, noise level x y z
+    sums: np.ndarray,  # x y z v+2
+    data: np.ndarray,  # x y z v
+    mask: np.ndarray,  # x y z
+    offset: np.ndarray,  # v
+) -> tuple:  # denoised x y z v, noise level x y z
     "Weighted means from sums."
     out, weight = np.empty_like(data), sums[..., -2]
     reached = weight > 0
     for x in range(len(data)):
-        out[x] = np.where(reached[x, ..., None], sums[x, ..., :-2] / np.where(reached[x], weight[x], 1)[..., None] + offset.astype(data.dtype), data[x])
+        out[x] = np.where(
+            reached[x, ..., None],
+            sums[x, ..., :-2] / np.where(reached[x], weight[x], 1)[..., None] + offset.astype(data.dtype),
+            data[x],
+        )
         out[x] = np.where(mask[x, ..., None], out[x].clip(0), 0)
     return out, np.sqrt(np.where(reached & mask, sums[..., -1] / np.where(reached, weight, 1), 0))
 
+
 def denoise_patches(
-    data:np.ndarray,     # x y z v
-    mask:np.ndarray,     # x y z
-    radius:tuple,
-    thresholds:Callable, # slices of a block of centres, its active patches -> threshold, as of signal_components
-    threads:int=None,    # None: as many as torch uses
-    quiet:bool=True,     # no bar
-    desc:str="",         # of the bar
-)->tuple:                # denoised x y z v, noise level x y z
+    data: np.ndarray,  # x y z v
+    mask: np.ndarray,  # x y z
+    radius: tuple,
+    thresholds: Callable,  # slices of a block of centres, its active patches -> threshold, as of signal_components
+    threads: int = None,  # None: as many as torch uses
+    quiet: bool = True,  # no bar
+    desc: str = "",  # of the bar
+) -> tuple:  # denoised x y z v, noise level x y z
     "Denoise by projection of patches on their signal."
     offset = sum(plane[m].sum(0, dtype=np.float64) for plane, m in zip(data, mask)) / mask.sum()
     blocks = blocks_of(mask[tuple(slice(r, n - r) for r, n in zip(radius, mask.shape))])
     sums = np.zeros((*mask.shape, data.shape[3] + 2), data.dtype)
+
     def one(block):
         start, active = block
-        reach, centres = (tuple(slice(a + c * r, a + n + (2 - c) * r) for a, n, r in zip(start, active.shape, radius)) for c in (0, 1))
+        reach, centres = (
+            tuple(slice(a + c * r, a + n + (2 - c) * r) for a, n, r in zip(start, active.shape, radius))
+            for c in (0, 1)
+        )
         return reach, denoise_block(data[reach], active, radius, offset, thresholds(centres, active))
+
     with workers(threads or torch.get_num_threads()) as run:
-        for reach, part in progress(run(one, blocks), total=len(blocks), desc=desc, unit="block", quiet=quiet): sums[reach] += part
+        for reach, part in progress(
+            run(one, blocks), total=len(blocks), desc=desc, unit="block", quiet=quiet
+        ):
+            sums[reach] += part
     return finish(sums, data, mask, offset)
 
 # %% ../../nbs/api/dwi/lowrank.ipynb #8100e4ba
 def mppca(
-    data,                       # x y z v
-    mask=None,                  # x y z, counts where it is not 0; None: everywhere
-    patch_radius=2,             # voxels, or one per axis; n = (2 r + 1)³ is best a little above the number of volumes
+    data,  # x y z v
+    mask=None,  # x y z, counts where it is not 0; None: everywhere
+    patch_radius=2,  # voxels, or one per axis; n = (2 r + 1)³ is best a little above the number of volumes
     *,
-    threads:int=None,           # None: as many as torch uses
-    return_sigma:bool=False,    # also the map of the noise level
-    quiet:bool=True,            # no bar
-):                              # x y z v, float32 (float64 for float64); with return_sigma also x y z
+    threads: int = None,  # None: as many as torch uses
+    return_sigma: bool = False,  # also the map of the noise level
+    quiet: bool = True,  # no bar
+):  # x y z v, float32 (float64 for float64); with return_sigma also x y z
     "Denoise with the noise level found in each patch (Veraart et al. 2016)."
     data, mask, radius = check_input(data, mask, patch_radius)
     samples = int(np.prod([2 * r + 1 for r in radius]))
-    factor = (1 + np.sqrt(data.shape[3] / samples))**2
+    factor = (1 + np.sqrt(data.shape[3] / samples)) ** 2
+
     def threshold(values):
         variance = noise_variance(values, samples)
         return factor * variance, variance
-    out, sigma = denoise_patches(data, mask, radius, lambda centres, active: threshold, threads, quiet, "mppca")
+
+    out, sigma = denoise_patches(
+        data, mask, radius, lambda centres, active: threshold, threads, quiet, "mppca"
+    )
     return (out, sigma) if return_sigma else out
 
 # %% ../../nbs/api/dwi/lowrank.ipynb #f11a4bd5
 def localpca(
-    data,                    # x y z v
-    sigma,                   # noise level: number or x y z
-    mask=None,               # x y z, counts where it is not 0; None: everywhere
-    patch_radius=2,          # voxels, or one per axis
+    data,  # x y z v
+    sigma,  # noise level: number or x y z
+    mask=None,  # x y z, counts where it is not 0; None: everywhere
+    patch_radius=2,  # voxels, or one per axis
     *,
-    tau_factor:float=2.3,    # in units of sigma, the square root of the least eigenvalue that is signal; None: edge of the Marchenko-Pastur law
-    threads:int=None,        # None: as many as torch uses
-    quiet:bool=True,         # no bar
-)->np.ndarray:               # x y z v, float32 (float64 for float64)
+    tau_factor: float = 2.3,  # in units of sigma, the square root of the least eigenvalue that is signal; None: edge of the Marchenko-Pastur law
+    threads: int = None,  # None: as many as torch uses
+    quiet: bool = True,  # no bar
+) -> np.ndarray:  # x y z v, float32 (float64 for float64)
     "Denoise with a known noise level (Manjón et al. 2013)."
     data, mask, radius = check_input(data, mask, patch_radius)
     sigma = np.asarray(sigma, float)
-    if sigma.shape not in ((), data.shape[:3]): raise InputError(f"sigma of shape {sigma.shape} for data of {data.shape[:3]}: expected one number or a map of that shape")
-    if not (sigma >= 0).all(): raise InputError(f"sigma holds {sigma[~(sigma >= 0)].ravel()[0]:g}: expected numbers of 0 or more")
-    tau_factor = 1 + np.sqrt(data.shape[3] / np.prod([2 * r + 1 for r in radius])) if tau_factor is None else tau_factor
+    if sigma.shape not in ((), data.shape[:3]):
+        raise InputError(
+            f"sigma of shape {sigma.shape} for data of {data.shape[:3]}: expected one number or a map of that shape"
+        )
+    if not (sigma >= 0).all():
+        raise InputError(f"sigma holds {sigma[~(sigma >= 0)].ravel()[0]:g}: expected numbers of 0 or more")
+    tau_factor = (
+        1 + np.sqrt(data.shape[3] / np.prod([2 * r + 1 for r in radius]))
+        if tau_factor is None
+        else tau_factor
+    )
     variance = np.broadcast_to(sigma**2, data.shape[:3])
+
     def thresholds(centres, active):
         here = variance[centres][active]
         return lambda values: (tau_factor**2 * here, here)
+
     return denoise_patches(data, mask, radius, thresholds, threads, quiet, "localpca")[0]

@@ -22,95 +22,115 @@ from ..core.errors import InputError, pick
 from ..models.upsample import resize
 
 # %% ../../nbs/api/dwi/nets.ipynb #661580ef
-DIFFERENCE, SMOOTH = (-0.5, 0., 0.5), (0.25, 0.5, 0.25)  # taps at -1, 0 and 1
+DIFFERENCE, SMOOTH = (-0.5, 0.0, 0.5), (0.25, 0.5, 0.25)  # taps at -1, 0 and 1
+
 
 def correlate3(
-    x:Tensor,    # *s
-    axis:int,    # of at least 3 voxels
-    taps:tuple,  # at -1, 0 and 1
-)->Tensor:       # *s, the axis shorter by 2
+    x: Tensor,  # *s
+    axis: int,  # of at least 3 voxels
+    taps: tuple,  # at -1, 0 and 1
+) -> Tensor:  # *s, the axis shorter by 2
     "Three taps along an axis, where they fit."
     return sum(t * x.narrow(axis, k, x.shape[axis] - 2) for k, t in enumerate(taps) if t)
 
+
 def pad_short(
-    x:Tensor,  # b c z y x
-)->Tensor:     # likewise, no axis below 3 voxels
+    x: Tensor,  # b c z y x
+) -> Tensor:  # likewise, no axis below 3 voxels
     "Axes of one or two voxels with their ends repeated once."
-    return F.pad(x, [k for n in reversed(x.shape[2:]) for k in (int(n < 3),) * 2], mode="replicate") if min(x.shape[2:]) < 3 else x
+    return (
+        F.pad(x, [k for n in reversed(x.shape[2:]) for k in (int(n < 3),) * 2], mode="replicate")
+        if min(x.shape[2:]) < 3
+        else x
+    )
 
 # %% ../../nbs/api/dwi/nets.ipynb #7e2344b8
 def sobel_gradient(
-    x:Tensor,  # b c z y x
-)->Tensor:     # b c 3 z y x, change per voxel along z, y and x, where the filter fits
+    x: Tensor,  # b c z y x
+) -> Tensor:  # b c 3 z y x, change per voxel along z, y and x, where the filter fits
     "Smoothed derivative along each axis; a unit ramp gives 1."
     x, parts = pad_short(x), []
     for axis in (2, 3, 4):
         g = x
-        for a in (2, 3, 4): g = correlate3(g, a, DIFFERENCE if a == axis else SMOOTH)
+        for a in (2, 3, 4):
+            g = correlate3(g, a, DIFFERENCE if a == axis else SMOOTH)
         parts.append(g)
     return torch.stack(parts, 2)
 
 # %% ../../nbs/api/dwi/nets.ipynb #7a30845d
 def check_pair(
-    pred:Tensor,       # b c z y x
-    target:Tensor,     # likewise
-    mask:Tensor=None,  # b z y x, or b 1 z y x, or b c z y x: where the target holds; None: everywhere
-)->tuple:              # prediction and target in float32 (float64 stays), zero outside the mask; the mask, which broadcasts
+    pred: Tensor,  # b c z y x
+    target: Tensor,  # likewise
+    mask: Tensor = None,  # b z y x, or b 1 z y x, or b c z y x: where the target holds; None: everywhere
+) -> tuple:  # prediction, target (float32, or float64 as given; zero outside the mask), mask
     "What the losses compare, after shapes and mask were checked."
-    if pred.ndim != 5 or pred.shape != target.shape: raise InputError(f"prediction {tuple(pred.shape)}, target {tuple(target.shape)}: expected both b c z y x, of the same shape")
+    if pred.ndim != 5 or pred.shape != target.shape:
+        raise InputError(
+            f"prediction {tuple(pred.shape)}, target {tuple(target.shape)}: expected both b c z y x, of the same shape"
+        )
     pred, target = (v.to(torch.promote_types(v.dtype, torch.float32)) for v in (pred, target))
-    if mask is None: return pred, target, torch.ones_like(pred[:1, :1], dtype=torch.bool)
+    if mask is None:
+        return pred, target, torch.ones_like(pred[:1, :1], dtype=torch.bool)
     m = (mask[:, None] if mask.ndim == 4 else mask).bool()
-    if m.ndim != 5 or m.shape[1] not in (1, pred.shape[1]) or m[:, :1].shape != pred[:, :1].shape: raise InputError(f"mask {tuple(mask.shape)}, prediction {tuple(pred.shape)}: expected b z y x or b 1 z y x")
-    if not m.any(): raise InputError("the mask is empty: expected at least one voxel; draw crops with a minimum of them")
+    if m.ndim != 5 or m.shape[1] not in (1, pred.shape[1]) or m[:, :1].shape != pred[:, :1].shape:
+        raise InputError(
+            f"mask {tuple(mask.shape)}, prediction {tuple(pred.shape)}: expected b z y x or b 1 z y x"
+        )
+    if not m.any():
+        raise InputError("the mask is empty: expected at least one voxel; draw crops with a minimum of them")
     return torch.where(m, pred, 0), torch.where(m, target, 0), m
 
 # %% ../../nbs/api/dwi/nets.ipynb #f6101074
 def mean_where(
-    x:Tensor,     # any shape
-    mask:Tensor,  # any shape that broadcasts to it
-)->Tensor:        # scalar; 0 where the mask is empty
+    x: Tensor,  # any shape
+    mask: Tensor,  # any shape that broadcasts to it
+) -> Tensor:  # scalar; 0 where the mask is empty
     "Mean over the mask."
     return (x * mask).sum() / mask.expand_as(x).sum().clamp_min(1)
 
+
 def masked_mse(
-    pred:Tensor,       # b c z y x
-    target:Tensor,     # likewise
-    mask:Tensor=None,  # as in check_pair
-)->Tensor:             # scalar
+    pred: Tensor,  # b c z y x
+    target: Tensor,  # likewise
+    mask: Tensor = None,  # as in check_pair
+) -> Tensor:  # scalar
     "Mean squared error over the mask."
     p, t, m = check_pair(pred, target, mask)
     return mean_where((p - t).square(), m)
 
 # %% ../../nbs/api/dwi/nets.ipynb #2653bf8f
 def vector_difference(
-    p:Tensor,   # b c z y x
-    t:Tensor,   # b c z y x
-    eps:float,  # not used
-)->Tensor:      # b c z y x, where the filter fits
+    p: Tensor,  # b c z y x
+    t: Tensor,  # b c z y x
+    eps: float,  # not used
+) -> Tensor:  # b c z y x, where the filter fits
     "Squared length of the difference of gradients."
     return sobel_gradient(p - t).square().sum(2)
 
+
 def magnitude_difference(
-    p:Tensor,   # b c z y x
-    t:Tensor,   # b c z y x
-    eps:float,  # gradient that counts as none, per voxel
-)->Tensor:      # b c z y x, where the filter fits
+    p: Tensor,  # b c z y x
+    t: Tensor,  # b c z y x
+    eps: float,  # gradient that counts as none, per voxel
+) -> Tensor:  # b c z y x, where the filter fits
     "Squared difference of their lengths."
     a, b = ((sobel_gradient(v).square().sum(2) + eps**2).sqrt() for v in (p, t))
     return (a - b).square()
 
+
 FORMS = dict(vector=vector_difference, magnitude=magnitude_difference)
 
+
 def edge_loss(
-    pred:Tensor,         # b c z y x
-    target:Tensor,       # likewise
-    mask:Tensor=None,    # as in check_pair
-    form:str="vector",   # or magnitude, for clean targets only
-    eps:float=1e-3,      # of the magnitude: gradients far below it count as flat, intensity per voxel
-)->Tensor:               # scalar; 0 where no voxel of the mask has all its neighbours in it
+    pred: Tensor,  # b c z y x
+    target: Tensor,  # likewise
+    mask: Tensor = None,  # as in check_pair
+    form: str = "vector",  # or magnitude, for clean targets only
+    eps: float = 1e-3,  # of the magnitude: gradients far below it count as flat, intensity per voxel
+) -> Tensor:  # scalar; 0 where no voxel of the mask has all its neighbours in it
     "Mean squared difference of the gradients of prediction and target."
-    if not eps > 0: raise InputError(f"eps {eps}: expected a positive number, below the gradients that count")
+    if not eps > 0:
+        raise InputError(f"eps {eps}: expected a positive number, below the gradients that count")
     p, t, m = check_pair(pred, target, mask)
     whole = F.max_pool3d(pad_short((~m).float()), 3, 1) == 0
     return mean_where(pick(FORMS, form, "form")(p, t, eps), whole)
@@ -118,53 +138,72 @@ def edge_loss(
 # %% ../../nbs/api/dwi/nets.ipynb #89d6c67d
 class EdgeAwareLoss(nn.Module):
     "Masked mean squared error + alpha · edge_loss."
-    def __init__(self,
-        alpha:float=0.5,    # weight of the edges
-        form:str="vector",  # or magnitude, for clean targets only
-        eps:float=1e-3,     # of the magnitude
+
+    def __init__(
+        self,
+        alpha: float = 0.5,  # weight of the edges
+        form: str = "vector",  # or magnitude, for clean targets only
+        eps: float = 1e-3,  # of the magnitude
     ):
         super().__init__()
         pick(FORMS, form, "form")
         self.alpha, self.form, self.eps = alpha, form, eps
 
-    def forward(self,
-        pred:Tensor,       # b c z y x
-        target:Tensor,     # likewise
-        mask:Tensor=None,  # as in check_pair
-    )->Tensor:             # scalar
+    def forward(
+        self,
+        pred: Tensor,  # b c z y x
+        target: Tensor,  # likewise
+        mask: Tensor = None,  # as in check_pair
+    ) -> Tensor:  # scalar
         "Loss of a batch."
-        return masked_mse(pred, target, mask) + self.alpha * edge_loss(pred, target, mask, self.form, self.eps)
+        return masked_mse(pred, target, mask) + self.alpha * edge_loss(
+            pred, target, mask, self.form, self.eps
+        )
 
 # %% ../../nbs/api/dwi/nets.ipynb #a61f176c
 def factorised_conv(
-    in_channels:int,   # of the input
-    out_channels:int,  # of the result
-    kernel:int=3,      # taps along each axis, odd
-)->nn.Sequential:      # b c z y x -> b out z y x
+    in_channels: int,  # of the input
+    out_channels: int,  # of the result
+    kernel: int = 3,  # taps along each axis, odd
+) -> nn.Sequential:  # b c z y x -> b out z y x
     "k×1×1, 1×k×1 and 1×1×k in a row, of the same size as the input."
-    if kernel % 2 != 1 or kernel < 1: raise InputError(f"kernel {kernel}: expected an odd number of taps")
+    if kernel % 2 != 1 or kernel < 1:
+        raise InputError(f"kernel {kernel}: expected an odd number of taps")
     sides = [tuple(kernel if a == b else 1 for b in range(3)) for a in range(3)]
-    return nn.Sequential(*(nn.Conv3d(out_channels if a else in_channels, out_channels, k, padding=tuple(n // 2 for n in k), bias=a == 2) for a, k in enumerate(sides)))
+    return nn.Sequential(
+        *(
+            nn.Conv3d(
+                out_channels if a else in_channels,
+                out_channels,
+                k,
+                padding=tuple(n // 2 for n in k),
+                bias=a == 2,
+            )
+            for a, k in enumerate(sides)
+        )
+    )
 
 # %% ../../nbs/api/dwi/nets.ipynb #af9e542c
 class GatedBlock(nn.Module):
     "x + h · sigmoid(g): b c z y x -> b c z y x."
-    def __init__(self,
-        channels:int,  # of input and result
-        kernel:int=3,  # taps along each axis, odd
+
+    def __init__(
+        self,
+        channels: int,  # of input and result
+        kernel: int = 3,  # taps along each axis, odd
     ):
         super().__init__()
         self.conv = factorised_conv(channels, 2 * channels, kernel)
 
-    def forward(self, x:Tensor)->Tensor:  # b c z y x -> b c z y x
+    def forward(self, x: Tensor) -> Tensor:  # b c z y x -> b c z y x
         h, g = self.conv(x).chunk(2, 1)
         return x + h * g.sigmoid()
 
 # %% ../../nbs/api/dwi/nets.ipynb #8be20aab
 def box_pool(
-    x:Tensor,    # b c z y x
-    window:int,  # voxels on a side, odd
-)->tuple:        # mean and maximum, b c z y x each
+    x: Tensor,  # b c z y x
+    window: int,  # voxels on a side, odd
+) -> tuple:  # mean and maximum, b c z y x each
     "Mean and maximum over the part of a box around each voxel that is inside."
     mean, peak, inside = x, x, x.new_ones(1, 1, *x.shape[2:])
     for a in range(3):
@@ -173,56 +212,77 @@ def box_pool(
         peak = F.pad(peak, around, value=-math.inf).unfold(2 + a, window, 1).amax(-1)
     return mean / inside, peak
 
+
 class CBAM3d(nn.Module):
     "A gate per channel, then a gate per voxel: b c z y x -> b c z y x."
-    def __init__(self,
-        channels:int,     # of input and result
-        ratio:int=16,     # channels per hidden number of the channel gate; at least one is kept
-        kernel:int=7,     # of the voxel gate, odd
-        window:int=None,  # voxels on a side that the channel gate looks at, odd; None: the whole patch, which makes seams between tiles
+
+    def __init__(
+        self,
+        channels: int,  # of input and result
+        ratio: int = 16,  # channels per hidden number of the channel gate; at least one is kept
+        kernel: int = 7,  # of the voxel gate, odd
+        window: int = None,  # voxels on a side that the channel gate looks at, odd; None: the whole patch, which makes seams between tiles
     ):
         super().__init__()
-        if window is not None and (window % 2 != 1 or window < 1): raise InputError(f"window {window}: expected an odd number of voxels, or None for the whole patch")
+        if window is not None and (window % 2 != 1 or window < 1):
+            raise InputError(
+                f"window {window}: expected an odd number of voxels, or None for the whole patch"
+            )
         hidden, self.window = max(1, channels // ratio), window
-        self.channel = nn.Sequential(nn.Conv3d(channels, hidden, 1), nn.ReLU(), nn.Conv3d(hidden, channels, 1))
+        self.channel = nn.Sequential(
+            nn.Conv3d(channels, hidden, 1), nn.ReLU(), nn.Conv3d(hidden, channels, 1)
+        )
         self.voxel = nn.Conv3d(2, 1, kernel, padding=kernel // 2)
 
-    def forward(self, x:Tensor)->Tensor:  # b c z y x -> b c z y x
-        pooled = box_pool(x, self.window) if self.window else (x.mean((2, 3, 4), keepdim=True), x.amax((2, 3, 4), keepdim=True))
+    def forward(self, x: Tensor) -> Tensor:  # b c z y x -> b c z y x
+        pooled = (
+            box_pool(x, self.window)
+            if self.window
+            else (x.mean((2, 3, 4), keepdim=True), x.amax((2, 3, 4), keepdim=True))
+        )
         x = x * sum(self.channel(v) for v in pooled).sigmoid()
         return x * self.voxel(torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)).sigmoid()
 
 # %% ../../nbs/api/dwi/nets.ipynb #5ab67d2d
 class AdaptiveSkipConnection(nn.Module):
     "A map from below and a gated skip: b in *s, b skip z y x -> b out z y x."
-    def __init__(self,
-        in_channels:int,    # of the map from below
-        skip_channels:int,  # of the skip
-        out_channels:int,   # of the result
+
+    def __init__(
+        self,
+        in_channels: int,  # of the map from below
+        skip_channels: int,  # of the skip
+        out_channels: int,  # of the result
     ):
         super().__init__()
         both = in_channels + skip_channels
-        self.gate = nn.Sequential(nn.Conv3d(both, max(1, both // 4), 1), nn.PReLU(), nn.Conv3d(max(1, both // 4), 1, 1), nn.Sigmoid())
+        self.gate = nn.Sequential(
+            nn.Conv3d(both, max(1, both // 4), 1),
+            nn.PReLU(),
+            nn.Conv3d(max(1, both // 4), 1, 1),
+            nn.Sigmoid(),
+        )
         self.join = nn.Conv3d(both, out_channels, 1)
 
-    def forward(self, x:Tensor, skip:Tensor)->Tensor:  # b c *s, b skip z y x -> b out z y x
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:  # b c *s, b skip z y x -> b out z y x
         x = resize(x, skip.shape[2:])
         return self.join(torch.cat([x, skip * self.gate(torch.cat([x, skip], 1))], 1))
 
 # %% ../../nbs/api/dwi/nets.ipynb #7ef8b8f4
 def halve(
-    x:Tensor,  # b c z y x
-)->Tensor:     # b c and half of each axis, rounded up
+    x: Tensor,  # b c z y x
+) -> Tensor:  # b c and half of each axis, rounded up
     "Means of 2³ voxels."
     odd = [k for n in reversed(x.shape[2:]) for k in (0, n % 2)]
     x = F.pad(x, odd, mode="replicate") if any(odd) else x
-    for axis in (2, 3, 4): x = x.unflatten(axis, (-1, 2)).mean(axis + 1)
+    for axis in (2, 3, 4):
+        x = x.unflatten(axis, (-1, 2)).mean(axis + 1)
     return x
 
+
 def grow(
-    x:Tensor,    # b c and half of size, rounded up
-    size:tuple,  # z y x
-)->Tensor:       # b c *size
+    x: Tensor,  # b c and half of size, rounded up
+    size: tuple,  # z y x
+) -> Tensor:  # b c *size
     "Trilinear by two, cropped."
     z, y, x_ = size
     return F.interpolate(x, scale_factor=2, mode="trilinear", align_corners=False)[..., :z, :y, :x_]
@@ -230,94 +290,136 @@ def grow(
 # %% ../../nbs/api/dwi/nets.ipynb #ae00e189
 class FromStart(nn.Module):
     "Base of networks that correct a starting prediction among their inputs."
-    def __init__(self,
-        in_channels:int,   # of the input
-        out_channels:int,  # of the result
-        residual=None,     # channel (or slice of channels) of the starting prediction; None: there is none
+
+    def __init__(
+        self,
+        in_channels: int,  # of the input
+        out_channels: int,  # of the result
+        residual=None,  # channel (or slice of channels) of the starting prediction; None: there is none
     ):
         super().__init__()
-        if min(in_channels, out_channels) < 1: raise InputError(f"{in_channels} channels to {out_channels}: expected at least 1 each")
-        try: chosen = None if residual is None else np.atleast_1d(np.arange(in_channels)[residual]).tolist()
-        except IndexError: raise InputError(f"residual {residual} of {in_channels} channels: expected {-in_channels} to {in_channels - 1}") from None
-        if chosen is not None and len(chosen) != out_channels: raise InputError(f"residual {residual} of {in_channels} channels: expected {out_channels} of them, as many as the network returns")
+        if min(in_channels, out_channels) < 1:
+            raise InputError(f"{in_channels} channels to {out_channels}: expected at least 1 each")
+        try:
+            chosen = None if residual is None else np.atleast_1d(np.arange(in_channels)[residual]).tolist()
+        except IndexError:
+            raise InputError(
+                f"residual {residual} of {in_channels} channels: expected {-in_channels} to {in_channels - 1}"
+            ) from None
+        if chosen is not None and len(chosen) != out_channels:
+            raise InputError(
+                f"residual {residual} of {in_channels} channels: expected {out_channels} of them, as many as the network returns"
+            )
         self.in_channels, self.out_channels, self.residual = in_channels, out_channels, chosen
 
-    def start(self,
-        x:Tensor,  # b c z y x
-    )->Tensor:     # b out z y x
+    def start(
+        self,
+        x: Tensor,  # b c z y x
+    ) -> Tensor:  # b out z y x
         "The starting prediction; zero where there is none."
-        if x.ndim != 5 or x.shape[1] != self.in_channels: raise InputError(f"input {tuple(x.shape)}: expected b {self.in_channels} z y x")
-        return x.new_zeros(len(x), self.out_channels, *x.shape[2:]) if self.residual is None else x[:, self.residual]
+        if x.ndim != 5 or x.shape[1] != self.in_channels:
+            raise InputError(f"input {tuple(x.shape)}: expected b {self.in_channels} z y x")
+        return (
+            x.new_zeros(len(x), self.out_channels, *x.shape[2:])
+            if self.residual is None
+            else x[:, self.residual]
+        )
 
-    def last(self,
-        channels:int,  # that it sees
-    )->nn.Conv3d:      # 1³, to out_channels
+    def last(
+        self,
+        channels: int,  # that it sees
+    ) -> nn.Conv3d:  # 1³, to out_channels
         "The last layer of a path: zero where there is a start."
         layer = nn.Conv3d(channels, self.out_channels, 1)
-        if self.residual is not None: nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+        if self.residual is not None:
+            nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
         return layer
 
+
 def conv_path(
-    *channels:int,  # of the input and after each convolution
-)->nn.Sequential:
+    *channels: int,  # of the input and after each convolution
+) -> nn.Sequential:
     "3³ convolutions, each with a PReLU."
-    return nn.Sequential(*(layer for a, b in zip(channels, channels[1:]) for layer in (nn.Conv3d(a, b, 3, padding=1), nn.PReLU(b))))
+    return nn.Sequential(
+        *(
+            layer
+            for a, b in zip(channels, channels[1:])
+            for layer in (nn.Conv3d(a, b, 3, padding=1), nn.PReLU(b))
+        )
+    )
 
 # %% ../../nbs/api/dwi/nets.ipynb #4d838f79
 class MultiScaleDetailNet(FromStart):
     "A path at full and one at half resolution, fused: b c z y x -> b out z y x."
-    def __init__(self,
-        in_channels:int,       # of the input
-        out_channels:int=1,    # of the result
-        base_filters:int=16,   # at half resolution; half of them, at least 1, at full
-        residual=None,         # channel or slice of the starting prediction
+
+    def __init__(
+        self,
+        in_channels: int,  # of the input
+        out_channels: int = 1,  # of the result
+        base_filters: int = 16,  # at half resolution; half of them, at least 1, at full
+        residual=None,  # channel or slice of the starting prediction
     ):
         super().__init__(in_channels, out_channels, residual)
         fine = max(1, base_filters // 2)
-        self.full, self.pooled = conv_path(in_channels, fine, fine), conv_path(in_channels, base_filters, base_filters)
+        self.full, self.pooled = (
+            conv_path(in_channels, fine, fine),
+            conv_path(in_channels, base_filters, base_filters),
+        )
         self.fuse = self.last(fine + base_filters)
 
-    def forward(self, x:Tensor)->Tensor:  # b c z y x -> b out z y x
+    def forward(self, x: Tensor) -> Tensor:  # b c z y x -> b out z y x
         start = self.start(x)
         return start + self.fuse(torch.cat([self.full(x), grow(self.pooled(halve(x)), x.shape[2:])], 1))
 
 # %% ../../nbs/api/dwi/nets.ipynb #0bc97933
 def low_pass(
-    x:Tensor,  # b c z y x
-)->Tensor:     # b c z y x
+    x: Tensor,  # b c z y x
+) -> Tensor:  # b c z y x
     "What is left of a volume at half the resolution."
     return grow(halve(x), x.shape[2:])
 
+
 class ProgressiveDetailNet(FromStart):
     "A coarse stage at half resolution, then a stage of details: b c z y x -> b out z y x."
-    def __init__(self,
-        in_channels:int,      # of the input
-        out_channels:int=1,   # of the result
-        base_filters:int=16,  # of both stages
-        residual=None,        # channel or slice of the starting prediction
-        kernel:int=5,         # of the coarse stage, taps along each axis, odd
+
+    def __init__(
+        self,
+        in_channels: int,  # of the input
+        out_channels: int = 1,  # of the result
+        base_filters: int = 16,  # of both stages
+        residual=None,  # channel or slice of the starting prediction
+        kernel: int = 5,  # of the coarse stage, taps along each axis, odd
     ):
         super().__init__(in_channels, out_channels, residual)
         f = base_filters
-        self.coarse = nn.Sequential(factorised_conv(in_channels, f, kernel), nn.PReLU(f), factorised_conv(f, f, kernel), nn.PReLU(f), self.last(f))
+        self.coarse = nn.Sequential(
+            factorised_conv(in_channels, f, kernel),
+            nn.PReLU(f),
+            factorised_conv(f, f, kernel),
+            nn.PReLU(f),
+            self.last(f),
+        )
         self.detail = nn.Sequential(conv_path(in_channels + out_channels, f, f), self.last(f))
 
-    def stages(self,
-        x:Tensor,  # b c z y x
-    )->tuple:      # coarse and final result, b out z y x each
+    def stages(
+        self,
+        x: Tensor,  # b c z y x
+    ) -> tuple:  # coarse and final result, b out z y x each
         "Results of both stages, for `progressive_loss`."
         start, correction = self.start(x), grow(self.coarse(halve(x)), x.shape[2:])
         coarse = low_pass(start) + correction
         return coarse, start + correction + self.detail(torch.cat([x, coarse.to(x.dtype)], 1))
 
-    def forward(self, x:Tensor)->Tensor: return self.stages(x)[1]  # b c z y x -> b out z y x
+    def forward(self, x: Tensor) -> Tensor:  # b c z y x -> b out z y x
+        return self.stages(x)[1]
+
 
 def progressive_loss(
-    stages:tuple,       # coarse and final result, from stages
-    target:Tensor,      # b c z y x
-    weight:float=0.5,   # of the coarse stage; let it fall during training: 1 - step / steps
-    mask:Tensor=None,   # as in check_pair
-)->Tensor:              # scalar
+    stages: tuple,  # coarse and final result, from stages
+    target: Tensor,  # b c z y x
+    weight: float = 0.5,  # of the coarse stage; let it fall during training: 1 - step / steps
+    mask: Tensor = None,  # as in check_pair
+) -> Tensor:  # scalar
     "Error of the final result + weight · error of the coarse one on the smooth part of the target."
     coarse, final = stages
     c, t, m = check_pair(coarse, target, mask)
@@ -326,106 +428,135 @@ def progressive_loss(
 
 # %% ../../nbs/api/dwi/nets.ipynb #4baa0001
 def fft_low(
-    x:Tensor,      # b c z y x
-    cutoff:float,  # share of the highest frequency
-)->Tensor:         # likewise
+    x: Tensor,  # b c z y x
+    cutoff: float,  # share of the highest frequency
+) -> Tensor:  # likewise
     "Low band by a radial mask on the spectrum: 1 up to 3/4 of the cutoff, then a cosine to 0."
     z, y, n = x.shape[2:]
-    f = [2 * make(k, device=x.device, dtype=x.dtype) / cutoff for make, k in ((torch.fft.fftfreq, z), (torch.fft.fftfreq, y), (torch.fft.rfftfreq, n))]
-    radius = (f[0][:, None, None]**2 + f[1][:, None]**2 + f[2]**2).sqrt()
+    f = [
+        2 * make(k, device=x.device, dtype=x.dtype) / cutoff
+        for make, k in ((torch.fft.fftfreq, z), (torch.fft.fftfreq, y), (torch.fft.rfftfreq, n))
+    ]
+    radius = (f[0][:, None, None] ** 2 + f[1][:, None] ** 2 + f[2] ** 2).sqrt()
     gain = (1 + torch.cos(math.pi * (4 * radius - 3).clamp(0, 1))) / 2
     return torch.fft.irfftn(torch.fft.rfftn(x, dim=(2, 3, 4)) * gain, s=x.shape[2:], dim=(2, 3, 4))
 
+
 def gaussian_low(
-    x:Tensor,      # b c z y x
-    cutoff:float,  # share of the highest frequency
-)->Tensor:         # likewise
+    x: Tensor,  # b c z y x
+    cutoff: float,  # share of the highest frequency
+) -> Tensor:  # likewise
     "Low band by a Gaussian whose response is 1/20 at the cutoff; borders repeated."
     sigma = math.sqrt(2 * math.log(20)) / (math.pi * cutoff)
     reach = math.ceil(3 * sigma)
-    taps = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=x.device, dtype=x.dtype) / sigma)**2)
+    taps = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=x.device, dtype=x.dtype) / sigma) ** 2)
     low = F.pad(x.flatten(0, 1)[:, None], (reach,) * 6, mode="replicate")
-    for a in range(3): low = F.conv3d(low, (taps / taps.sum()).view(1, 1, *(-1 if a == b else 1 for b in range(3))))
+    for a in range(3):
+        low = F.conv3d(low, (taps / taps.sum()).view(1, 1, *(-1 if a == b else 1 for b in range(3))))
     return low.view(x.shape)
+
 
 SPLITS = dict(fft=fft_low, gaussian=gaussian_low)
 
+
 def split_bands(
-    x:Tensor,              # b c z y x
-    cutoff:float=0.5,      # share of the highest frequency, above 0 to 1
-    kind:str="gaussian",   # local; or fft, over the whole volume
-)->tuple:                  # low and high band, of the shape and precision of x; their sum is x
+    x: Tensor,  # b c z y x
+    cutoff: float = 0.5,  # share of the highest frequency, above 0 to 1
+    kind: str = "gaussian",  # local; or fft, over the whole volume
+) -> tuple:  # low and high band, of the shape and precision of x; their sum is x
     "A smooth part and the rest."
-    if x.ndim != 5: raise InputError(f"input {tuple(x.shape)}: expected b c z y x")
-    if not 0 < cutoff <= 1: raise InputError(f"cutoff {cutoff}: expected a share of the highest frequency, above 0 to 1")
+    if x.ndim != 5:
+        raise InputError(f"input {tuple(x.shape)}: expected b c z y x")
+    if not 0 < cutoff <= 1:
+        raise InputError(f"cutoff {cutoff}: expected a share of the highest frequency, above 0 to 1")
     with torch.autocast(x.device.type, enabled=False):
-        low = pick(SPLITS, kind, "split")(x.to(torch.promote_types(x.dtype, torch.float32)), cutoff).to(x.dtype)
+        low = pick(SPLITS, kind, "split")(x.to(torch.promote_types(x.dtype, torch.float32)), cutoff).to(
+            x.dtype
+        )
     return low, x - low
 
 # %% ../../nbs/api/dwi/nets.ipynb #ef2d039c
 class FrequencyDomainNet(FromStart):
     "A path for the low band and one for the high, fused: b c z y x -> b out z y x."
-    def __init__(self,
-        in_channels:int,      # of the input
-        out_channels:int=1,   # of the result
-        base_filters:int=16,  # of the low band; half of them, at least 1, of the high
-        residual=None,        # channel or slice of the starting prediction
-        cutoff:float=0.5,     # between the bands, share of the highest frequency
-        kind:str="gaussian",  # or fft, as in split_bands
+
+    def __init__(
+        self,
+        in_channels: int,  # of the input
+        out_channels: int = 1,  # of the result
+        base_filters: int = 16,  # of the low band; half of them, at least 1, of the high
+        residual=None,  # channel or slice of the starting prediction
+        cutoff: float = 0.5,  # between the bands, share of the highest frequency
+        kind: str = "gaussian",  # or fft, as in split_bands
     ):
         super().__init__(in_channels, out_channels, residual)
         split_bands(torch.zeros(1, 1, 1, 1, 1), cutoff, kind)  # says what is wrong with them
         self.cutoff, self.kind, fine = cutoff, kind, max(1, base_filters // 2)
-        self.low, self.high = conv_path(in_channels, base_filters, base_filters), conv_path(in_channels, fine, fine)
+        self.low, self.high = (
+            conv_path(in_channels, base_filters, base_filters),
+            conv_path(in_channels, fine, fine),
+        )
         self.fuse = self.last(base_filters + fine)
 
-    def forward(self, x:Tensor)->Tensor:  # b c z y x -> b out z y x
+    def forward(self, x: Tensor) -> Tensor:  # b c z y x -> b out z y x
         start, (low, high) = self.start(x), split_bands(x, self.cutoff, self.kind)
         return start + self.fuse(torch.cat([grow(self.low(halve(low)), x.shape[2:]), self.high(high)], 1))
 
 # %% ../../nbs/api/dwi/nets.ipynb #472290cd
 def sinusoids(
-    ids:Tensor,  # *n, positions
-    dim:int,     # numbers per position
-)->Tensor:       # *n dim, float32
+    ids: Tensor,  # *n, positions
+    dim: int,  # numbers per position
+) -> Tensor:  # *n dim, float32
     "Sines and cosines of positions, with wavelengths from 2π to 10000 · 2π (Vaswani et al. 2017)."
     rate = torch.exp(torch.arange(0, dim, 2, device=ids.device, dtype=torch.float32) * (-math.log(1e4) / dim))
     angle = ids[..., None].float() * rate
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(-2)[..., :dim]
 
+
 class SinusoidalVolumeEncoder(nn.Module):
     "Adds an embedding of the volume's index to its features: *n c z y x -> *n c z y x."
-    def __init__(self,
-        channels:int,  # of the features
-        dim:int=64,    # sinusoids per index
+
+    def __init__(
+        self,
+        channels: int,  # of the features
+        dim: int = 64,  # sinusoids per index
     ):
         super().__init__()
         self.dim, self.project = dim, nn.Linear(dim, channels)
 
-    def forward(self,
-        x:Tensor,    # b c z y x, or b v c z y x
-        ids:Tensor,  # b, or v, or b v: index of each volume
-    )->Tensor:       # likewise
+    def forward(
+        self,
+        x: Tensor,  # b c z y x, or b v c z y x
+        ids: Tensor,  # b, or v, or b v: index of each volume
+    ) -> Tensor:  # likewise
         "Features that say of which volume they are."
         ids, c = torch.as_tensor(ids, device=x.device), self.project.out_features
-        if x.ndim not in (5, 6) or ids.ndim < 1 or ids.shape != x.shape[:-4][-ids.ndim:] or x.shape[-4] != c: raise InputError(f"indices {tuple(ids.shape)} for features {tuple(x.shape)}: expected b and b {c} z y x, or v and b v {c} z y x")
+        if x.ndim not in (5, 6) or ids.ndim < 1 or ids.shape != x.shape[:-4][-ids.ndim :] or x.shape[-4] != c:
+            raise InputError(
+                f"indices {tuple(ids.shape)} for features {tuple(x.shape)}: expected b and b {c} z y x, or v and b v {c} z y x"
+            )
         shift = self.project(sinusoids(ids, self.dim).to(self.project.weight.dtype))
         return x + shift[..., None, None, None].to(x.dtype)
 
 # %% ../../nbs/api/dwi/nets.ipynb #9fc44686
 def gradient_encoding(
-    bvals,                     # n, s/mm²
-    bvecs,                     # n 3, unit vectors; anything where there is no weighting
-    bmax:float=None,           # the b-value that becomes 1; None: the largest of these
-    b0_threshold:float=50.,    # up to here a volume counts as unweighted, s/mm²
-)->Tensor:                     # n 7: b / bmax, then xx, yy, zz, √2 xy, √2 xz, √2 yz; zeros where unweighted
+    bvals,  # n, s/mm²
+    bvecs,  # n 3, unit vectors; anything where there is no weighting
+    bmax: float = None,  # the b-value that becomes 1; None: the largest of these
+    b0_threshold: float = 50.0,  # up to here a volume counts as unweighted, s/mm²
+) -> Tensor:  # n 7: b / bmax, then xx, yy, zz, √2 xy, √2 xz, √2 yz; zeros where unweighted
     "What a network is told about the weighting of each volume."
     b, g = (torch.as_tensor(v).double() for v in (bvals, bvecs))
-    if b.ndim != 1 or not len(b) or g.shape != (len(b), 3): raise InputError(f"{tuple(b.shape)} b-values, directions {tuple(g.shape)}: expected n and n 3; transpose directions that are stored as 3 n")
+    if b.ndim != 1 or not len(b) or g.shape != (len(b), 3):
+        raise InputError(
+            f"{tuple(b.shape)} b-values, directions {tuple(g.shape)}: expected n and n 3; transpose directions that are stored as 3 n"
+        )
     on = b > b0_threshold
-    g, bmax = torch.where(on[:, None], g, 0), max(b.max().item(), 1.) if bmax is None else bmax
+    g, bmax = torch.where(on[:, None], g, 0), max(b.max().item(), 1.0) if bmax is None else bmax
     length = g.norm(dim=1)
-    if not ((length[on] - 1).abs() < 0.05).all(): raise InputError(f"directions of length {length[on].min():.3g} to {length[on].max():.3g}: expected unit vectors where b > {b0_threshold:g}")
+    if not ((length[on] - 1).abs() < 0.05).all():
+        raise InputError(
+            f"directions of length {length[on].min():.3g} to {length[on].max():.3g}: expected unit vectors where b > {b0_threshold:g}"
+        )
     x, y, z = (g / length.clamp_min(1e-9)[:, None]).unbind(1)
     r = math.sqrt(2)
     parts = [torch.where(on, b / bmax, 0), x * x, y * y, z * z, r * x * y, r * x * z, r * y * z]
@@ -434,69 +565,107 @@ def gradient_encoding(
 # %% ../../nbs/api/dwi/nets.ipynb #349408fc
 class GroupedDetail(nn.Module):
     "Filters of each volume's own, looked up by index: b v z y x -> b out z y x."
-    def __init__(self,
-        num_volumes:int,   # of the scan
-        out_channels:int,  # of the result
-        filters:int,       # per volume
+
+    def __init__(
+        self,
+        num_volumes: int,  # of the scan
+        out_channels: int,  # of the result
+        filters: int,  # per volume
     ):
         super().__init__()
         self.num_volumes, self.filters = num_volumes, filters
         self.detail = nn.Conv3d(num_volumes, filters * num_volumes, 3, padding=1, groups=num_volumes)
         self.act, self.fuse = nn.PReLU(), nn.Conv3d(filters * num_volumes, out_channels, 1)
 
-    def forward(self, x:Tensor, ids=None)->Tensor:  # b v z y x, v indices (None: all in order) -> b out z y x
+    def forward(
+        self, x: Tensor, ids=None
+    ) -> Tensor:  # b v z y x, v indices (None: all in order) -> b out z y x
         ids = torch.as_tensor(range(self.num_volumes) if ids is None else ids, device=x.device)
-        if ids.shape != x.shape[1:2] or ids.is_floating_point() or ids.min() < 0 or ids.max() >= self.num_volumes: raise InputError(f"volumes {ids.tolist()} for an input {tuple(x.shape)}: expected {x.shape[1]} indices of 0 to {self.num_volumes - 1}")
-        own = lambda p, axis=0: p.unflatten(axis, (self.num_volumes, self.filters)).index_select(axis, ids).flatten(axis, axis + 1)
+        if (
+            ids.shape != x.shape[1:2]
+            or ids.is_floating_point()
+            or ids.min() < 0
+            or ids.max() >= self.num_volumes
+        ):
+            raise InputError(
+                f"volumes {ids.tolist()} for an input {tuple(x.shape)}: expected {x.shape[1]} indices of 0 to {self.num_volumes - 1}"
+            )
+        own = lambda p, axis=0: (
+            p.unflatten(axis, (self.num_volumes, self.filters))
+            .index_select(axis, ids)
+            .flatten(axis, axis + 1)
+        )
         x = F.conv3d(x, own(self.detail.weight), own(self.detail.bias), padding=1, groups=len(ids))
         return F.conv3d(self.act(x), own(self.fuse.weight, 1), self.fuse.bias)
 
 # %% ../../nbs/api/dwi/nets.ipynb #65c29147
 class ConditionedDetail(nn.Module):
     "The same filters for all volumes, scaled and shifted by the encoding of each: b v z y x -> b out z y x."
-    def __init__(self,
-        encoding:int,      # numbers per volume
-        out_channels:int,  # of the result
-        filters:int,       # per volume
+
+    def __init__(
+        self,
+        encoding: int,  # numbers per volume
+        out_channels: int,  # of the result
+        filters: int,  # per volume
     ):
         super().__init__()
-        self.encoding, self.filter, self.fuse = encoding, nn.Conv3d(1, filters, 3, padding=1), nn.Conv3d(filters, out_channels, 1)
-        self.condition, self.act = nn.Sequential(nn.Linear(encoding, 32), nn.SiLU(), nn.Linear(32, 2 * filters)), nn.PReLU(filters)
+        self.encoding, self.filter, self.fuse = (
+            encoding,
+            nn.Conv3d(1, filters, 3, padding=1),
+            nn.Conv3d(filters, out_channels, 1),
+        )
+        self.condition, self.act = (
+            nn.Sequential(nn.Linear(encoding, 32), nn.SiLU(), nn.Linear(32, 2 * filters)),
+            nn.PReLU(filters),
+        )
 
-    def forward(self, x:Tensor, encoding:Tensor)->Tensor:  # b v z y x, v d or b v d -> b out z y x
+    def forward(self, x: Tensor, encoding: Tensor) -> Tensor:  # b v z y x, v d or b v d -> b out z y x
         b, v = x.shape[:2]
-        if encoding is None or encoding.shape[-2:] != (v, self.encoding): raise InputError(f"encodings {None if encoding is None else tuple(encoding.shape)} for an input {tuple(x.shape)}: expected {v} {self.encoding}, as from gradient_encoding")
-        scale, shift = self.condition(encoding.to(x.device, self.filter.weight.dtype))[..., None, None, None].chunk(2, -4)
+        if encoding is None or encoding.shape[-2:] != (v, self.encoding):
+            raise InputError(
+                f"encodings {None if encoding is None else tuple(encoding.shape)} for an input {tuple(x.shape)}: expected {v} {self.encoding}, as from gradient_encoding"
+            )
+        scale, shift = self.condition(encoding.to(x.device, self.filter.weight.dtype))[
+            ..., None, None, None
+        ].chunk(2, -4)
         x = self.filter(x.flatten(0, 1)[:, None]).unflatten(0, (b, v)) * (1 + scale) + shift
         return self.fuse(self.act(x.flatten(0, 1)).unflatten(0, (b, v)).mean(1))
 
 # %% ../../nbs/api/dwi/nets.ipynb #6ddf7b1b
 class VolumeSpecificDetailEncoder(nn.Module):
     "Filters that depend on the volume: b v z y x -> b out z y x."
-    def __init__(self,
-        num_volumes:int=None,  # of the scan: filters of each volume's own; None: the same filters, conditioned on an encoding
-        out_channels:int=1,    # of the result
-        filters:int=8,         # per volume
-        encoding:int=7,        # numbers per volume of the encoding, if there is one
+
+    def __init__(
+        self,
+        num_volumes: int = None,  # of the scan: filters of each volume's own; None: the same filters, conditioned on an encoding
+        out_channels: int = 1,  # of the result
+        filters: int = 8,  # per volume
+        encoding: int = 7,  # numbers per volume of the encoding, if there is one
     ):
         super().__init__()
-        self.detail = ConditionedDetail(encoding, out_channels, filters) if num_volumes is None else GroupedDetail(num_volumes, out_channels, filters)
+        self.detail = (
+            ConditionedDetail(encoding, out_channels, filters)
+            if num_volumes is None
+            else GroupedDetail(num_volumes, out_channels, filters)
+        )
 
-    def forward(self,
-        x:Tensor,    # b v z y x
+    def forward(
+        self,
+        x: Tensor,  # b v z y x
         which=None,  # v true indices (None: all, in order), or v d (or b v d) encodings
-    )->Tensor:       # b out z y x
+    ) -> Tensor:  # b out z y x
         "Details of all volumes, fused."
         return self.detail(x, which)
 
 # %% ../../nbs/api/dwi/nets.ipynb #584eaa8f
 NETS = dict(multiscale=MultiScaleDetailNet, progressive=ProgressiveDetailNet, frequency=FrequencyDomainNet)
 
+
 def create_net(
-    name:str,            # a name in NETS, or a class of one's own
-    in_channels:int,     # of the input
-    out_channels:int=1,  # of the result
-    **options,           # of the network, such as base_filters and residual
-)->nn.Module:            # b c z y x -> b out z y x
+    name: str,  # a name in NETS, or a class of one's own
+    in_channels: int,  # of the input
+    out_channels: int = 1,  # of the result
+    **options,  # of the network, such as base_filters and residual
+) -> nn.Module:  # b c z y x -> b out z y x
     "A network by its name."
     return pick(NETS, name, "network")(in_channels, out_channels, **options)

@@ -11,7 +11,7 @@ __all__ = ['SCHEMES', 'TISSUES', 'S0', 'FAMILIES', 'even_directions', 'make_sche
 # %% ../../nbs/api/dwi/phantoms.ipynb #616ffc2b
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ from ..volumes.formats import write_nifti
 from ..synth.em import keyed, smooth_noise
 
 # %% ../../nbs/api/dwi/phantoms.ipynb #3b094666
-@lru_cache(maxsize=None)
+@cache
 def _repelled(n, seed, steps=300):
     g = keyed(seed, "directions", n).standard_normal((n, 3))
     g /= np.linalg.norm(g, axis=1, keepdims=True)
@@ -39,22 +39,29 @@ def _repelled(n, seed, steps=300):
         g /= np.linalg.norm(g, axis=1, keepdims=True)
     return g
 
+
 def even_directions(
-    n:int,       # how many
-    seed:int=0,  # of the start
-)->np.ndarray:   # n 3, unit vectors
+    n: int,  # how many
+    seed: int = 0,  # of the start
+) -> np.ndarray:  # n 3, unit vectors
     "Directions spread evenly over the half sphere by electrostatic repulsion."
     return _repelled(n, seed).copy()
 
 # %% ../../nbs/api/dwi/phantoms.ipynb #e6aa968d
-SCHEMES = {"64": ((0, 4), (1000, 30), (2000, 30)), "10": ((0, 1), (2500, 9)), "multi": ((0, 6), (700, 20), (1500, 45), (3000, 45))}
+SCHEMES = {
+    "64": ((0, 4), (1000, 30), (2000, 30)),
+    "10": ((0, 1), (2500, 9)),
+    "multi": ((0, 6), (700, 20), (1500, 45), (3000, 45)),
+}
+
 
 def make_scheme(
     scheme="64",  # a key of SCHEMES, shells as (s/mm², volumes), or Gradients
-    seed:int=0,   # of the directions
-)->Gradients:
+    seed: int = 0,  # of the directions
+) -> Gradients:
     "The table of gradients of a scheme."
-    if isinstance(scheme, Gradients): return scheme
+    if isinstance(scheme, Gradients):
+        return scheme
     shells = pick(SCHEMES, scheme, "scheme")
     g = [even_directions(n, seed + i) if b else np.zeros((n, 3)) for i, (b, n) in enumerate(shells)]
     return check_gradients(np.concatenate([np.full(n, float(b)) for b, n in shells]), np.concatenate(g))
@@ -62,47 +69,69 @@ def make_scheme(
 # %% ../../nbs/api/dwi/phantoms.ipynb #7f60326c
 class Compartment(NamedTuple):
     "A part of the signal with rotational symmetry."
-    amount:np.ndarray          # x y z: its signal at b = 0
-    axial:object               # mm²/s along the direction; number or x y z
-    radial:object=None         # mm²/s across it; None: as axial
-    direction:np.ndarray=None  # x y z 3, unit vectors; None: none
-    spread:float=0.            # variance of the diffusivity relative to the square of its mean
+
+    amount: np.ndarray  # x y z: its signal at b = 0
+    axial: object  # mm²/s along the direction; number or x y z
+    radial: object = None  # mm²/s across it; None: as axial
+    direction: np.ndarray = None  # x y z 3, unit vectors; None: none
+    spread: float = 0.0  # variance of the diffusivity relative to the square of its mean
+
 
 def compartment_signal(
-    parts:Sequence,       # of Compartment
-    gradients:Gradients,
-)->np.ndarray:            # x y z v, float32
+    parts: Sequence,  # of Compartment
+    gradients: Gradients,
+) -> np.ndarray:  # x y z v, float32
     "The sum of the signals of all compartments."
     b, g = gradients.bvals.astype(np.float32), gradients.bvecs.astype(np.float32)
     total = np.zeros((*parts[0].amount.shape, len(b)), np.float32)
     for c in parts:
         on = c.amount > 0
-        along, across = (np.broadcast_to(np.asarray(d, np.float32), on.shape)[on][:, None] for d in (c.axial, c.axial if c.radial is None else c.radial))
-        bd = b * (across if c.direction is None else across + (along - across) * (c.direction[on].astype(np.float32) @ g.T) ** 2)
-        total[on] += c.amount[on].astype(np.float32)[:, None] * (np.exp(-np.log1p(c.spread * bd) / c.spread) if c.spread else np.exp(-bd))
+        along, across = (
+            np.broadcast_to(np.asarray(d, np.float32), on.shape)[on][:, None]
+            for d in (c.axial, c.axial if c.radial is None else c.radial)
+        )
+        bd = b * (
+            across
+            if c.direction is None
+            else across + (along - across) * (c.direction[on].astype(np.float32) @ g.T) ** 2
+        )
+        total[on] += c.amount[on].astype(np.float32)[:, None] * (
+            np.exp(-np.log1p(c.spread * bd) / c.spread) if c.spread else np.exp(-bd)
+        )
     return total
 
 # %% ../../nbs/api/dwi/phantoms.ipynb #cf2d043a
 class FineGrid(NamedTuple):
     "A box of voxels, with its samples."
-    shape:tuple         # voxels along x y z
-    voxel_size:float    # mm
-    fine:int            # samples per voxel along each axis
+
+    shape: tuple  # voxels along x y z
+    voxel_size: float  # mm
+    fine: int  # samples per voxel along each axis
 
     @property
-    def half(self)->np.ndarray:  # 3, mm, x y z
+    def half(self) -> np.ndarray:  # 3, mm, x y z
         "Half the box."
         return np.array(self.shape) * self.voxel_size / 2
-    def axes(self, fine=1)->tuple: "Coordinates of the centres of samples, mm."; return tuple((np.arange(n * fine) + 0.5) * self.voxel_size / fine - h for n, h in zip(self.shape, self.half))
-    def points(self, fine=1)->list: "x y z coordinates, each of the full shape."; return [p.astype(np.float32) for p in np.meshgrid(*self.axes(fine), indexing="ij")]
-    def field(self, seed, name, spacing, fine=1)->np.ndarray:  # x y z of samples
+
+    def axes(self, fine=1) -> tuple:
+        "Coordinates of the centres of samples, mm."
+        return tuple(
+            (np.arange(n * fine) + 0.5) * self.voxel_size / fine - h for n, h in zip(self.shape, self.half)
+        )
+
+    def points(self, fine=1) -> list:
+        "x y z coordinates, each of the full shape."
+        return [p.astype(np.float32) for p in np.meshgrid(*self.axes(fine), indexing="ij")]
+
+    def field(self, seed, name, spacing, fine=1) -> np.ndarray:  # x y z of samples
         "A smooth random field, mean 0, deviation 1."
         return smooth_noise(seed, name, spacing, self.axes(fine), self.half).astype(np.float32)
-    def mean(self, x)->np.ndarray:  # x y z of voxels
+
+    def mean(self, x) -> np.ndarray:  # x y z of voxels
         "Samples averaged to voxels."
         return x.reshape([k for n in self.shape for k in (n, self.fine)]).mean((1, 3, 5), dtype=np.float32)
 
-    def fractions(self, labels, count)->np.ndarray:  # x y z count
+    def fractions(self, labels, count) -> np.ndarray:  # x y z count
         "Share of the labels 1..count in each voxel; voxels with half or more outside (0) are left empty."
         f = np.stack([self.mean(labels == k) for k in range(1, count + 1)], -1)
         total = f.sum(-1, keepdims=True)
@@ -111,34 +140,44 @@ class FineGrid(NamedTuple):
 # %% ../../nbs/api/dwi/phantoms.ipynb #b3d79b23
 class Head(NamedTuple):
     "Coordinates of the bent ellipsoid."
-    p:list            # three arrays, mm
-    semi:np.ndarray   # 3, semi-axes along x y z, mm
-    scale:float       # 1 for a brain of 84 mm width
+
+    p: list  # three arrays, mm
+    semi: np.ndarray  # 3, semi-axes along x y z, mm
+    scale: float  # 1 for a brain of 84 mm width
+
 
 def make_head(
-    seed:int,
-    grid:FineGrid,
-    fine:int=1,  # samples per voxel along each axis
-)->Head:
+    seed: int,
+    grid: FineGrid,
+    fine: int = 1,  # samples per voxel along each axis
+) -> Head:
     "A head that fits the box in x and y; in z the box may cut it."
-    p = [q + np.float32(1.8) * grid.field(seed, f"bend {a}", 22., fine) for a, q in zip("xyz", grid.points(fine))]
+    p = [
+        q + np.float32(1.8) * grid.field(seed, f"bend {a}", 22.0, fine)
+        for a, q in zip("xyz", grid.points(fine))
+    ]
     wide = max(grid.half[:2])
-    semi = np.array([0.86 * grid.half[0], 0.9 * grid.half[1], 0.74 * wide]) * keyed(seed, "head").uniform(0.94, 1.02, 3)
+    semi = np.array([0.86 * grid.half[0], 0.9 * grid.half[1], 0.74 * wide]) * keyed(seed, "head").uniform(
+        0.94, 1.02, 3
+    )
     return Head(p, semi.astype(np.float32), float(semi[0] / 42))
 
+
 def cortex_distance(
-    seed:int,
-    head:Head,
-    step:float,  # mm between samples
-)->tuple:        # x y z: mm below the surface of the head; mm from fluid, negative in it
+    seed: int,
+    head: Head,
+    step: float,  # mm between samples
+) -> tuple:  # x y z: mm below the surface of the head; mm from fluid, negative in it
     "Depth in the head, and the distance to the fluid around it and in its sulci."
     rng, unit = keyed(seed, "folds"), [q / s for q, s in zip(head.p, head.semi)]
-    rho = np.sqrt(sum(u ** 2 for u in unit)) + np.float32(1e-6)
+    rho = np.sqrt(sum(u**2 for u in unit)) + np.float32(1e-6)
     depth, wave = (1 - rho) * head.semi[0], 0
     for k, phase in zip(even_directions(14, seed % 997), rng.uniform(0, 2 * np.pi, 14)):
         k = 2 * np.pi * head.semi[0] / rng.uniform(14, 21) * k
         wave = wave + np.cos(sum(np.float32(a) * u / rho for a, u in zip(k, unit)) + np.float32(phase))
-    sheet = np.abs(wave) / (np.sqrt(sum(d ** 2 for d in np.gradient(wave, step))) + 0.02) - rng.uniform(0.4, 0.8)
+    sheet = np.abs(wave) / (np.sqrt(sum(d**2 for d in np.gradient(wave, step))) + 0.02) - rng.uniform(
+        0.4, 0.8
+    )
     reach = head.scale * (11 + 3 * np.sin(3 * unit[1] + 2 * unit[2] + rng.uniform(0, 6)))
     sulci = np.where(depth < reach, sheet, np.hypot(np.maximum(sheet, 0), depth - reach))
     x, y, z = head.p
@@ -149,25 +188,29 @@ def cortex_distance(
 # %% ../../nbs/api/dwi/phantoms.ipynb #b7b96c63
 TISSUES = ("fluid", "cortex", "deep grey", "white", "lesion", "dark vessel", "bright vessel")
 
-def _ellipsoid(p, centre, semi): return sum(((q - c) / s) ** 2 for q, c, s in zip(p, centre, semi)) < 1
+
+def _ellipsoid(p, centre, semi):
+    return sum(((q - c) / s) ** 2 for q, c, s in zip(p, centre, semi)) < 1
+
 
 def brain_labels(
-    seed:int,
-    grid:FineGrid,
-)->np.ndarray:   # x y z of samples, uint8: 0 outside, then 1 + index in TISSUES
+    seed: int,
+    grid: FineGrid,
+) -> np.ndarray:  # x y z of samples, uint8: 0 outside, then 1 + index in TISSUES
     "Tissue of each sample."
     rng, head = keyed(seed, "inside"), make_head(seed, grid, grid.fine)
     depth, fluid = cortex_distance(seed, head, grid.voxel_size / grid.fine)
     x, y, z = (q / head.scale for q in head.p)
-    thick = rng.uniform(2.5, 3.2) * (1 + 0.12 * grid.field(seed, "thickness", 12., grid.fine))
+    thick = rng.uniform(2.5, 3.2) * (1 + 0.12 * grid.field(seed, "thickness", 12.0, grid.fine))
     labels = np.where(fluid < 0, 1, np.where(fluid < thick, 2, 4)).astype(np.uint8)
     side, w = (np.abs(x), y, z), rng.uniform(0.8, 1.25, 3)
     white = np.argwhere((labels == 4) & (fluid > thick + 2) & (depth > 4))
     for at in white[rng.integers(len(white), size=rng.integers(3, 6))] if len(white) else ():
         centre = [q[tuple(at)] for q in (x, y, z)]
         labels[_ellipsoid((x, y, z), centre, rng.uniform(2, 6, 3)) & (labels == 4)] = 5
-    for centre, semi in (((10, -8, -5), (6.5, 9, 6)), ((21, 6, -3), (4.5 * w[1], 11, 8))): labels[_ellipsoid(side, centre, semi)] = 3
-    labels[_ellipsoid((side[0] - 6 - y ** 2 / 110, y, z), (0, 0, 2), (4 * w[0], 19 * w[2], 5.5))] = 1
+    for centre, semi in (((10, -8, -5), (6.5, 9, 6)), ((21, 6, -3), (4.5 * w[1], 11, 8))):
+        labels[_ellipsoid(side, centre, semi)] = 3
+    labels[_ellipsoid((side[0] - 6 - y**2 / 110, y, z), (0, 0, 2), (4 * w[0], 19 * w[2], 5.5))] = 1
     labels[_ellipsoid((x, y, z), (0, -4, -5), (1.4, 8, 6))] = 1
     for i, path in enumerate(vessel_curves(seed, head)):
         at = np.floor((path + grid.half) / grid.voxel_size * grid.fine).astype(int)
@@ -175,15 +218,19 @@ def brain_labels(
         labels[tuple(at.T)] = 6 + i % 2
     return np.where(depth > 0, labels, 0).astype(np.uint8)
 
+
 def vessel_curves(
-    seed:int,
-    head:Head,
-    count:int=20,
-)->list:          # of points x y z, mm
+    seed: int,
+    head: Head,
+    count: int = 20,
+) -> list:  # of points x y z, mm
     "Wavy arcs below the surface, every third one running inwards."
     rng, curves = keyed(seed, "vessels"), []
     for i in range(count):
-        (a, b, _), t = np.linalg.qr(rng.standard_normal((3, 3)))[0], np.linspace(0, rng.uniform(0.5, 1.3), 600)[:, None]
+        (a, b, _), t = (
+            np.linalg.qr(rng.standard_normal((3, 3)))[0],
+            np.linspace(0, rng.uniform(0.5, 1.3), 600)[:, None],
+        )
         c = np.cross(a, b)
         way = np.cos(t) * a + np.sin(t) * b + 0.06 * np.sin(rng.uniform(8, 16) * t + rng.uniform(0, 6)) * c
         radius = 0.95 - (0.5 * t / t.max() if i % 3 == 0 else 0.06 * (1 + np.sin(5 * t)))
@@ -192,28 +239,63 @@ def vessel_curves(
 
 # %% ../../nbs/api/dwi/phantoms.ipynb #b8a93ae8
 def bundle_curves(
-    seed:int,
-    scale:float=1.,  # of the head
-)->dict:             # name -> (list of curves, points 3 in mm; radius in mm)
+    seed: int,
+    scale: float = 1.0,  # of the head
+) -> dict:  # name -> (list of curves, points 3 in mm; radius in mm)
     "Curves of the large bundles, in the coordinates of the head."
     rng, t = keyed(seed, "bundles"), np.linspace(-1, 1, 60)
     j = lambda: rng.uniform(0.88, 1.12)
     h, w, s, f = 10 * j(), 27 * j(), 23 * j(), j()
-    curves = dict(callosum=([np.stack([w * np.sin(1.5 * t), y + 2 * t ** 2 * np.sign(y), h + 12 * t ** 2 - 7 * t ** 4 + 1.5 * (1 - (y / 22) ** 2)], 1) for y in np.linspace(-22, 22, 10)], 3.2 * j()))
+    curves = dict(
+        callosum=(
+            [
+                np.stack(
+                    [
+                        w * np.sin(1.5 * t),
+                        y + 2 * t**2 * np.sign(y),
+                        h + 12 * t**2 - 7 * t**4 + 1.5 * (1 - (y / 22) ** 2),
+                    ],
+                    1,
+                )
+                for y in np.linspace(-22, 22, 10)
+            ],
+            3.2 * j(),
+        )
+    )
     for name, side in (("left", -1), ("right", 1)):
         u = (t + 1) / 2
-        curves[f"corticospinal {name}"] = ([np.stack([side * (9 * f + 5 * u + a * 13 * u ** 2), c * (2 + 8 * u ** 2) - 2, -36 + 68 * u], 1) for a in (0, 0.5, 1) for c in (-1, 0, 1)], 3.5 * j())
-        curves[f"association {name}"] = ([np.stack([side * (s + a + 3 * np.cos(2.5 * t)), 31 * t, 10 * f + b - 9 * t ** 2 + 4 * t], 1) for a, b in ((-2, 0), (2, 2), (0, -3))], 3.5 * j())
-        curves[f"cingulum {name}"] = ([np.stack([side * 6 + 0 * t, 27 * np.sin(1.4 * t), h + 7 - 17 * np.abs(t) ** 3], 1)], 2.6 * j())
+        curves[f"corticospinal {name}"] = (
+            [
+                np.stack([side * (9 * f + 5 * u + a * 13 * u**2), c * (2 + 8 * u**2) - 2, -36 + 68 * u], 1)
+                for a in (0, 0.5, 1)
+                for c in (-1, 0, 1)
+            ],
+            3.5 * j(),
+        )
+        curves[f"association {name}"] = (
+            [
+                np.stack([side * (s + a + 3 * np.cos(2.5 * t)), 31 * t, 10 * f + b - 9 * t**2 + 4 * t], 1)
+                for a, b in ((-2, 0), (2, 2), (0, -3))
+            ],
+            3.5 * j(),
+        )
+        curves[f"cingulum {name}"] = (
+            [np.stack([side * 6 + 0 * t, 27 * np.sin(1.4 * t), h + 7 - 17 * np.abs(t) ** 3], 1)],
+            2.6 * j(),
+        )
     for name, (lines, radius) in curves.items():
         phase = rng.uniform(0, 6, 3)
-        curves[name] = [scale * (c + np.sin(np.linspace(0, 9, len(c))[:, None] + phase)) for c in lines], scale * radius
+        curves[name] = (
+            [scale * (c + np.sin(np.linspace(0, 9, len(c))[:, None] + phase)) for c in lines],
+            scale * radius,
+        )
     return curves
 
+
 def nearest_tangents(
-    points:np.ndarray,  # n 3, mm
-    curves:Sequence,    # of points 3
-)->tuple:               # n: distance, mm; n 3: unit tangent of the nearest curve
+    points: np.ndarray,  # n 3, mm
+    curves: Sequence,  # of points 3
+) -> tuple:  # n: distance, mm; n 3: unit tangent of the nearest curve
     "Distance to a set of curves and their direction there."
     tangents = np.concatenate([np.gradient(c, axis=0) for c in curves])
     tangents /= np.linalg.norm(tangents, axis=1, keepdims=True)
@@ -222,130 +304,211 @@ def nearest_tangents(
 
 # %% ../../nbs/api/dwi/phantoms.ipynb #bd4da174
 def fibres(
-    seed:int,
-    grid:FineGrid,
-    head:Head,           # at voxels
-    where:np.ndarray,    # x y z, boolean
-)->tuple:                # x y z p 3: unit vectors; x y z p: shares, sum 1 where asked for, else 0
+    seed: int,
+    grid: FineGrid,
+    head: Head,  # at voxels
+    where: np.ndarray,  # x y z, boolean
+) -> tuple:  # x y z p 3: unit vectors; x y z p: shares, sum 1 where asked for, else 0
     "Directions and shares of all bundles and, last, of the fibres of no bundle."
     points = np.stack(head.p, -1)[where]
-    bend = np.stack([np.stack(np.gradient(q, grid.voxel_size), -1)[where] for q in head.p], 1) - np.eye(3, dtype=np.float32)
+    bend = np.stack([np.stack(np.gradient(q, grid.voxel_size), -1)[where] for q in head.p], 1) - np.eye(
+        3, dtype=np.float32
+    )
     shares, directions = [], []
     for curves, radius in bundle_curves(seed, head.scale).values():
         distance, n = nearest_tangents(points, curves)
         shares.append(1 / (1 + np.exp(((distance - radius) / 0.9).clip(-30, 30))))
         directions.append(n - np.einsum("nij,nj->ni", bend, n))
-    own = points / head.semi + 0.35 * np.stack([grid.field(seed, f"own fibres {a}", 9.)[where] for a in "xyz"], -1)
+    own = points / head.semi + 0.35 * np.stack(
+        [grid.field(seed, f"own fibres {a}", 9.0)[where] for a in "xyz"], -1
+    )
     shares, directions = np.stack([*shares, np.full(len(points), 0.3)], 1), np.stack([*directions, own], 1)
     shares = np.where(shares < 0.1 * shares.sum(1, keepdims=True), 0, shares)
-    out = np.zeros((*where.shape, *directions.shape[1:]), np.float32), np.zeros((*where.shape, shares.shape[1]), np.float32)
-    out[0][where], out[1][where] = directions / np.linalg.norm(directions, axis=-1, keepdims=True), shares / shares.sum(1, keepdims=True)
+    out = (
+        np.zeros((*where.shape, *directions.shape[1:]), np.float32),
+        np.zeros((*where.shape, shares.shape[1]), np.float32),
+    )
+    out[0][where], out[1][where] = (
+        directions / np.linalg.norm(directions, axis=-1, keepdims=True),
+        shares / shares.sum(1, keepdims=True),
+    )
     return out
 
 # %% ../../nbs/api/dwi/phantoms.ipynb #e0a26e66
-S0 = dict(zip(TISSUES, (2.2, 1.25, 0.95, 1., 1.5, 0.2, 1.6)))  # signal at b = 0, white matter 1
+S0 = dict(zip(TISSUES, (2.2, 1.25, 0.95, 1.0, 1.5, 0.2, 1.6)))  # signal at b = 0, white matter 1
+
 
 def fanned(
-    direction:np.ndarray,  # ... 3, unit vectors
-    angle:float,           # radians
-    count:int=3,
-)->list:                   # of ... 3, unit vectors
+    direction: np.ndarray,  # ... 3, unit vectors
+    angle: float,  # radians
+    count: int = 3,
+) -> list:  # of ... 3, unit vectors
     "Directions on a cone around each direction."
     other = np.where(np.abs(direction[..., :1]) < 0.7, np.float32([1, 0, 0]), np.float32([0, 1, 0]))
     u = np.cross(direction, other)
     u /= np.maximum(np.linalg.norm(u, axis=-1, keepdims=True), 1e-6)
     v = np.cross(direction, u)
-    return [np.cos(angle) * direction + np.sin(angle) * (np.cos(a) * u + np.sin(a) * v) for a in 2 * np.pi * np.arange(count) / count]
+    return [
+        np.cos(angle) * direction + np.sin(angle) * (np.cos(a) * u + np.sin(a) * v)
+        for a in 2 * np.pi * np.arange(count) / count
+    ]
+
 
 def brain_compartments(
-    seed:int,
-    grid:FineGrid,
-    fractions:np.ndarray,   # x y z tissue
-    directions:np.ndarray,  # x y z p 3
-    shares:np.ndarray,      # x y z p
-)->list:                    # of Compartment
+    seed: int,
+    grid: FineGrid,
+    fractions: np.ndarray,  # x y z tissue
+    directions: np.ndarray,  # x y z p 3
+    shares: np.ndarray,  # x y z p
+) -> list:  # of Compartment
     "What gives signal in a brain."
     rng = keyed(seed, "diffusivities")
-    vary = lambda name, spacing, mean, sd, low=0.2: np.maximum(mean * (1 + sd * grid.field(seed, name, spacing)), low * mean)
-    amount = {name: fractions[..., i] * S0[name] * vary(f"density {name}", 7., 1, 0.05) for i, name in enumerate(TISSUES)}
-    packed = vary("packing", 14., rng.uniform(0.55, 0.65), 0.13).clip(0.3, 0.85)
-    water = vary("water", 16., 0.05, 0.5)
-    axial = vary("axial", 15., rng.uniform(1.7, 2.0) * 1e-3, 0.07)
-    fluid, normal = amount["fluid"] + amount["white"] * water, np.stack(np.gradient(fractions[..., 3] - fractions[..., 0]), -1)
+    vary = lambda name, spacing, mean, sd, low=0.2: np.maximum(
+        mean * (1 + sd * grid.field(seed, name, spacing)), low * mean
+    )
+    amount = {
+        name: fractions[..., i] * S0[name] * vary(f"density {name}", 7.0, 1, 0.05)
+        for i, name in enumerate(TISSUES)
+    }
+    packed = vary("packing", 14.0, rng.uniform(0.55, 0.65), 0.13).clip(0.3, 0.85)
+    water = vary("water", 16.0, 0.05, 0.5)
+    axial = vary("axial", 15.0, rng.uniform(1.7, 2.0) * 1e-3, 0.07)
+    fluid, normal = (
+        amount["fluid"] + amount["white"] * water,
+        np.stack(np.gradient(fractions[..., 3] - fractions[..., 0]), -1),
+    )
     normal /= np.linalg.norm(normal, axis=-1, keepdims=True) + 1e-6
     parts = [Compartment(fluid, 3e-3)]
     for i in range(shares.shape[-1]):
-        mine, d, n = amount["white"] * (1 - water) * shares[..., i], axial * rng.uniform(0.92, 1.08), directions[..., i, :]
-        parts += [Compartment(mine * packed / 3, d, 0., m) for m in fanned(n, rng.uniform(0.2, 0.35))]
+        mine, d, n = (
+            amount["white"] * (1 - water) * shares[..., i],
+            axial * rng.uniform(0.92, 1.08),
+            directions[..., i, :],
+        )
+        parts += [Compartment(mine * packed / 3, d, 0.0, m) for m in fanned(n, rng.uniform(0.2, 0.35))]
         parts += [Compartment(mine * (1 - packed), d, d * (1 - packed), n)]
-    cortex, deep = vary("cortex", 8., rng.uniform(0.75, 0.88) * 1e-3, 0.06), vary("deep", 8., rng.uniform(0.68, 0.8) * 1e-3, 0.06)
-    sick, first = vary("lesion", 6., rng.uniform(1.1, 1.5) * 1e-3, 0.12), np.take_along_axis(directions, shares.argmax(-1)[..., None, None], -2)[..., 0, :]
-    return parts + [Compartment(amount["cortex"], cortex * 1.12, cortex * 0.94, normal, 0.2), Compartment(amount["deep grey"], deep * 1.2, deep * 0.9, first, 0.15),
-                    Compartment(amount["lesion"], sick * 1.25, sick * 0.85, first, 0.25), Compartment(amount["dark vessel"], 1e-3), Compartment(amount["bright vessel"], 4e-3, spread=0.5)]
+    cortex, deep = (
+        vary("cortex", 8.0, rng.uniform(0.75, 0.88) * 1e-3, 0.06),
+        vary("deep", 8.0, rng.uniform(0.68, 0.8) * 1e-3, 0.06),
+    )
+    sick, first = (
+        vary("lesion", 6.0, rng.uniform(1.1, 1.5) * 1e-3, 0.12),
+        np.take_along_axis(directions, shares.argmax(-1)[..., None, None], -2)[..., 0, :],
+    )
+    return parts + [
+        Compartment(amount["cortex"], cortex * 1.12, cortex * 0.94, normal, 0.2),
+        Compartment(amount["deep grey"], deep * 1.2, deep * 0.9, first, 0.15),
+        Compartment(amount["lesion"], sick * 1.25, sick * 0.85, first, 0.25),
+        Compartment(amount["dark vessel"], 1e-3),
+        Compartment(amount["bright vessel"], 4e-3, spread=0.5),
+    ]
 
 # %% ../../nbs/api/dwi/phantoms.ipynb #dbc75b4a
 class Anatomy(NamedTuple):
     "What a family draws."
-    names:tuple             # of the tissues
-    fractions:np.ndarray    # x y z tissue, sum 1 in the head, 0 outside
-    directions:np.ndarray   # x y z p 3
-    shares:np.ndarray       # x y z p: part of the voxel that runs along the direction
-    parts:list              # of Compartment
+
+    names: tuple  # of the tissues
+    fractions: np.ndarray  # x y z tissue, sum 1 in the head, 0 outside
+    directions: np.ndarray  # x y z p 3
+    shares: np.ndarray  # x y z p: part of the voxel that runs along the direction
+    parts: list  # of Compartment
+
 
 def brain(
-    seed:int,
-    grid:FineGrid,
-)->Anatomy:
+    seed: int,
+    grid: FineGrid,
+) -> Anatomy:
     "A brain with a folded cortex and crossing bundles."
     fractions = grid.fractions(brain_labels(seed, grid), len(TISSUES))
     white = fractions[..., 3]
-    directions, shares = fibres(seed, grid, make_head(seed, grid), (white + fractions[..., 4] + fractions[..., 2]) > 0)
-    return Anatomy(TISSUES, fractions, directions, shares * white[..., None], brain_compartments(seed, grid, fractions, directions, shares))
+    directions, shares = fibres(
+        seed, grid, make_head(seed, grid), (white + fractions[..., 4] + fractions[..., 2]) > 0
+    )
+    return Anatomy(
+        TISSUES,
+        fractions,
+        directions,
+        shares * white[..., None],
+        brain_compartments(seed, grid, fractions, directions, shares),
+    )
 
 # %% ../../nbs/api/dwi/phantoms.ipynb #6ba53351
 def helix(
-    rng:np.random.Generator,
-    p:np.ndarray,  # x y z 3, mm
-    half:float,    # mm, of the box
-)->tuple:          # x y z: share; x y z 3: unit vectors
+    rng: np.random.Generator,
+    p: np.ndarray,  # x y z 3, mm
+    half: float,  # mm, of the box
+) -> tuple:  # x y z: share; x y z 3: unit vectors
     "A cylinder whose fibres wind around its axis; straight where the pitch is 0."
     axis, q = rng.standard_normal(3), p - rng.uniform(-0.4, 0.4, 3) * half
     axis /= np.linalg.norm(axis)
     out = q - (q @ axis)[..., None] * axis
     r, pitch = np.linalg.norm(out, axis=-1), rng.choice([0, rng.uniform(0.4, 1.2)])
     n = np.cos(pitch) * axis + np.sin(pitch) * np.cross(axis, out) / np.maximum(r, 1e-3)[..., None]
-    return (r < rng.uniform(0.12, 0.28) * half), n / np.maximum(np.linalg.norm(n, axis=-1, keepdims=True), 1e-6)
+    return (r < rng.uniform(0.12, 0.28) * half), n / np.maximum(
+        np.linalg.norm(n, axis=-1, keepdims=True), 1e-6
+    )
+
 
 def shapes(
-    seed:int,
-    grid:FineGrid,
-    blobs:int=14,
-    rods:int=9,
-)->Anatomy:
+    seed: int,
+    grid: FineGrid,
+    blobs: int = 14,
+    rods: int = 9,
+) -> Anatomy:
     "Nested ellipsoids of random tissue with rods and helices; nothing is folded."
     rng, p = keyed(seed, "shapes"), grid.points(grid.fine)
-    half, labels = max(grid.half[:2]), _ellipsoid(p, (0, 0, 0), (0.85 * grid.half[0], 0.9 * grid.half[1], 1.2 * max(grid.half[2], 1))).astype(np.uint8)
+    half, labels = (
+        max(grid.half[:2]),
+        _ellipsoid(
+            p, (0, 0, 0), (0.85 * grid.half[0], 0.9 * grid.half[1], 1.2 * max(grid.half[2], 1))
+        ).astype(np.uint8),
+    )
     for i in range(blobs):
-        turn, centre, semi = np.linalg.qr(rng.standard_normal((3, 3)))[0], rng.uniform(-0.6, 0.6, 3) * grid.half, rng.uniform(0.08, 0.4, 3) * half
+        turn, centre, semi = (
+            np.linalg.qr(rng.standard_normal((3, 3)))[0],
+            rng.uniform(-0.6, 0.6, 3) * grid.half,
+            rng.uniform(0.08, 0.4, 3) * half,
+        )
         q = [sum(float(a) * (c - m) for a, c, m in zip(row, p, centre)) for row in turn]
         labels[_ellipsoid(q, (0, 0, 0), semi) & (labels > 0)] = 2 + i
     inside, centres = labels > 0, np.stack(grid.points(), -1)
     state = rng.bit_generator.state
     cover = []
-    for points in (np.stack(p, -1), centres):   # the same rods for samples and for voxels
+    for points in (np.stack(p, -1), centres):  # the same rods for samples and for voxels
         rng.bit_generator.state = state
         cover.append([helix(rng, points, half) for _ in range(rods)])
     rod = np.stack([grid.mean(c & inside) for c, _ in cover[0]], -1)
     fractions = grid.fractions(labels, 1 + blobs)
     head = fractions.sum(-1) > 0
-    shares = np.where(head[..., None], 0.8 * rod / np.maximum(rod.sum(-1, keepdims=True), 1), 0).astype(np.float32)
+    shares = np.where(head[..., None], 0.8 * rod / np.maximum(rod.sum(-1, keepdims=True), 1), 0).astype(
+        np.float32
+    )
     directions = np.stack([n for _, n in cover[1]], -2).astype(np.float32)
     rest, parts = fractions * (1 - shares.sum(-1, keepdims=True)), []
     for i in range(1 + blobs):
-        tone, d = (rng.uniform(a, b) * (1 + 0.1 * grid.field(seed, f"{what} {i}", 5.)) for what, a, b in (("tone", 0.6, 1.8), ("diffusivity", 0.6e-3, 1.6e-3)))
-        parts.append(Compartment(rest[..., i] * np.maximum(tone, 0.1), np.maximum(d, 2e-4), spread=rng.uniform(0.05, 0.5)))
-    for i in range(rods): parts.append(Compartment(shares[..., i], np.maximum(rng.uniform(1.7e-3, 2.6e-3) * (1 + 0.1 * grid.field(seed, f"rod {i}", 7.)), 5e-4), 0., directions[..., i, :], rng.uniform(0.005, 0.08)))
-    return Anatomy(tuple(["body", *(f"blob {i + 1}" for i in range(blobs))]), fractions, directions, shares, parts)
+        tone, d = (
+            rng.uniform(a, b) * (1 + 0.1 * grid.field(seed, f"{what} {i}", 5.0))
+            for what, a, b in (("tone", 0.6, 1.8), ("diffusivity", 0.6e-3, 1.6e-3))
+        )
+        parts.append(
+            Compartment(
+                rest[..., i] * np.maximum(tone, 0.1), np.maximum(d, 2e-4), spread=rng.uniform(0.05, 0.5)
+            )
+        )
+    for i in range(rods):
+        parts.append(
+            Compartment(
+                shares[..., i],
+                np.maximum(rng.uniform(1.7e-3, 2.6e-3) * (1 + 0.1 * grid.field(seed, f"rod {i}", 7.0)), 5e-4),
+                0.0,
+                directions[..., i, :],
+                rng.uniform(0.005, 0.08),
+            )
+        )
+    return Anatomy(
+        tuple(["body", *(f"blob {i + 1}" for i in range(blobs))]), fractions, directions, shares, parts
+    )
+
 
 FAMILIES = dict(brain=brain, shapes=shapes)
 
@@ -353,84 +516,135 @@ FAMILIES = dict(brain=brain, shapes=shapes)
 @dataclass(frozen=True)
 class Phantom:
     "A diffusion series without noise, and what it was made of."
-    clean:np.ndarray        # x y z v, float32, 0 outside the mask
-    gradients:Gradients
-    mask:np.ndarray         # x y z, boolean
-    fractions:np.ndarray    # x y z tissue, sum 1 in the mask
-    names:tuple             # of the tissues
-    directions:np.ndarray   # x y z p 3, unit vectors of the fibres
-    shares:np.ndarray       # x y z p, part of the voxel that runs along them
-    voxel_size:float        # mm
-    seed:int
-    family:str
+
+    clean: np.ndarray  # x y z v, float32, 0 outside the mask
+    gradients: Gradients
+    mask: np.ndarray  # x y z, boolean
+    fractions: np.ndarray  # x y z tissue, sum 1 in the mask
+    names: tuple  # of the tissues
+    directions: np.ndarray  # x y z p 3, unit vectors of the fibres
+    shares: np.ndarray  # x y z p, part of the voxel that runs along them
+    voxel_size: float  # mm
+    seed: int
+    family: str
 
     @property
-    def white(self)->np.ndarray:  # x y z, boolean
+    def white(self) -> np.ndarray:  # x y z, boolean
         "Where fibres fill most of the voxel."
         return self.shares.sum(-1) > 0.6
-    def sigma(self,
-        snr:float,   # mean signal of white matter at b = 0, divided by sigma
-    )->float:
+
+    def sigma(
+        self,
+        snr: float,  # mean signal of white matter at b = 0, divided by sigma
+    ) -> float:
         "Noise level for a signal-to-noise ratio."
-        if not snr > 0: raise InputError(f"a signal-to-noise ratio of {snr}: expected a number above 0, such as 20")
+        if not snr > 0:
+            raise InputError(f"a signal-to-noise ratio of {snr}: expected a number above 0, such as 20")
         return float(self.clean[self.white][:, self.gradients.is_b0].mean(dtype=float) / snr)
 
+
 def make_phantom(
-    seed:int=0,
-    shape:tuple=(48, 48, 24),  # voxels along x y z
-    scheme="64",               # a key of SCHEMES, or Gradients
-    b0:float=1000.,            # signal of white matter at b = 0
-    family:str="brain",        # a key of FAMILIES
-    voxel_size:float=2.,       # mm
-    fine:int=2,                # samples per voxel along each axis, for mixtures
-)->Phantom:
+    seed: int = 0,
+    shape: tuple = (48, 48, 24),  # voxels along x y z
+    scheme="64",  # a key of SCHEMES, or Gradients
+    b0: float = 1000.0,  # signal of white matter at b = 0
+    family: str = "brain",  # a key of FAMILIES
+    voxel_size: float = 2.0,  # mm
+    fine: int = 2,  # samples per voxel along each axis, for mixtures
+) -> Phantom:
     "A phantom; the same arguments give the same one."
-    if len(shape) != 3 or min(shape) < 8 or min(shape[:2]) * voxel_size < 30: raise InputError(f"shape {tuple(shape)} of {voxel_size:g} mm: expected x y z of 8 voxels or more, and 30 mm or more in x and y")
-    draw, gradients, grid = pick(FAMILIES, family, "family"), make_scheme(scheme), FineGrid(tuple(shape), voxel_size, fine)
+    if len(shape) != 3 or min(shape) < 8 or min(shape[:2]) * voxel_size < 30:
+        raise InputError(
+            f"shape {tuple(shape)} of {voxel_size:g} mm: expected x y z of 8 voxels or more, and 30 mm or more in x and y"
+        )
+    draw, gradients, grid = (
+        pick(FAMILIES, family, "family"),
+        make_scheme(scheme),
+        FineGrid(tuple(shape), voxel_size, fine),
+    )
     a = draw(seed, grid)
-    mask, bias = a.fractions.sum(-1) > 0, np.exp(0.12 * grid.field(seed, "bias", 45.))
-    phantom = Phantom(compartment_signal(a.parts, gradients) * np.where(mask, bias, 0)[..., None], gradients, mask, a.fractions, a.names, a.directions, a.shares, voxel_size, seed, family)
+    mask, bias = a.fractions.sum(-1) > 0, np.exp(0.12 * grid.field(seed, "bias", 45.0))
+    phantom = Phantom(
+        compartment_signal(a.parts, gradients) * np.where(mask, bias, 0)[..., None],
+        gradients,
+        mask,
+        a.fractions,
+        a.names,
+        a.directions,
+        a.shares,
+        voxel_size,
+        seed,
+        family,
+    )
     phantom.clean[...] *= b0 / phantom.sigma(1)
     return phantom
 
 # %% ../../nbs/api/dwi/phantoms.ipynb #84f20ff9
 def add_rician(
-    clean:np.ndarray,  # x y z v
-    sigma,             # of the normal noise: a number, or x y z
-    seed:int=0,
-)->np.ndarray:         # x y z v, float32
+    clean: np.ndarray,  # x y z v
+    sigma,  # of the normal noise: a number, or x y z
+    seed: int = 0,
+) -> np.ndarray:  # x y z v, float32
     "Magnitude of the signal with complex normal noise."
     sigma = np.asarray(sigma, np.float32)
-    if not (np.isfinite(sigma).all() and (sigma >= 0).all()): raise InputError(f"sigma from {sigma.min():g} to {sigma.max():g}: expected numbers of 0 or more")
-    if sigma.ndim and sigma.shape != clean.shape[:3]: raise InputError(f"sigma of shape {sigma.shape} for an image of {clean.shape}: expected a number or {clean.shape[:3]}")
-    if sigma.ndim: sigma = sigma[..., None]
+    if not (np.isfinite(sigma).all() and (sigma >= 0).all()):
+        raise InputError(f"sigma from {sigma.min():g} to {sigma.max():g}: expected numbers of 0 or more")
+    if sigma.ndim and sigma.shape != clean.shape[:3]:
+        raise InputError(
+            f"sigma of shape {sigma.shape} for an image of {clean.shape}: expected a number or {clean.shape[:3]}"
+        )
+    if sigma.ndim:
+        sigma = sigma[..., None]
     n1, n2 = (keyed(seed, "rician", i).standard_normal(clean.shape, np.float32) for i in range(2))
     return np.hypot(clean + sigma * n1, sigma * n2).astype(np.float32)
 
+
 def noisy(
-    phantom:Phantom,
-    snr:float=20.,            # mean signal of white matter at b = 0, divided by sigma
-    seed:int=0,               # of the noise
-    profile:np.ndarray=None,  # x y z, factor on sigma
-)->np.ndarray:                # x y z v, float32
+    phantom: Phantom,
+    snr: float = 20.0,  # mean signal of white matter at b = 0, divided by sigma
+    seed: int = 0,  # of the noise
+    profile: np.ndarray = None,  # x y z, factor on sigma
+) -> np.ndarray:  # x y z v, float32
     "The phantom as a scanner would see it."
-    return add_rician(phantom.clean, phantom.sigma(snr) * (1 if profile is None else np.asarray(profile)), seed)
+    return add_rician(
+        phantom.clean, phantom.sigma(snr) * (1 if profile is None else np.asarray(profile)), seed
+    )
 
 # %% ../../nbs/api/dwi/phantoms.ipynb #86ceec02
 def write_phantom(
-    folder,            # is made where missing
-    phantom:Phantom,
-    snr:float=20.,     # mean signal of white matter at b = 0, divided by sigma
-    seed:int=0,        # of the noise
-)->Path:               # the folder
+    folder,  # is made where missing
+    phantom: Phantom,
+    snr: float = 20.0,  # mean signal of white matter at b = 0, divided by sigma
+    seed: int = 0,  # of the noise
+) -> Path:  # the folder
     "Write dwi.nii.gz, dwi.bval, dwi.bvec, mask.nii.gz, clean.nii.gz and phantom.json."
     folder, size, grid = Path(folder), phantom.voxel_size, np.array(phantom.mask.shape)
-    affine = np.diag([-size, size, size, 1.])
+    affine = np.diag([-size, size, size, 1.0])
     affine[:3, 3] = np.array([1, -1, -1]) * size * (grid - 1) / 2
-    for name, data in dict(dwi=noisy(phantom, snr, seed), clean=phantom.clean, mask=phantom.mask).items(): write_nifti(folder/f"{name}.nii.gz", data, affine=affine)
-    text = lambda rows, form: "".join(" ".join(format(v + 0., form) for v in row) + "\n" for row in rows)
-    for name, rows, form in (("bval", phantom.gradients.bvals[None], "g"), ("bvec", phantom.gradients.bvecs.T, ".8f")):
-        with atomic_write(folder/f"dwi.{name}") as f: f.write(text(rows, form))
-    write_json(folder/"phantom.json", dict(family=phantom.family, seed=phantom.seed, shape=list(phantom.mask.shape), voxel_size_mm=size, snr=snr, noise_seed=seed, sigma=phantom.sigma(snr), tissues=list(phantom.names),
-                                           shells={str(b): int((phantom.gradients.shells == b).sum()) for b in np.unique(phantom.gradients.shells)}))
+    for name, data in dict(dwi=noisy(phantom, snr, seed), clean=phantom.clean, mask=phantom.mask).items():
+        write_nifti(folder / f"{name}.nii.gz", data, affine=affine)
+    text = lambda rows, form: "".join(" ".join(format(v + 0.0, form) for v in row) + "\n" for row in rows)
+    for name, rows, form in (
+        ("bval", phantom.gradients.bvals[None], "g"),
+        ("bvec", phantom.gradients.bvecs.T, ".8f"),
+    ):
+        with atomic_write(folder / f"dwi.{name}") as f:
+            f.write(text(rows, form))
+    write_json(
+        folder / "phantom.json",
+        dict(
+            family=phantom.family,
+            seed=phantom.seed,
+            shape=list(phantom.mask.shape),
+            voxel_size_mm=size,
+            snr=snr,
+            noise_seed=seed,
+            sigma=phantom.sigma(snr),
+            tissues=list(phantom.names),
+            shells={
+                str(b): int((phantom.gradients.shells == b).sum())
+                for b in np.unique(phantom.gradients.shells)
+            },
+        ),
+    )
     return folder

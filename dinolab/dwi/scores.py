@@ -20,9 +20,9 @@ from .phantoms import Phantom
 
 # %% ../../nbs/api/dwi/scores.ipynb #d5015d22
 def rice_mean(
-    signal,        # without noise, 0 or more
-    sigma,         # of the normal noise; broadcast against the signal
-)->np.ndarray:     # any shape: of both, broadcast
+    signal,  # without noise, 0 or more
+    sigma,  # of the normal noise; broadcast against the signal
+) -> np.ndarray:  # any shape: of both, broadcast
     "Mean of the magnitude."
     signal, sigma = np.asarray(signal, float), np.asarray(sigma, float)
     x = (signal / np.where(sigma > 0, sigma, 1)) ** 2 / 2
@@ -33,45 +33,60 @@ def rice_mean(
 def _rice_table():
     "Mean magnitude and squared signal, in units of sigma."
     signal = np.linspace(0, 30, 15001)
-    return rice_mean(signal, 1), signal ** 2
+    return rice_mean(signal, 1), signal**2
+
 
 def debias(
-    magnitude,       # denoised, x y z v
-    sigma,           # of the normal noise: a number, or x y z
-)->np.ndarray:       # likewise, float32
+    magnitude,  # denoised, x y z v
+    sigma,  # of the normal noise: a number, or x y z
+) -> np.ndarray:  # likewise, float32
     "Signal whose mean magnitude is what was found; 0 at the floor and below."
     magnitude, sigma = np.asarray(magnitude, np.float32), np.asarray(sigma, np.float32)
-    if not (np.isfinite(sigma).all() and (sigma >= 0).all()): raise InputError(f"sigma from {sigma.min():g} to {sigma.max():g}: expected numbers of 0 or more")
+    if not (np.isfinite(sigma).all() and (sigma >= 0).all()):
+        raise InputError(f"sigma from {sigma.min():g} to {sigma.max():g}: expected numbers of 0 or more")
     if sigma.ndim and sigma.ndim < magnitude.ndim:
-        if sigma.shape != magnitude.shape[:sigma.ndim]: raise InputError(f"sigma of shape {sigma.shape} for an image of {magnitude.shape}: expected a number or {magnitude.shape[:sigma.ndim]}")
+        if sigma.shape != magnitude.shape[: sigma.ndim]:
+            raise InputError(
+                f"sigma of shape {sigma.shape} for an image of {magnitude.shape}: expected a number or {magnitude.shape[: sigma.ndim]}"
+            )
         sigma = sigma.reshape(*sigma.shape, *[1] * (magnitude.ndim - sigma.ndim))
     mean, square = _rice_table()
-    ratio = np.divide(magnitude, sigma, out=np.full(magnitude.shape, np.inf, np.float32), where=np.broadcast_to(sigma > 0, magnitude.shape))
+    ratio = np.divide(
+        magnitude,
+        sigma,
+        out=np.full(magnitude.shape, np.inf, np.float32),
+        where=np.broadcast_to(sigma > 0, magnitude.shape),
+    )
     low = np.sqrt(np.interp(ratio, mean, square)) * sigma
-    high = (magnitude + np.sqrt(np.maximum(magnitude ** 2 - 2 * sigma ** 2, 0))) / 2
+    high = (magnitude + np.sqrt(np.maximum(magnitude**2 - 2 * sigma**2, 0))) / 2
     return np.where(ratio < mean[-1], low, high).clip(0).astype(np.float32)
 
 # %% ../../nbs/api/dwi/scores.ipynb #b0412a5a
 def _check_pair(x, clean, mask):
-    if x.shape != clean.shape or clean.shape[:3] != mask.shape: raise InputError(f"denoised {x.shape}, clean {clean.shape}, mask {mask.shape}: expected x y z v twice, and x y z")
+    if x.shape != clean.shape or clean.shape[:3] != mask.shape:
+        raise InputError(
+            f"denoised {x.shape}, clean {clean.shape}, mask {mask.shape}: expected x y z v twice, and x y z"
+        )
+
 
 def psnr(
-    x:np.ndarray,      # x y z v
-    clean:np.ndarray,  # x y z v
-    mask:np.ndarray,   # x y z, boolean
-)->np.ndarray:         # v, dB; infinite where equal
+    x: np.ndarray,  # x y z v
+    clean: np.ndarray,  # x y z v
+    mask: np.ndarray,  # x y z, boolean
+) -> np.ndarray:  # v, dB; infinite where equal
     "Peak signal-to-noise ratio of each volume in the mask."
     _check_pair(x, clean, mask)
     error, peak = x[mask].astype(float) - clean[mask], clean[mask].max(0).astype(float)
-    with np.errstate(divide="ignore"): return 20 * np.log10(peak) - 10 * np.log10((error ** 2).mean(0))
+    with np.errstate(divide="ignore"):
+        return 20 * np.log10(peak) - 10 * np.log10((error**2).mean(0))
 
 # %% ../../nbs/api/dwi/scores.ipynb #3fd64685
 def ssim3d(
-    x:np.ndarray,      # x y z v
-    clean:np.ndarray,  # x y z v
-    mask:np.ndarray,   # x y z, boolean
-    sigma:float=1.5,   # voxels
-)->np.ndarray:         # v
+    x: np.ndarray,  # x y z v
+    clean: np.ndarray,  # x y z v
+    mask: np.ndarray,  # x y z, boolean
+    sigma: float = 1.5,  # voxels
+) -> np.ndarray:  # v
     "Structural similarity of each volume, mean over the mask; the range is the peak of the clean volume in the mask."
     _check_pair(x, clean, mask)
     local, found = lambda a: gaussian_filter(a, sigma, truncate=3.5), []
@@ -80,144 +95,181 @@ def ssim3d(
         c1, c2 = ((k * b[mask].max()) ** 2 for k in (0.01, 0.03))
         ma, mb = local(a), local(b)
         aa, bb, ab = local(a * a) - ma * ma, local(b * b) - mb * mb, local(a * b) - ma * mb
-        found.append(((2 * ma * mb + c1) * (2 * ab + c2) / ((ma * ma + mb * mb + c1) * (aa + bb + c2)))[mask].mean())
+        found.append(
+            ((2 * ma * mb + c1) * (2 * ab + c2) / ((ma * ma + mb * mb + c1) * (aa + bb + c2)))[mask].mean()
+        )
     return np.array(found)
 
 # %% ../../nbs/api/dwi/scores.ipynb #e8531714
 def edge_slope(
-    x:np.ndarray,       # x y z v
-    clean:np.ndarray,   # x y z v
-    mask:np.ndarray,    # x y z, boolean
-    share:float=0.1,    # of the voxels that count as edge
-)->np.ndarray:          # v: 1 is right, below 1 is blurred
+    x: np.ndarray,  # x y z v
+    clean: np.ndarray,  # x y z v
+    mask: np.ndarray,  # x y z, boolean
+    share: float = 0.1,  # of the voxels that count as edge
+) -> np.ndarray:  # v: 1 is right, below 1 is blurred
     "Slope of the gradients of the result on the true ones, on true edges."
     _check_pair(x, clean, mask)
     inner, found = binary_erosion(mask), []
     gradients = lambda a: np.stack([g[inner] for g in np.gradient(a.astype(float))])
     for v in range(clean.shape[3]):
         t, d = gradients(clean[..., v]), gradients(x[..., v])
-        size = (t ** 2).sum(0)
+        size = (t**2).sum(0)
         on = size >= np.quantile(size, 1 - share)
         found.append((d * t)[:, on].sum() / size[on].sum())
     return np.array(found)
 
 # %% ../../nbs/api/dwi/scores.ipynb #6a6ce736
 def design_matrix(
-    gradients:Gradients,
-)->np.ndarray:            # v 7: xx yy zz xy xz yz of minus b g g', 1
+    gradients: Gradients,
+) -> np.ndarray:  # v 7: xx yy zz xy xz yz of minus b g g', 1
     "What the logarithm of the signal is linear in; b in 1e3 s/mm²."
     (x, y, z), b = gradients.bvecs.T, gradients.bvals / 1000
-    return np.stack([-b * x * x, -b * y * y, -b * z * z, -2 * b * x * y, -2 * b * x * z, -2 * b * y * z, np.ones_like(b)], 1)
+    return np.stack(
+        [-b * x * x, -b * y * y, -b * z * z, -2 * b * x * y, -2 * b * x * z, -2 * b * y * z, np.ones_like(b)],
+        1,
+    )
+
 
 def low_shells(
-    gradients:Gradients,
-    bmax:float=1200.,     # s/mm²
-)->np.ndarray:            # v, boolean
+    gradients: Gradients,
+    bmax: float = 1200.0,  # s/mm²
+) -> np.ndarray:  # v, boolean
     "Volumes up to `bmax`; where 6 of them are not weighted, the lowest shells with 6."
     shells = np.sort(gradients.shells[~gradients.is_b0])
-    if (gradients.bvals[~gradients.is_b0] <= bmax).sum() >= 6 or len(shells) < 6: return gradients.bvals <= bmax
+    if (gradients.bvals[~gradients.is_b0] <= bmax).sum() >= 6 or len(shells) < 6:
+        return gradients.bvals <= bmax
     return gradients.shells <= shells[5]
 
+
 def fit_dti(
-    data:np.ndarray,      # x y z v
-    gradients:Gradients,
-    mask:np.ndarray,      # x y z, boolean
-    bmax:float=1200.,     # s/mm², volumes above are not used
-    floor:float=1e-4,     # least signal, relative to the largest of the mask
-    batch:int=8192,       # voxels at a time
-)->dict:                  # x y z maps: fa; md and evals in 1e-3 mm²/s; s0; evec (strongest), colour: x y z 3; tensor: x y z 6
+    data: np.ndarray,  # x y z v
+    gradients: Gradients,
+    mask: np.ndarray,  # x y z, boolean
+    bmax: float = 1200.0,  # s/mm², volumes above are not used
+    floor: float = 1e-4,  # least signal, relative to the largest of the mask
+    batch: int = 8192,  # voxels at a time
+) -> dict:  # x y z maps: fa; md, evals, 1e-3 mm²/s; s0; evec, colour: x y z 3; tensor: x y z 6
     "Diffusion tensors by weighted least squares."
     use = low_shells(gradients, bmax)
     X = design_matrix(gradients[use])
-    if np.linalg.matrix_rank(X) < 7: raise InputError(f"{use.sum()} volumes up to b = {gradients.bvals[use].max():g} do not fix a tensor: expected one without weighting and 6 different directions")
+    if np.linalg.matrix_rank(X) < 7:
+        raise InputError(
+            f"{use.sum()} volumes up to b = {gradients.bvals[use].max():g} do not fix a tensor: expected one without weighting and 6 different directions"
+        )
     pairs, y = (X[:, :, None] * X[:, None]).reshape(len(X), 49), data[mask][:, use].astype(float)
     y, beta = np.log(np.maximum(y, floor * y.max() if y.size and y.max() > 0 else 1)), np.empty((len(y), 7))
     first = np.linalg.pinv(X).T
     for i in range(0, len(y), batch):
-        part = y[i:i + batch]
+        part = y[i : i + batch]
         w = np.exp(2 * (part @ first @ X.T).clip(-50, 50))
-        beta[i:i + batch] = np.linalg.solve((w @ pairs).reshape(-1, 7, 7), ((w * part) @ X)[..., None])[..., 0]
+        beta[i : i + batch] = np.linalg.solve((w @ pairs).reshape(-1, 7, 7), ((w * part) @ X)[..., None])[
+            ..., 0
+        ]
     return tensor_maps(beta, mask)
 
 # %% ../../nbs/api/dwi/scores.ipynb #a5045d39
 def tensor_maps(
-    beta:np.ndarray,   # n 7, see design_matrix
-    mask:np.ndarray,   # x y z with n voxels
-)->dict:
+    beta: np.ndarray,  # n 7, see design_matrix
+    mask: np.ndarray,  # x y z with n voxels
+) -> dict:
     "Maps of the tensor, 0 outside the mask."
+
     def put(values):
         out = np.zeros((*mask.shape, *values.shape[1:]), np.float32)
         out[mask] = values
         return out
+
     evals, evecs = np.linalg.eigh(beta[:, [0, 3, 4, 3, 1, 5, 4, 5, 2]].reshape(-1, 3, 3))
     evals, evec = evals[:, ::-1].clip(0), evecs[:, :, -1]
-    spread, size = ((evals - evals.mean(1, keepdims=True)) ** 2).sum(1), (evals ** 2).sum(1)
+    spread, size = ((evals - evals.mean(1, keepdims=True)) ** 2).sum(1), (evals**2).sum(1)
     fa = np.sqrt(1.5 * spread / np.where(size > 0, size, 1))
-    maps = dict(fa=fa, md=evals.mean(1), evals=evals, s0=np.exp(beta[:, 6].clip(-50, 50)), evec=evec, colour=np.abs(evec) * fa[:, None], tensor=beta[:, :6])
+    maps = dict(
+        fa=fa,
+        md=evals.mean(1),
+        evals=evals,
+        s0=np.exp(beta[:, 6].clip(-50, 50)),
+        evec=evec,
+        colour=np.abs(evec) * fa[:, None],
+        tensor=beta[:, :6],
+    )
     return {name: put(values) for name, values in maps.items()}
 
+
 def predict_dti(
-    fit:dict,             # of fit_dti
-    gradients:Gradients,
-)->np.ndarray:            # x y z v, float32
+    fit: dict,  # of fit_dti
+    gradients: Gradients,
+) -> np.ndarray:  # x y z v, float32
     "Signal of the tensors for other directions."
-    return (fit["s0"][..., None] * np.exp((fit["tensor"] @ design_matrix(gradients)[:, :6].T).clip(-50, 3))).astype(np.float32)
+    return (
+        fit["s0"][..., None] * np.exp((fit["tensor"] @ design_matrix(gradients)[:, :6].T).clip(-50, 3))
+    ).astype(np.float32)
 
 # %% ../../nbs/api/dwi/scores.ipynb #b130f7cc
 def leak_slope(
-    x:np.ndarray,         # x y z v, denoised
-    noisy:np.ndarray,     # x y z v
-    expected:np.ndarray,  # x y z v: mean of the noisy image, see rice_mean
-    mask:np.ndarray,      # x y z, boolean
-)->float:
+    x: np.ndarray,  # x y z v, denoised
+    noisy: np.ndarray,  # x y z v
+    expected: np.ndarray,  # x y z v: mean of the noisy image, see rice_mean
+    mask: np.ndarray,  # x y z, boolean
+) -> float:
     "Share of a volume's own noise in its output."
     noise = noisy[mask].astype(float) - expected[mask]
-    return float(((x[mask] - expected[mask]) * noise).sum() / (noise ** 2).sum())
+    return float(((x[mask] - expected[mask]) * noise).sum() / (noise**2).sum())
+
 
 def residual_autocorrelation(
-    residual:np.ndarray,  # x y z v: noisy minus denoised
-    mask:np.ndarray,      # x y z, boolean
-)->float:
+    residual: np.ndarray,  # x y z v: noisy minus denoised
+    mask: np.ndarray,  # x y z, boolean
+) -> float:
     "Mean correlation of neighbours along x, y and z; white noise has 0."
     found = []
     for axis in range(3):
         first, second = (slice(None),) * axis + (slice(None, -1),), (slice(None),) * axis + (slice(1, None),)
         both = mask[first] & mask[second]
-        if not both.any(): continue
+        if not both.any():
+            continue
         a, b = (residual[s][both].astype(float) for s in (first, second))
         a, b = a - a.mean(0), b - b.mean(0)
-        norm = np.sqrt((a ** 2).sum(0) * (b ** 2).sum(0))
+        norm = np.sqrt((a**2).sum(0) * (b**2).sum(0))
         found.append(((a * b).sum(0) / np.where(norm > 0, norm, 1)).mean())
-    return float(np.mean(found)) if found else 0.
+    return float(np.mean(found)) if found else 0.0
 
 # %% ../../nbs/api/dwi/scores.ipynb #de4be255
 def held_out(
-    denoise:Callable,      # Series -> x y z v
-    series:Series,
-    sigma:float=None,      # of the noise; None: from the background
-    bmax:float=1200.,      # s/mm²; above, tensors are not fitted and volumes not predicted
-    debiased:bool=False,   # the method takes the noise floor off, so it is put back on predictions
-)->float:                  # RMSE divided by sigma
+    denoise: Callable,  # Series -> x y z v
+    series: Series,
+    sigma: float = None,  # of the noise; None: from the background
+    bmax: float = 1200.0,  # s/mm²; above, tensors are not fitted and volumes not predicted
+    debiased: bool = False,  # the method takes the noise floor off, so it is put back on predictions
+) -> float:  # RMSE divided by sigma
     "How well tensors of a denoised half predict the other half, as measured."
     sigma = background_sigma(series) if sigma is None else sigma
-    if not sigma: raise InputError("no background to take the noise from: expected sigma=, the noise level of the series")
+    if not sigma:
+        raise InputError(
+            "no background to take the noise from: expected sigma=, the noise level of the series"
+        )
     shells, low = series.gradients.shells, low_shells(series.gradients, bmax)
-    order = np.argsort(shells, kind="stable")[series.gradients.is_b0.sum():]
-    if low[order].sum() < 12: raise InputError(f"{low[order].sum()} weighted volumes up to b = {bmax:g}: expected 12 or more, 6 to fit tensors and as many to predict")
+    order = np.argsort(shells, kind="stable")[series.gradients.is_b0.sum() :]
+    if low[order].sum() < 12:
+        raise InputError(
+            f"{low[order].sum()} weighted volumes up to b = {bmax:g}: expected 12 or more, 6 to fit tensors and as many to predict"
+        )
     keep, rest = np.setdiff1d(np.arange(len(shells)), order[1::2]), [v for v in order[1::2] if low[v]]
     half = check_series(series.data[..., keep], series.gradients[keep], series.mask, series.image)
-    predicted = predict_dti(fit_dti(np.asarray(denoise(half)), half.gradients, series.inside, bmax), series.gradients[rest])[series.inside]
-    if debiased: predicted = rice_mean(predicted, sigma)
+    predicted = predict_dti(
+        fit_dti(np.asarray(denoise(half)), half.gradients, series.inside, bmax), series.gradients[rest]
+    )[series.inside]
+    if debiased:
+        predicted = rice_mean(predicted, sigma)
     return float(np.sqrt(((predicted - series.data[series.inside][:, rest]) ** 2).mean()) / sigma)
 
 # %% ../../nbs/api/dwi/scores.ipynb #ecb10324
 def score(
-    denoised:np.ndarray,       # x y z v
-    phantom:Phantom,
-    noisy:np.ndarray=None,     # x y z v, what was denoised
-    sigma:float=None,          # of its noise; None: from its background
-    debiased:bool=False,       # the noise floor is off; it is put back where the noisy image is compared
-)->dict:                       # name -> number
+    denoised: np.ndarray,  # x y z v
+    phantom: Phantom,
+    noisy: np.ndarray = None,  # x y z v, what was denoised
+    sigma: float = None,  # of its noise; None: from its background
+    debiased: bool = False,  # the noise floor is off; it is put back where the noisy image is compared
+) -> dict:  # name -> number
     "All scores that a phantom allows."
     on, mask = ~phantom.gradients.is_b0, phantom.mask
     _check_pair(denoised, phantom.clean, mask)
@@ -225,12 +277,24 @@ def score(
     x, clean = np.where(inside, denoised, 0), phantom.clean
     maps, truth = (fit_dti(a, phantom.gradients, phantom.white) for a in (x, clean))
     rmse = lambda name: float(np.sqrt(((maps[name] - truth[name])[phantom.white].astype(float) ** 2).mean()))
-    found = {"psnr_db": psnr(x, clean, mask)[on].mean(), "ssim": ssim3d(x[..., on], clean[..., on], mask).mean(), "edge_slope": edge_slope(x[..., on], clean[..., on], mask).mean(),
-             "fa_rmse": rmse("fa"), "md_rmse_1e-3mm2/s": rmse("md")}
+    found = {
+        "psnr_db": psnr(x, clean, mask)[on].mean(),
+        "ssim": ssim3d(x[..., on], clean[..., on], mask).mean(),
+        "edge_slope": edge_slope(x[..., on], clean[..., on], mask).mean(),
+        "fa_rmse": rmse("fa"),
+        "md_rmse_1e-3mm2/s": rmse("md"),
+    }
     if noisy is not None:
         sigma = background_sigma(check_series(noisy, phantom.gradients, mask)) if sigma is None else sigma
-        if sigma is None: raise InputError("no background to take the noise from: expected sigma=, the noise level of the noisy image")
+        if sigma is None:
+            raise InputError(
+                "no background to take the noise from: expected sigma=, the noise level of the noisy image"
+            )
         expected, seen = (rice_mean(clean, sigma)[..., on], (rice_mean(x, sigma) if debiased else x)[..., on])
-        found |= {"psnr_of_mean_magnitude_db": psnr(seen, expected, mask).mean(), "leak_slope": leak_slope(seen, noisy[..., on], expected, mask),
-                  "residual_autocorrelation": residual_autocorrelation(noisy[..., on] - seen, mask), "sigma": sigma}
+        found |= {
+            "psnr_of_mean_magnitude_db": psnr(seen, expected, mask).mean(),
+            "leak_slope": leak_slope(seen, noisy[..., on], expected, mask),
+            "residual_autocorrelation": residual_autocorrelation(noisy[..., on] - seen, mask),
+            "sigma": sigma,
+        }
     return {name: float(value) for name, value in found.items()}

@@ -22,203 +22,321 @@ from torch import nn
 from ..data.augment import Augment
 from ..core.errors import InputError
 from ..core.files import settings_hash
-from .extract import Compute, check_planes, extract_block, extract_to_zarr, intensity_range, make_plan, model_identity, plane_axes, raw_region, source_identity
+from dinolab.features.extract import (
+    Compute,
+    check_planes,
+    extract_block,
+    extract_to_zarr,
+    intensity_range,
+    make_plan,
+    model_identity,
+    plane_axes,
+    raw_region,
+    source_identity,
+)
 from ..volumes.instances import affinities, local_shape_descriptors
-from ..volumes.volume import Grid, Multiscale, Volume, apply_matrices, check_inside, open_levels, resample_matrix
+from dinolab.volumes.volume import (
+    Grid,
+    Multiscale,
+    Volume,
+    apply_matrices,
+    check_inside,
+    open_levels,
+    resample_matrix,
+)
 
 # %% ../../nbs/api/features/crops.ipynb #6ea4548d
 def lattice_factor(
-    pitch:float,  # nm, distance of patches
-    voxel:float,  # nm, side of a target voxel
-    crop:int,     # target voxels per crop
-)->Fraction:      # target voxels per feature voxel, at least 1
+    pitch: float,  # nm, distance of patches
+    voxel: float,  # nm, side of a target voxel
+    crop: int,  # target voxels per crop
+) -> Fraction:  # target voxels per feature voxel, at least 1
     "The fraction nearest to pitch / voxel for which a crop is a whole number of feature voxels."
-    ratio = max(1., pitch / voxel)
+    ratio = max(1.0, pitch / voxel)
     choices = {Fraction(n, d) for n in range(1, crop + 1) if crop % n == 0 for d in range(1, min(n, 8) + 1)}
     return min(choices, key=lambda f: (round(abs(math.log(f / ratio)), 9), f.denominator))
 
 # %% ../../nbs/api/features/crops.ipynb #ee52e0c3
 def feature_roi(
-    roi:tuple,      # three slices of the target, on the lattice
-    factors:tuple,  # three fractions
-)->tuple:           # three slices of the feature grid
+    roi: tuple,  # three slices of the target, on the lattice
+    factors: tuple,  # three fractions
+) -> tuple:  # three slices of the feature grid
     "The feature voxels that cover a region exactly; `InputError` off the lattice."
     ends = [(s.start / f, s.stop / f) for s, f in zip(roi, factors)]
     if any(e.denominator != 1 for pair in ends for e in map(Fraction, pair)):
-        raise InputError(f"region {[(s.start, s.stop) for s in roi]} between feature voxels of {[str(f) for f in factors]} target voxels: expected ends at multiples of {[f.numerator for f in factors]}")
+        raise InputError(
+            f"region {[(s.start, s.stop) for s in roi]} between feature voxels of {[str(f) for f in factors]} target voxels: expected ends at multiples of {[f.numerator for f in factors]}"
+        )
     return tuple(slice(int(a), int(b)) for a, b in ends)
 
 # %% ../../nbs/api/features/crops.ipynb #8691ae0f
 @dataclass(frozen=True)
 class Layout:
     "How the features of each plane lie on the target grid."
-    factors:dict   # plane -> three fractions, target voxels per feature voxel; the key all for fused features
-    crop:tuple     # target voxels per crop, z y x
+
+    factors: dict  # plane -> three fractions, target voxels per feature voxel; the key all for fused features
+    crop: tuple  # target voxels per crop, z y x
 
     @property
-    def step(self)->tuple:
+    def step(self) -> tuple:
         "Crops may start at multiples of this many target voxels, z y x."
         return tuple(math.lcm(*(f[a].numerator for f in self.factors.values())) for a in range(3))
 
-    def sizes(self)->dict:
+    def sizes(self) -> dict:
         "Feature voxels per crop: plane -> z y x."
         return {p: tuple(int(n / f) for n, f in zip(self.crop, fs)) for p, fs in self.factors.items()}
 
-    def grid(self, plane:str, target:Grid)->Grid:
+    def grid(self, plane: str, target: Grid) -> Grid:
         "The feature grid of a plane over a target grid."
-        return target.with_voxel_size(tuple(v * float(f) for v, f in zip(target.voxel_size, self.factors[plane])))
+        return target.with_voxel_size(
+            tuple(v * float(f) for v, f in zip(target.voxel_size, self.factors[plane]))
+        )
 
 # %% ../../nbs/api/features/crops.ipynb #f768f371
 def make_layout(
-    target:Grid,         # voxels of the labels
-    crop:tuple,          # target voxels per crop, z y x
-    pitch:float,         # nm, distance of patches
-    planes:tuple,        # of xy, xz, yz
-    native:bool=True,    # features stay on their patch grids; False: fused and interpolated to the target
-)->Layout:
+    target: Grid,  # voxels of the labels
+    crop: tuple,  # target voxels per crop, z y x
+    pitch: float,  # nm, distance of patches
+    planes: tuple,  # of xy, xz, yz
+    native: bool = True,  # features stay on their patch grids; False: fused and interpolated to the target
+) -> Layout:
     "The layout whose factors are nearest to pitch / voxel size: 1 along the normal of each plane."
-    if not native: return Layout({"all": (Fraction(1),) * 3}, tuple(crop))
+    if not native:
+        return Layout({"all": (Fraction(1),) * 3}, tuple(crop))
     factor = [lattice_factor(pitch, v, n) for v, n in zip(target.voxel_size, crop)]
-    return Layout({p: tuple(Fraction(1) if a == plane_axes(p)[0] else factor[a] for a in range(3)) for p in check_planes(planes)}, tuple(crop))
+    return Layout(
+        {
+            p: tuple(Fraction(1) if a == plane_axes(p)[0] else factor[a] for a in range(3))
+            for p in check_planes(planes)
+        },
+        tuple(crop),
+    )
 
 # %% ../../nbs/api/features/crops.ipynb #ba488ccf
 def inside(
-    roi:tuple,    # three slices, may reach beyond the end
-    shape:tuple,  # voxels there are
-)->tuple:         # slices within the shape, voxels missing at the end of each axis
+    roi: tuple,  # three slices, may reach beyond the end
+    shape: tuple,  # voxels there are
+) -> tuple:  # slices within the shape, voxels missing at the end of each axis
     "The part of a region that exists, and how much is missing behind it."
-    if any(s.start < 0 or s.start >= n for s, n in zip(roi, shape)): raise InputError(f"region {[(s.start, s.stop) for s in roi]} of a volume of shape {tuple(shape)}: expected it to begin inside")
-    return tuple(slice(s.start, min(s.stop, n)) for s, n in zip(roi, shape)), tuple(max(0, s.stop - n) for s, n in zip(roi, shape))
+    if any(s.start < 0 or s.start >= n for s, n in zip(roi, shape)):
+        raise InputError(
+            f"region {[(s.start, s.stop) for s in roi]} of a volume of shape {tuple(shape)}: expected it to begin inside"
+        )
+    return tuple(slice(s.start, min(s.stop, n)) for s, n in zip(roi, shape)), tuple(
+        max(0, s.stop - n) for s, n in zip(roi, shape)
+    )
 
 # %% ../../nbs/api/features/crops.ipynb #12cf63aa
 def pad_end(
-    x,              # ... z y x, tensor or array
-    missing:tuple,  # voxels to add behind each axis
-    mode:str="edge",# "edge", "symmetric" or "zero"
-):                  # same kind, larger
+    x,  # ... z y x, tensor or array
+    missing: tuple,  # voxels to add behind each axis
+    mode: str = "edge",  # "edge", "symmetric" or "zero"
+):  # same kind, larger
     "`x` continued behind its end."
-    if not any(missing): return x
-    if isinstance(x, np.ndarray): return np.pad(x, [(0, 0)] * (x.ndim - 3) + [(0, n) for n in missing], **({} if mode == "zero" else dict(mode=mode)))
+    if not any(missing):
+        return x
+    if isinstance(x, np.ndarray):
+        return np.pad(
+            x,
+            [(0, 0)] * (x.ndim - 3) + [(0, n) for n in missing],
+            **({} if mode == "zero" else dict(mode=mode)),
+        )
     for axis, n in zip((-3, -2, -1), missing):
-        if n: x = torch.cat([x, x.narrow(axis, x.shape[axis] - 1, 1).repeat_interleave(n, axis)], axis)
+        if n:
+            x = torch.cat([x, x.narrow(axis, x.shape[axis] - 1, 1).repeat_interleave(n, axis)], axis)
     return x
 
 # %% ../../nbs/api/features/crops.ipynb #21c6023f
 class CachedFeatures:
     "Features of one volume, extracted once; `read` gives those of a region of the target."
-    def __init__(self,
-        stores:dict,    # plane -> Features
-        layout:Layout,  # how they lie on the target
-        memory:float=1e9,  # bytes: not more than these are decoded once and kept, in each process
+
+    def __init__(
+        self,
+        stores: dict,  # plane -> Features
+        layout: Layout,  # how they lie on the target
+        memory: float = 1e9,  # bytes: not more than these are decoded once and kept, in each process
     ):
         self.stores, self.layout, self.memory, self._kept = stores, layout, memory, {}
 
-    def __getstate__(self): return {**self.__dict__, "_kept": {}}
+    def __getstate__(self):
+        return {**self.__dict__, "_kept": {}}
 
     @property
-    def channels(self)->dict: "Channels of each plane."; return {p: f.channels for p, f in self.stores.items()}
-    @property
-    def nbytes(self)->int: "Bytes of all features, uncompressed."; return sum(2 * f.channels * math.prod(f.shape) for f in self.stores.values())
+    def channels(self) -> dict:
+        "Channels of each plane."
+        return {p: f.channels for p, f in self.stores.items()}
 
-    def read(self,
-        roi:tuple,  # three slices of the target, on the lattice
-    )->dict:        # plane -> c z y x, float16
+    @property
+    def nbytes(self) -> int:
+        "Bytes of all features, uncompressed."
+        return sum(2 * f.channels * math.prod(f.shape) for f in self.stores.values())
+
+    def read(
+        self,
+        roi: tuple,  # three slices of the target, on the lattice
+    ) -> dict:  # plane -> c z y x, float16
         "Features of a region; behind the end of the volume the last ones are repeated."
+
         def one(plane, store):
             part, missing = inside(feature_roi(roi, self.layout.factors[plane]), store.shape)
-            if self.nbytes > self.memory: return pad_end(store.read(part), missing)
-            if plane not in self._kept: self._kept[plane] = store.read(tuple(slice(0, n) for n in store.shape))
+            if self.nbytes > self.memory:
+                return pad_end(store.read(part), missing)
+            if plane not in self._kept:
+                self._kept[plane] = store.read(tuple(slice(0, n) for n in store.shape))
             return pad_end(self._kept[plane][(slice(None), *part)], missing)
+
         return {p: one(p, store) for p, store in self.stores.items()}
 
 # %% ../../nbs/api/features/crops.ipynb #afd01e16
 @dataclass(frozen=True)
 class Extraction:
     "How features are made: backbone, planes, pixel size."
-    backbone:nn.Module           # from create_backbone
-    planes:tuple=("xy", "xz", "yz")  # which slices
-    pixel_size:float=None        # nm, side of a network pixel; None: patches two target voxels apart
-    native:bool=True             # keep each plane on its patch grid; False: fuse and interpolate to the target
-    halo:int=4                   # patches of context around a block
-    block:int=64                 # feature voxels per block of the cache
-    batch_size:int=None          # images per batch; None: from memory
-    precision:str="auto"         # "fp32", "bf16" or "auto"
+
+    backbone: nn.Module  # from create_backbone
+    planes: tuple = ("xy", "xz", "yz")  # which slices
+    pixel_size: float = None  # nm, side of a network pixel; None: patches two target voxels apart
+    native: bool = True  # keep each plane on its patch grid; False: fuse and interpolate to the target
+    halo: int = 4  # patches of context around a block
+    block: int = 64  # feature voxels per block of the cache
+    batch_size: int = None  # images per batch; None: from memory
+    precision: str = "auto"  # "fp32", "bf16" or "auto"
 
     def __post_init__(self):
         object.__setattr__(self, "planes", check_planes(self.planes))
-        if len(set(self.backbone.spec.strides)) != 1: raise InputError(f"backbone with maps of strides {self.backbone.spec.strides}: expected one stride; choose layers of equal stride")
+        if len(set(self.backbone.spec.strides)) != 1:
+            raise InputError(
+                f"backbone with maps of strides {self.backbone.spec.strides}: expected one stride; choose layers of equal stride"
+            )
 
     @property
-    def stride(self)->int: "Pixels per patch."; return self.backbone.spec.strides[-1]
-    @property
-    def channels(self)->int: "Channels per plane."; return sum(self.backbone.spec.channels)
+    def stride(self) -> int:
+        "Pixels per patch."
+        return self.backbone.spec.strides[-1]
 
-    def pixel(self, raw:Grid, target:Grid)->float:
+    @property
+    def channels(self) -> int:
+        "Channels per plane."
+        return sum(self.backbone.spec.channels)
+
+    def pixel(self, raw: Grid, target: Grid) -> float:
         "Side of a network pixel, nm."
-        return make_plan(raw, self.backbone.spec, (0, 1), dst=target, planes=self.planes, pixel=self.pixel_size).pixel
+        return make_plan(
+            raw, self.backbone.spec, (0, 1), dst=target, planes=self.planes, pixel=self.pixel_size
+        ).pixel
 
-    def layout(self, raw:Grid, target:Grid, crop:tuple)->Layout:
+    def layout(self, raw: Grid, target: Grid, crop: tuple) -> Layout:
         "How the features will lie."
         return make_layout(target, crop, self.pixel(raw, target) * self.stride, self.planes, self.native)
 
 # %% ../../nbs/api/features/crops.ipynb #574ea0f7
 def around(
-    raw:Volume,      # raw
-    target:Grid,     # box of interest
-    reach:float,     # nm of context on each side
-)->Volume:           # the part of the raw volume
+    raw: Volume,  # raw
+    target: Grid,  # box of interest
+    reach: float,  # nm of context on each side
+) -> Volume:  # the part of the raw volume
     "The raw voxels of a box with context around it, as far as there are any."
     check_inside(target, raw.grid, raw.name)
     roi = raw.grid.roi_of(target)
     margin = [math.ceil(reach / v) for v in raw.voxel_size]
-    return raw.crop(tuple(slice(max(0, s.start - m), min(n, s.stop + m)) for s, m, n in zip(roi, margin, raw.shape)))
+    return raw.crop(
+        tuple(slice(max(0, s.start - m), min(n, s.stop + m)) for s, m, n in zip(roi, margin, raw.shape))
+    )
 
 # %% ../../nbs/api/features/crops.ipynb #f8b7649d
 def cache_features(
-    extraction:Extraction,  # backbone, planes, pixel size
-    raw:Volume,             # raw, at the resolution that the backbone sees
-    target:Grid,            # voxels of the labels
-    layout:Layout,          # from extraction.layout
-    folder,                 # of the stores
-    intensity:tuple,        # raw values that become 0 and 1
-    workers:int=1,          # processes
-)->CachedFeatures:
+    extraction: Extraction,  # backbone, planes, pixel size
+    raw: Volume,  # raw, at the resolution that the backbone sees
+    target: Grid,  # voxels of the labels
+    layout: Layout,  # from extraction.layout
+    folder,  # of the stores
+    intensity: tuple,  # raw values that become 0 and 1
+    workers: int = 1,  # processes
+) -> CachedFeatures:
     "Extract what is not there yet: one store per plane; an interrupted extraction goes on."
     pixel = extraction.pixel(raw.grid, target)
     near = around(raw, target, (extraction.halo + 1) * pixel * extraction.stride)
+
     def store(key):
         grid, planes = layout.grid(key, target), extraction.planes if key == "all" else (key,)
-        what = dict(raw=source_identity(near), grid=grid, near=near.grid, planes=planes, pixel=pixel, halo=extraction.halo, block=extraction.block, intensity=intensity, **model_identity(extraction.backbone))
-        return extract_to_zarr(near, Path(folder)/f"{key}-{settings_hash(what, 12)}", extraction.backbone, grid=grid, planes=planes, pixel_size=pixel, halo=extraction.halo,
-                               block=extraction.block, intensity=intensity, batch_size=extraction.batch_size, precision=extraction.precision, rgb=False, workers=workers)
+        what = dict(
+            raw=source_identity(near),
+            grid=grid,
+            near=near.grid,
+            planes=planes,
+            pixel=pixel,
+            halo=extraction.halo,
+            block=extraction.block,
+            intensity=intensity,
+            **model_identity(extraction.backbone),
+        )
+        return extract_to_zarr(
+            near,
+            Path(folder) / f"{key}-{settings_hash(what, 12)}",
+            extraction.backbone,
+            grid=grid,
+            planes=planes,
+            pixel_size=pixel,
+            halo=extraction.halo,
+            block=extraction.block,
+            intensity=intensity,
+            batch_size=extraction.batch_size,
+            precision=extraction.precision,
+            rgb=False,
+            workers=workers,
+        )
+
     return CachedFeatures({key: store(key) for key in layout.factors}, layout)
 
 # %% ../../nbs/api/features/crops.ipynb #3c273176
 class LiveFeatures:
     "Features of one volume, extracted for each region that is asked for."
-    def __init__(self,
-        extraction:Extraction,  # backbone, planes, pixel size
-        raw:Volume,             # raw
-        target:Grid,            # voxels of the labels
-        layout:Layout,          # from extraction.layout
-        intensity:tuple,        # raw values that become 0 and 1
+
+    def __init__(
+        self,
+        extraction: Extraction,  # backbone, planes, pixel size
+        raw: Volume,  # raw
+        target: Grid,  # voxels of the labels
+        layout: Layout,  # from extraction.layout
+        intensity: tuple,  # raw values that become 0 and 1
     ):
-        self.extraction, self.raw, self.target, self.layout, self.intensity = extraction, raw, target, layout, intensity
-        self.near = around(raw, target, (extraction.halo + 1) * extraction.pixel(raw.grid, target) * extraction.stride)
+        self.extraction, self.raw, self.target, self.layout, self.intensity = (
+            extraction,
+            raw,
+            target,
+            layout,
+            intensity,
+        )
+        self.near = around(
+            raw, target, (extraction.halo + 1) * extraction.pixel(raw.grid, target) * extraction.stride
+        )
         self.pixel = extraction.pixel(raw.grid, target)
 
     nbytes = 0
+
     @property
-    def channels(self)->dict: "Channels of each plane."; return {p: self.extraction.channels for p in self.layout.factors}
+    def channels(self) -> dict:
+        "Channels of each plane."
+        return {p: self.extraction.channels for p in self.layout.factors}
 
     def _plan(self, plane, block):
         e = self.extraction
-        return make_plan(self.near.grid, e.backbone.spec, self.intensity, dst=self.layout.grid(plane, self.target), planes=e.planes if plane == "all" else (plane,), pixel=self.pixel, halo=e.halo, block=block)
+        return make_plan(
+            self.near.grid,
+            e.backbone.spec,
+            self.intensity,
+            dst=self.layout.grid(plane, self.target),
+            planes=e.planes if plane == "all" else (plane,),
+            pixel=self.pixel,
+            halo=e.halo,
+            block=block,
+        )
 
-    def read(self,
-        roi:tuple,  # three slices of the target, on the lattice
-    )->dict:        # plane -> c z y x, float16
+    def read(
+        self,
+        roi: tuple,  # three slices of the target, on the lattice
+    ) -> dict:  # plane -> c z y x, float16
         "Features of a region; behind the end of the volume the last ones are repeated."
+
         def one(plane):
             wanted = feature_roi(roi, self.layout.factors[plane])
             plan = self._plan(plane, tuple(s.stop - s.start for s in wanted))
@@ -226,17 +344,25 @@ class LiveFeatures:
             dst = plan.dst.crop(part)
             at = raw_region(plan, dst)
             e = self.extraction
-            x = extract_block(self.near.read(at), self.near.grid.crop(at), dst, plan, e.backbone.eval(), Compute(e.batch_size, e.precision))
+            x = extract_block(
+                self.near.read(at),
+                self.near.grid.crop(at),
+                dst,
+                plan,
+                e.backbone.eval(),
+                Compute(e.batch_size, e.precision),
+            )
             return pad_end(x.permute(3, 0, 1, 2).half().cpu(), missing)
+
         return {p: one(p) for p in self.layout.factors}
 
 # %% ../../nbs/api/features/crops.ipynb #74f9fff4
 def cell_part(
-    roi:tuple,      # three slices of the target, on the lattice
-    index:tuple,    # of a cell, z y x
-    cell:tuple,     # target voxels per cell
-    factors:tuple,  # three fractions, of a plane
-)->tuple:           # slices of the cell's features, slices of the region's features
+    roi: tuple,  # three slices of the target, on the lattice
+    index: tuple,  # of a cell, z y x
+    cell: tuple,  # target voxels per cell
+    factors: tuple,  # three fractions, of a plane
+) -> tuple:  # slices of the cell's features, slices of the region's features
     "What of a cell lies in a region, and where it belongs there."
     begin = [max(s.start, i * c) for s, i, c in zip(roi, index, cell)]
     end = [min(s.stop, (i + 1) * c) for s, i, c in zip(roi, index, cell)]
@@ -246,28 +372,38 @@ def cell_part(
 # %% ../../nbs/api/features/crops.ipynb #e086254b
 class CellFeatures:
     "Features extracted cell by cell, the last cells kept in memory."
-    def __init__(self,
-        live:LiveFeatures,        # extracts a region
-        cell:tuple=None,          # target voxels per cell, multiples of the crop's lattice; None: a crop
-        budget:int=2**30,         # bytes kept
+
+    def __init__(
+        self,
+        live: LiveFeatures,  # extracts a region
+        cell: tuple = None,  # target voxels per cell, multiples of the crop's lattice; None: a crop
+        budget: int = 2**30,  # bytes kept
     ):
         self.live, self.cell, self.budget, self.kept = live, tuple(cell or live.layout.crop), budget, {}
-        if any(c % s for c, s in zip(self.cell, live.layout.step)): raise InputError(f"cells of {self.cell} target voxels: expected multiples of {live.layout.step}")
+        if any(c % s for c, s in zip(self.cell, live.layout.step)):
+            raise InputError(f"cells of {self.cell} target voxels: expected multiples of {live.layout.step}")
 
     layout, channels, nbytes = property(lambda s: s.live.layout), property(lambda s: s.live.channels), 0
-    def __getstate__(self): return {**self.__dict__, "kept": {}}
+
+    def __getstate__(self):
+        return {**self.__dict__, "kept": {}}
 
     def _cell(self, index):
-        if index in self.kept: self.kept[index] = self.kept.pop(index)  # the last used come last
+        if index in self.kept:
+            self.kept[index] = self.kept.pop(index)  # the last used come last
         else:
-            self.kept[index] = self.live.read(tuple(slice(i * c, (i + 1) * c) for i, c in zip(index, self.cell)))
+            self.kept[index] = self.live.read(
+                tuple(slice(i * c, (i + 1) * c) for i, c in zip(index, self.cell))
+            )
             size = sum(x.numel() * 2 for x in self.kept[index].values())
-            while len(self.kept) > max(1, self.budget // size): self.kept.pop(next(iter(self.kept)))
+            while len(self.kept) > max(1, self.budget // size):
+                self.kept.pop(next(iter(self.kept)))
         return self.kept[index]
 
-    def read(self,
-        roi:tuple,  # three slices of the target, on the lattice
-    )->dict:        # plane -> c z y x, float16
+    def read(
+        self,
+        roi: tuple,  # three slices of the target, on the lattice
+    ) -> dict:  # plane -> c z y x, float16
         "Features of a region, put together from cells."
         last = [-(-n // c) - 1 for n, c in zip(self.live.target.shape, self.cell)]
         cells = [range(s.start // c, min((s.stop - 1) // c, e) + 1) for s, c, e in zip(roi, self.cell, last)]
@@ -278,80 +414,106 @@ class CellFeatures:
                 factors = self.layout.factors[plane]
                 size = [int((s.stop - s.start) / f) for s, f in zip(roi, factors)]
                 take, place = cell_part(roi, index, self.cell, factors)
-                out.setdefault(plane, x.new_zeros(len(x), *size))[(slice(None), *place)] = x[(slice(None), *take)]
+                out.setdefault(plane, x.new_zeros(len(x), *size))[(slice(None), *place)] = x[
+                    (slice(None), *take)
+                ]
         return out
 
 # %% ../../nbs/api/features/crops.ipynb #4a98ef26
 @dataclass(frozen=True)
 class Case:
     "One volume on its target grid: raw, features, labels, mask."
-    name:str                # for messages and tables
-    grid:Grid               # target voxels
-    raw:Volume              # intensities
-    intensity:tuple         # raw values that become 0 and 1
-    features:object=None    # CachedFeatures, LiveFeatures or CellFeatures
-    labels:Volume=None      # on the target grid
-    mask:Volume=None        # on the target grid; labels count where it is not 0
 
-    def image(self, roi:tuple)->np.ndarray:  # z y x, float32, in 0..1
+    name: str  # for messages and tables
+    grid: Grid  # target voxels
+    raw: Volume  # intensities
+    intensity: tuple  # raw values that become 0 and 1
+    features: object = None  # CachedFeatures, LiveFeatures or CellFeatures
+    labels: Volume = None  # on the target grid
+    mask: Volume = None  # on the target grid; labels count where it is not 0
+
+    def image(self, roi: tuple) -> np.ndarray:  # z y x, float32, in 0..1
         "Raw intensities of a region of the target."
         low, high = self.intensity
         return np.clip((self.raw.sample(self.grid.crop(roi)) - low) / (high - low), 0, 1)
 
-    def valid(self, roi:tuple)->np.ndarray:  # z y x, boolean
+    def valid(self, roi: tuple) -> np.ndarray:  # z y x, boolean
         "Where labels count."
-        return np.ones([s.stop - s.start for s in roi], bool) if self.mask is None else self.mask.read(roi) != 0
+        return (
+            np.ones([s.stop - s.start for s in roi], bool) if self.mask is None else self.mask.read(roi) != 0
+        )
 
 # %% ../../nbs/api/features/crops.ipynb #a8474635
 def on_grid(
-    levels:Multiscale,  # labels or a mask
-    voxel_size=None,    # nm of the target; None: as the finest level
-    grid:Grid=None,     # or the target itself
-)->Volume:
+    levels: Multiscale,  # labels or a mask
+    voxel_size=None,  # nm of the target; None: as the finest level
+    grid: Grid = None,  # or the target itself
+) -> Volume:
     "Labels on the target grid: a level where one fits, otherwise the majority of the finest level's voxels, in memory."
-    if grid is None and voxel_size is None: return levels.levels[0]
+    if grid is None and voxel_size is None:
+        return levels.levels[0]
     grid = grid or levels.levels[0].grid.with_voxel_size(voxel_size)
-    same = lambda g: g.shape == grid.shape and np.allclose(g.voxel_size, grid.voxel_size, rtol=1e-3) and np.allclose(g.corner, grid.corner, atol=0.5 * min(grid.voxel_size))
+    same = lambda g: (
+        g.shape == grid.shape
+        and np.allclose(g.voxel_size, grid.voxel_size, rtol=1e-3)
+        and np.allclose(g.corner, grid.corner, atol=0.5 * min(grid.voxel_size))
+    )
     for level in levels.levels:
-        if same(level.grid): return level
+        if same(level.grid):
+            return level
     finer = [v for v in levels.levels if all(a <= b * 1.001 for a, b in zip(v.voxel_size, grid.voxel_size))]
     return Volume((finer[-1] if finer else levels.levels[0]).sample(grid, "majority"), grid, levels.name)
 
 # %% ../../nbs/api/features/crops.ipynb #e9760f22
 def open_case(
-    name:str,                  # for messages
-    raw,                       # path, array, Volume or Multiscale
-    labels=None,               # the same; None: to predict
+    name: str,  # for messages
+    raw,  # path, array, Volume or Multiscale
+    labels=None,  # the same; None: to predict
     *,
-    mask=None,                 # the same
-    voxel_size=None,           # nm of the target; None: that of the labels, or of the raw volume
-    raw_resolution=None,       # nm of the raw level to read; None: the level nearest to a quarter of the target voxel
-    intensity:tuple=None,      # raw values that become 0 and 1; None: percentiles 0.5 and 99.5
-)->Case:
+    mask=None,  # the same
+    voxel_size=None,  # nm of the target; None: that of the labels, or of the raw volume
+    raw_resolution=None,  # nm of the raw level to read; None: the level nearest to a quarter of the target voxel
+    intensity: tuple = None,  # raw values that become 0 and 1; None: percentiles 0.5 and 99.5
+) -> Case:
     "Open a volume and what belongs to it, and check that they lie on each other."
     raw = open_levels(raw)
-    if labels is None: labelled, grid = None, raw.levels[0].grid if voxel_size is None else raw.levels[0].grid.with_voxel_size(voxel_size)
+    if labels is None:
+        labelled, grid = (
+            None,
+            raw.levels[0].grid if voxel_size is None else raw.levels[0].grid.with_voxel_size(voxel_size),
+        )
     else:
         labelled = on_grid(open_levels(labels), voxel_size)
-        if labelled.dtype.kind not in "iub": raise InputError(f"{name}: labels hold {labelled.dtype}: expected integers")
+        if labelled.dtype.kind not in "iub":
+            raise InputError(f"{name}: labels hold {labelled.dtype}: expected integers")
         grid = labelled.grid
     quarter = tuple(v / 4 for v in grid.voxel_size)
     image = raw.level_for(raw_resolution if raw_resolution is not None else quarter)
     check_inside(grid, image.grid, f"{name}: labels outside the raw volume")
-    return Case(name, grid, image, tuple(intensity) if intensity is not None else intensity_range(image), None, labelled, None if mask is None else on_grid(open_levels(mask), grid=grid))
+    return Case(
+        name,
+        grid,
+        image,
+        tuple(intensity) if intensity is not None else intensity_range(image),
+        None,
+        labelled,
+        None if mask is None else on_grid(open_levels(mask), grid=grid),
+    )
 
 # %% ../../nbs/api/features/crops.ipynb #4815ac62
 @dataclass(frozen=True)
 class LabelScan:
     "What the labels of one case hold."
-    counts:np.ndarray   # one per class: its voxels
-    places:dict         # class -> n 3, some of its voxels, z y x
+
+    counts: np.ndarray  # one per class: its voxels
+    places: dict  # class -> n 3, some of its voxels, z y x
+
 
 def scan_labels(
-    case:Case,        # with labels
-    classes:int=None, # how many there are; None for instances, where background and foreground are told apart
-    keep:int=2000,    # places per class
-)->LabelScan:
+    case: Case,  # with labels
+    classes: int = None,  # how many there are; None for instances, where background and foreground are told apart
+    keep: int = 2000,  # places per class
+) -> LabelScan:
     "Count the labels where the mask is on, and keep some places of each class; `InputError` for values beyond the classes and for an empty mask."
     rng, slab = np.random.default_rng(0), max(1, 2**24 // math.prod(case.grid.shape[1:]))
     counts, places = np.zeros(classes or 2, np.int64), {}
@@ -360,27 +522,37 @@ def scan_labels(
         labels, valid = case.labels.read(roi), case.valid(roi)
         values = (labels[valid] > 0).astype(np.int64) if classes is None else labels[valid]
         if values.size and not 0 <= int(values.min()) <= int(values.max()) < len(counts):
-            raise InputError(f"{case.name}: labels from {values.min()} to {values.max()}, {len(counts)} classes: expected 0 to {len(counts) - 1}; give all classes, or mask the others")
+            raise InputError(
+                f"{case.name}: labels from {values.min()} to {values.max()}, {len(counts)} classes: expected 0 to {len(counts) - 1}; give all classes, or mask the others"
+            )
         counts += np.bincount(values.astype(np.int64), minlength=len(counts))
         at = np.argwhere(valid) + (z, 0, 0)
-        for c in np.unique(values): places.setdefault(int(c), []).append(rng.permutation(at[values == c])[:keep])
-    if not counts.any(): raise InputError(f"{case.name}: no labelled voxel is left by the mask: expected at least one; leave the case out")
+        for c in np.unique(values):
+            places.setdefault(int(c), []).append(rng.permutation(at[values == c])[:keep])
+    if not counts.any():
+        raise InputError(
+            f"{case.name}: no labelled voxel is left by the mask: expected at least one; leave the case out"
+        )
     return LabelScan(counts, {c: rng.permutation(np.concatenate(p))[:keep] for c, p in places.items()})
 
 # %% ../../nbs/api/features/crops.ipynb #c5419f3a
 @dataclass(frozen=True)
 class ClassTarget:
     "Labels are classes."
-    classes:int  # how many
+
+    classes: int  # how many
 
     @property
-    def channels(self)->int: "Logits of the network."; return self.classes
+    def channels(self) -> int:
+        "Logits of the network."
+        return self.classes
 
-    def __call__(self,
-        labels:np.ndarray,  # z y x
-        valid:np.ndarray,   # z y x, boolean
-        voxel_size:tuple,   # nm, z y x
-    )->tuple:               # z y x, int64, and where it counts
+    def __call__(
+        self,
+        labels: np.ndarray,  # z y x
+        valid: np.ndarray,  # z y x, boolean
+        voxel_size: tuple,  # nm, z y x
+    ) -> tuple:  # z y x, int64, and where it counts
         "The classes of a crop."
         return np.where(valid, labels, 0).astype(np.int64), valid
 
@@ -388,31 +560,48 @@ class ClassTarget:
 @dataclass(frozen=True)
 class InstanceTarget:
     "Labels are instances: affinities to neighbours, then ten local shape descriptors."
-    offsets:tuple=((-1, 0, 0), (0, -1, 0), (0, 0, -1), (-3, 0, 0), (0, -3, 0), (0, 0, -3), (-9, 0, 0), (0, -9, 0), (0, 0, -9))  # voxels, z y x
-    sigma:float=80.          # nm, of the descriptors; 0: affinities only
+
+    offsets: tuple = (
+        (-1, 0, 0),
+        (0, -1, 0),
+        (0, 0, -1),
+        (-3, 0, 0),
+        (0, -3, 0),
+        (0, 0, -3),
+        (-9, 0, 0),
+        (0, -9, 0),
+        (0, 0, -9),
+    )  # voxels, z y x
+    sigma: float = 80.0  # nm, of the descriptors; 0: affinities only
 
     @property
-    def channels(self)->int: "Logits of the network."; return len(self.offsets) + 10 * bool(self.sigma)
+    def channels(self) -> int:
+        "Logits of the network."
+        return len(self.offsets) + 10 * bool(self.sigma)
 
-    def __call__(self,
-        labels:np.ndarray,  # z y x
-        valid:np.ndarray,   # z y x, boolean
-        voxel_size:tuple,   # nm, z y x
-    )->tuple:               # c z y x, float32, and where it counts
+    def __call__(
+        self,
+        labels: np.ndarray,  # z y x
+        valid: np.ndarray,  # z y x, boolean
+        voxel_size: tuple,  # nm, z y x
+    ) -> tuple:  # c z y x, float32, and where it counts
         "Affinities, then descriptors: both ends of an affinity must be valid, descriptors only count inside objects."
         labels = np.where(valid, labels, 0)
         affs, there = affinities(labels, self.offsets)
         both = there & valid & affinities(valid.astype(np.uint8), self.offsets)[0].astype(bool)
-        if not self.sigma: return affs.astype(np.float32), both
+        if not self.sigma:
+            return affs.astype(np.float32), both
         lsds = local_shape_descriptors(labels, self.sigma, voxel_size)
-        return np.concatenate([affs, lsds]).astype(np.float32), np.concatenate([both, np.broadcast_to(valid & (labels > 0), lsds.shape)])
+        return np.concatenate([affs, lsds]).astype(np.float32), np.concatenate(
+            [both, np.broadcast_to(valid & (labels > 0), lsds.shape)]
+        )
 
 # %% ../../nbs/api/features/crops.ipynb #f10305fd
 def read_context(
-    case:Case,      # with its raw volume
-    roi:tuple,      # of the crop
-    scale:int,      # voxels so many times as large
-)->np.ndarray:      # z y x, in 0..1, as many voxels as the crop
+    case: Case,  # with its raw volume
+    roi: tuple,  # of the crop
+    scale: int,  # voxels so many times as large
+) -> np.ndarray:  # z y x, in 0..1, as many voxels as the crop
     "The surroundings of a crop, mean over coarser voxels."
     crop, raw, low, high = case.grid.crop(roi), case.raw, *case.intensity
     size = tuple(v * scale for v in crop.voxel_size)
@@ -420,86 +609,109 @@ def read_context(
     wide = Grid(crop.shape, size, tuple(c + v / 2 for c, v in zip(corner, size)))
     ends = raw.grid.roi_of(wide, 1)
     have = tuple(slice(max(0, min(s.start, n - 1)), max(1, min(s.stop, n))) for s, n in zip(ends, raw.shape))
-    have = tuple(slice(0, n) if s.start < 0 or s.stop > n else h for s, h, n in zip(ends, have, raw.shape))  # mirrored axes need all
+    have = tuple(
+        slice(0, n) if s.start < 0 or s.stop > n else h for s, h, n in zip(ends, have, raw.shape)
+    )  # mirrored axes need all
     part = raw.grid.crop(have)
-    matrices = [resample_matrix(*t) for t in zip(part.shape, part.voxel_size, part.corner, wide.shape, wide.voxel_size, wide.corner)]
+    matrices = [
+        resample_matrix(*t)
+        for t in zip(part.shape, part.voxel_size, part.corner, wide.shape, wide.voxel_size, wide.corner)
+    ]
     return np.clip((apply_matrices(raw.read(have), matrices) - low) / (high - low), 0, 1)
 
 # %% ../../nbs/api/features/crops.ipynb #268c904b
 def turned_plane(
-    plane:str,         # xy, xz, yz, or all
-    permutation:tuple, # new axis -> old axis
-)->str:
+    plane: str,  # xy, xz, yz, or all
+    permutation: tuple,  # new axis -> old axis
+) -> str:
     "The name of a plane after its axes have been permuted."
-    if plane == "all": return plane
+    if plane == "all":
+        return plane
     return ("xy", "xz", "yz")[tuple(permutation).index(plane_axes(plane)[0])]
 
 # %% ../../nbs/api/features/crops.ipynb #39863c86
 def read_crop(
-    case:Case,                # with features and labels
-    roi:tuple,                # three slices of the target, on the lattice; may reach beyond the end
-    target,                   # ClassTarget or InstanceTarget; None: no labels
+    case: Case,  # with features and labels
+    roi: tuple,  # three slices of the target, on the lattice; may reach beyond the end
+    target,  # ClassTarget or InstanceTarget; None: no labels
     *,
-    orientation=None,         # from Augment.draw_orientation
-    intensity=None,           # image -> image, in 0..1
-    context_scale:int=None,   # also read the surroundings, so many times as coarse
-)->dict:                      # name, raw (1 z y x), features (plane -> c z y x), target, mask, context (1 z y x)
+    orientation=None,  # from Augment.draw_orientation
+    intensity=None,  # image -> image, in 0..1
+    context_scale: int = None,  # also read the surroundings, so many times as coarse
+) -> dict:  # name, raw (1 z y x), features (plane -> c z y x), target, mask, context (1 z y x)
     "One crop as tensors."
     turn = orientation.apply if orientation else lambda x: x
     names = (lambda p: turned_plane(p, orientation.permutation)) if orientation else (lambda p: p)
     part, missing = inside(roi, case.grid.shape)
     image = turn(pad_end(case.image(part), missing, "symmetric"))
     tensor = lambda x: torch.from_numpy(np.ascontiguousarray(x))
-    out = dict(name=f"{case.name}[{','.join(f'{s.start}:{s.stop}' for s in roi)}]", raw=tensor(intensity(image) if intensity else image).float()[None],
-               features={names(p): turn(x).contiguous() for p, x in case.features.read(roi).items()} if case.features else {})
-    if context_scale: out["context"] = tensor(turn(read_context(case, roi, context_scale))).float()[None]
-    if target is None: return out
+    out = dict(
+        name=f"{case.name}[{','.join(f'{s.start}:{s.stop}' for s in roi)}]",
+        raw=tensor(intensity(image) if intensity else image).float()[None],
+        features={names(p): turn(x).contiguous() for p, x in case.features.read(roi).items()}
+        if case.features
+        else {},
+    )
+    if context_scale:
+        out["context"] = tensor(turn(read_context(case, roi, context_scale))).float()[None]
+    if target is None:
+        return out
     labels, valid = (turn(pad_end(x, missing, "zero")) for x in (case.labels.read(part), case.valid(part)))
     voxel = orientation.permute(case.grid.voxel_size) if orientation else case.grid.voxel_size
-    out["target"], out["mask"] = map(tensor, target(np.ascontiguousarray(labels), np.ascontiguousarray(valid), voxel))
+    out["target"], out["mask"] = map(
+        tensor, target(np.ascontiguousarray(labels), np.ascontiguousarray(valid), voxel)
+    )
     return out
 
 # %% ../../nbs/api/features/crops.ipynb #02b0f853
 def axis_kinds(
-    grid:Grid,       # target
-    layout:Layout,   # planes and crop
-)->tuple:            # one number per axis; equal ones may be exchanged
+    grid: Grid,  # target
+    layout: Layout,  # planes and crop
+) -> tuple:  # one number per axis; equal ones may be exchanged
     "Which axes are alike."
     normals = {plane_axes(p)[0] for p in layout.factors if p != "all"}
-    kinds = [(round(v, 6), n, a in normals, tuple(sorted(str(f[a]) for f in layout.factors.values()))) for a, (v, n) in enumerate(zip(grid.voxel_size, layout.crop))]
+    kinds = [
+        (round(v, 6), n, a in normals, tuple(sorted(str(f[a]) for f in layout.factors.values())))
+        for a, (v, n) in enumerate(zip(grid.voxel_size, layout.crop))
+    ]
     return tuple(float(kinds.index(k) + 1) for k in kinds)
 
 # %% ../../nbs/api/features/crops.ipynb #95aecbdb
 @dataclass(frozen=True)
 class KeptImage(Case):
     "A case whose image on the target grid stays in memory, from its first use on."
-    kept:dict=field(default_factory=dict)  # whole -> z y x
 
-    def image(self, roi:tuple)->np.ndarray:  # z y x, float32, in 0..1
+    kept: dict = field(default_factory=dict)  # whole -> z y x
+
+    def image(self, roi: tuple) -> np.ndarray:  # z y x, float32, in 0..1
         "Raw intensities of a region of the target."
-        if "whole" not in self.kept: self.kept["whole"] = super().image(tuple(slice(0, n) for n in self.grid.shape))
+        if "whole" not in self.kept:
+            self.kept["whole"] = super().image(tuple(slice(0, n) for n in self.grid.shape))
         return self.kept["whole"][roi]
 
-    def __getstate__(self): return {**self.__dict__, "kept": {}}
+    def __getstate__(self):
+        return {**self.__dict__, "kept": {}}
+
 
 def kept_image(
-    case:Case,     # with its raw volume
-    memory:float,  # bytes for the image and for what resampling takes
-)->Case:
+    case: Case,  # with its raw volume
+    memory: float,  # bytes for the image and for what resampling takes
+) -> Case:
     "The case with its image in memory, where there is room for it."
     need = 4 * (math.prod(case.grid.shape) + math.prod(case.raw.shape))
     return KeptImage(**{f.name: getattr(case, f.name) for f in fields(Case)}) if need <= memory else case
 
 # %% ../../nbs/api/features/crops.ipynb #2265e99a
-def last_start(case, crop)->tuple:
+def last_start(case, crop) -> tuple:
     "The last lattice point at which a crop may start: it may reach beyond the end by less than a step."
     return tuple(-(-n // s) * s - c for n, c, s in zip(case.grid.shape, crop, case.features.layout.step))
 
+
 def lattice_crop(
-    case:Case,    # with features
-    crop:tuple,   # voxels
-    start,        # z y x, where it would begin
-)->tuple:         # three slices
+    case: Case,  # with features
+    crop: tuple,  # voxels
+    start,  # z y x, where it would begin
+) -> tuple:  # three slices
     "The crop that starts at the lattice point nearest below, within the volume."
     steps = case.features.layout.step
     begin = [int(np.clip(a // s * s, 0, e)) for a, s, e in zip(start, steps, last_start(case, crop))]
@@ -508,82 +720,126 @@ def lattice_crop(
 # %% ../../nbs/api/features/crops.ipynb #244dbb06
 def check_crop(case, crop):
     "Raise `InputError` when a volume is smaller than a crop, or the crop is not the one of its layout."
-    if tuple(crop) != tuple(case.features.layout.crop): raise InputError(f"crop {crop} of a layout for {case.features.layout.crop}: expected the same")
-    if min(last_start(case, crop)) < 0: raise InputError(f"{case.name} of {case.grid.shape} voxels: smaller than a crop of {tuple(crop)}; choose a crop of at most {tuple(-(-n // s) * s for n, s in zip(case.grid.shape, case.features.layout.step))}")
+    if tuple(crop) != tuple(case.features.layout.crop):
+        raise InputError(f"crop {crop} of a layout for {case.features.layout.crop}: expected the same")
+    if min(last_start(case, crop)) < 0:
+        raise InputError(
+            f"{case.name} of {case.grid.shape} voxels: smaller than a crop of {tuple(crop)}; choose a crop of at most {tuple(-(-n // s) * s for n, s in zip(case.grid.shape, case.features.layout.step))}"
+        )
 
 # %% ../../nbs/api/features/crops.ipynb #e2885354
 def draw_crop(
-    case:Case,           # with features and labels
-    scan:LabelScan,      # of its labels
-    crop:tuple,          # voxels, z y x
-    rng:np.random.Generator,  # of this crop
-    balance:float,       # share of crops centred on a class drawn evenly
-    min_labelled:float,  # share of labelled voxels in the other crops
-    attempts:int=10,     # to find such a crop
-)->tuple:                # three slices
+    case: Case,  # with features and labels
+    scan: LabelScan,  # of its labels
+    crop: tuple,  # voxels, z y x
+    rng: np.random.Generator,  # of this crop
+    balance: float,  # share of crops centred on a class drawn evenly
+    min_labelled: float,  # share of labelled voxels in the other crops
+    attempts: int = 10,  # to find such a crop
+) -> tuple:  # three slices
     "Where a random crop is."
     if rng.random() < balance:
         at = scan.places[rng.choice(sorted(scan.places))]
-        return lattice_crop(case, crop, np.subtract(at[rng.integers(len(at))], [rng.integers(n) for n in crop]))
+        return lattice_crop(
+            case, crop, np.subtract(at[rng.integers(len(at))], [rng.integers(n) for n in crop])
+        )
     for _ in range(attempts):
-        roi = lattice_crop(case, crop, [rng.integers(max(1, n - c + s)) for n, c, s in zip(case.grid.shape, crop, case.features.layout.step)])
-        if case.mask is None or case.valid(inside(roi, case.grid.shape)[0]).sum() >= min_labelled * math.prod(crop): return roi
+        roi = lattice_crop(
+            case,
+            crop,
+            [
+                rng.integers(max(1, n - c + s))
+                for n, c, s in zip(case.grid.shape, crop, case.features.layout.step)
+            ],
+        )
+        if case.mask is None or case.valid(inside(roi, case.grid.shape)[0]).sum() >= min_labelled * math.prod(
+            crop
+        ):
+            return roi
     at = scan.places[rng.choice(sorted(scan.places))]
     return lattice_crop(case, crop, np.subtract(at[rng.integers(len(at))], np.floor_divide(crop, 2)))
 
 # %% ../../nbs/api/features/crops.ipynb #1a3b1e43
 class CropDataset:
     "Random crops with augmentation, reproducible by key."
-    def __init__(self,
-        cases:list,               # of Case, with features and labels
-        target,                   # ClassTarget or InstanceTarget
-        crop:tuple,               # voxels, z y x
-        length:int,               # crops per epoch
+
+    def __init__(
+        self,
+        cases: list,  # of Case, with features and labels
+        target,  # ClassTarget or InstanceTarget
+        crop: tuple,  # voxels, z y x
+        length: int,  # crops per epoch
         *,
-        augment:Augment=None,     # turns, intensity; None: crops as they are
-        balance:float=1/3,        # share of crops centred on a class drawn evenly
-        min_labelled:float=0.05,  # share of labelled voxels in the other crops
-        context_scale:int=None,   # also the surroundings, so many times as coarse
-        memory:float=1e9,         # bytes of raw intensities that are kept on the target grid, in each process
+        augment: Augment = None,  # turns, intensity; None: crops as they are
+        balance: float = 1 / 3,  # share of crops centred on a class drawn evenly
+        min_labelled: float = 0.05,  # share of labelled voxels in the other crops
+        context_scale: int = None,  # also the surroundings, so many times as coarse
+        memory: float = 1e9,  # bytes of raw intensities that are kept on the target grid, in each process
     ):
         share = memory / max(1, len(cases))
-        self.cases, self.target, self.crop, self.length = [kept_image(c, share) for c in cases], target, tuple(crop), length
-        self.augment, self.balance, self.min_labelled, self.context_scale = augment, balance, min_labelled, context_scale
-        if not self.cases: raise InputError("no training volumes: expected at least one")
-        for c in self.cases: check_crop(c, self.crop)
+        self.cases, self.target, self.crop, self.length = (
+            [kept_image(c, share) for c in cases],
+            target,
+            tuple(crop),
+            length,
+        )
+        self.augment, self.balance, self.min_labelled, self.context_scale = (
+            augment,
+            balance,
+            min_labelled,
+            context_scale,
+        )
+        if not self.cases:
+            raise InputError("no training volumes: expected at least one")
+        for c in self.cases:
+            check_crop(c, self.crop)
         self.scans = [scan_labels(c, getattr(target, "classes", None)) for c in self.cases]
         sizes = np.array([s.counts.sum() for s in self.scans], float)
         self.chance = sizes / sizes.sum()
 
-    def __len__(self): return self.length
+    def __len__(self):
+        return self.length
+
     @property
-    def counts(self)->np.ndarray:  # one per class
+    def counts(self) -> np.ndarray:  # one per class
         "Labelled voxels of each class, over all volumes."
         return sum(s.counts for s in self.scans)
 
-    def item(self,
-        index:int,  # of the crop in its epoch; only the seed matters
-        seed:int,   # everything random follows from it
-    )->dict:        # as read_crop
+    def item(
+        self,
+        index: int,  # of the crop in its epoch; only the seed matters
+        seed: int,  # everything random follows from it
+    ) -> dict:  # as read_crop
         "One crop."
         rng = np.random.default_rng(seed)
         i = rng.choice(len(self.cases), p=self.chance)
         case, turn = self.cases[i], None
         roi = draw_crop(case, self.scans[i], self.crop, rng, self.balance, self.min_labelled)
-        if self.augment: turn = self.augment.draw_orientation(rng, axis_kinds(case.grid, case.features.layout))
+        if self.augment:
+            turn = self.augment.draw_orientation(rng, axis_kinds(case.grid, case.features.layout))
         change = (lambda x: self.augment.change_intensity(x, rng)) if self.augment else None
-        return read_crop(case, roi, self.target, orientation=turn, intensity=change, context_scale=self.context_scale)
+        return read_crop(
+            case, roi, self.target, orientation=turn, intensity=change, context_scale=self.context_scale
+        )
 
 # %% ../../nbs/api/features/crops.ipynb #92574643
 class GridDataset:
     "Crops that cover volumes, without augmentation; each voxel counts once."
-    def __init__(self,
-        cases:list,              # of Case, with features and labels
-        target,                  # ClassTarget or InstanceTarget
-        crop:tuple,              # voxels, z y x
-        context_scale:int=None,  # also the surroundings
+
+    def __init__(
+        self,
+        cases: list,  # of Case, with features and labels
+        target,  # ClassTarget or InstanceTarget
+        crop: tuple,  # voxels, z y x
+        context_scale: int = None,  # also the surroundings
     ):
-        self.cases, self.target, self.crop, self.context_scale, self.places = list(cases), target, tuple(crop), context_scale, []
+        self.cases, self.target, self.crop, self.context_scale, self.places = (
+            list(cases),
+            target,
+            tuple(crop),
+            context_scale,
+            [],
+        )
         for i, case in enumerate(self.cases):
             check_crop(case, self.crop)
             scan_labels(case, getattr(target, "classes", None), keep=1)
@@ -591,15 +847,20 @@ class GridDataset:
             starts = [[a[j] for j in np.ndindex(len(a))] for a in map(np.array, ends)]
             for j in np.ndindex(*map(len, starts)):
                 start = tuple(int(s[k]) for s, k in zip(starts, j))
-                fresh = tuple(0 if k == 0 else int(s[k - 1] + c - s[k]) for s, k, c in zip(starts, j, self.crop))  # voxels that the crop before has
+                fresh = tuple(
+                    0 if k == 0 else int(s[k - 1] + c - s[k]) for s, k, c in zip(starts, j, self.crop)
+                )  # voxels that the crop before has
                 roi = tuple(slice(a, a + c) for a, c in zip(start, self.crop))
-                if case.valid(inside(roi, case.grid.shape)[0]).any(): self.places.append((i, roi, fresh))
+                if case.valid(inside(roi, case.grid.shape)[0]).any():
+                    self.places.append((i, roi, fresh))
 
-    def __len__(self): return len(self.places)
+    def __len__(self):
+        return len(self.places)
 
-    def __getitem__(self, index:int)->dict:
+    def __getitem__(self, index: int) -> dict:
         "One crop, as read_crop."
         i, roi, fresh = self.places[index]
         item = read_crop(self.cases[i], roi, self.target, context_scale=self.context_scale)
-        for axis, n in zip((-3, -2, -1), fresh): item["mask"].narrow(axis, 0, n).zero_()
+        for axis, n in zip((-3, -2, -1), fresh):
+            item["mask"].narrow(axis, 0, n).zero_()
         return item

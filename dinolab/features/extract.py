@@ -31,14 +31,36 @@ from ..core.files import plain, settings_hash
 from ..core.machine import memory_mb
 from ..core.progress import Stages, format_table, progress
 from ..core.show import Pca, fit_pca
-from ..volumes.volume import Grid, Volume, check_inside, check_roi, check_same_box, create_array, create_multiscale, fill_pyramid, is_identity, mirror, open_group, open_levels, open_or_create_group, open_volume, plain_path, resample_matrix, size_text, triple, with_mirror, writable
+from dinolab.volumes.volume import (
+    Grid,
+    Volume,
+    check_inside,
+    check_roi,
+    check_same_box,
+    create_array,
+    create_multiscale,
+    fill_pyramid,
+    is_identity,
+    mirror,
+    open_group,
+    open_levels,
+    open_or_create_group,
+    open_volume,
+    plain_path,
+    resample_matrix,
+    size_text,
+    triple,
+    with_mirror,
+    writable,
+)
 
 # %% ../../nbs/api/features/extract.ipynb #981c345e
 PLANES = dict(xy=0, xz=1, yz=2)  # plane -> axis of its normal, z y x
 
+
 def plane_axes(
-    plane:str,  # xy, xz or yz
-)->tuple:       # normal, row axis, column axis
+    plane: str,  # xy, xz or yz
+) -> tuple:  # normal, row axis, column axis
     "Axes of a plane, as indices into z y x."
     n = pick(PLANES, plane, "plane")
     u, v = (a for a in range(3) if a != n)
@@ -47,55 +69,76 @@ def plane_axes(
 # %% ../../nbs/api/features/extract.ipynb #5b73e902
 def check_planes(
     planes,  # sequence of names, or one string such as "xy,xz"
-)->tuple:
+) -> tuple:
     "Plane names, checked, each once."
     names = tuple(p.strip() for p in planes.split(",")) if isinstance(planes, str) else tuple(planes)
-    for p in names: plane_axes(p)
-    if not names or len(set(names)) != len(names): raise InputError(f"planes {names}: expected each of xy, xz, yz at most once, and one at least")
+    for p in names:
+        plane_axes(p)
+    if not names or len(set(names)) != len(names):
+        raise InputError(f"planes {names}: expected each of xy, xz, yz at most once, and one at least")
     return names
 
 # %% ../../nbs/api/features/extract.ipynb #831a739e
 def spread(
-    n:int,       # how many there are
-    count:int,   # how many are wanted
-    seed:int=0,  # of the choice
-)->list:         # sorted indices
+    n: int,  # how many there are
+    count: int,  # how many are wanted
+    seed: int = 0,  # of the choice
+) -> list:  # sorted indices
     "At most `count` of `n` things, at random but always the same."
     return np.sort(np.random.default_rng(seed).choice(n, min(n, count), replace=False)).tolist()
 
 # %% ../../nbs/api/features/extract.ipynb #d253fb8b
 def intensity_range(
-    volume:Volume,               # raw intensities
-    percentiles=(0.5, 99.5),     # which become 0 and 1
-    voxels:int=2**21,            # about this many are looked at
-)->tuple:                        # low, high
+    volume: Volume,  # raw intensities
+    percentiles=(0.5, 99.5),  # which become 0 and 1
+    voxels: int = 2**21,  # about this many are looked at
+) -> tuple:  # low, high
     "Percentiles of a volume from cubes spread over it; `InputError` when it is constant or not finite."
     lo, hi = percentiles
-    if not 0 <= lo < hi <= 100: raise InputError(f"percentiles {percentiles}: expected 0 <= low < high <= 100")
+    if not 0 <= lo < hi <= 100:
+        raise InputError(f"percentiles {percentiles}: expected 0 <= low < high <= 100")
     side = tuple(min(32, n) for n in volume.shape)
     grid = [-(-n // s) for n, s in zip(volume.shape, side)]
+
     def read(i):
-        roi = tuple(slice(k * s, min(k * s + s, n)) for k, s, n in zip(np.unravel_index(i, grid), side, volume.shape))
+        roi = tuple(
+            slice(k * s, min(k * s + s, n)) for k, s, n in zip(np.unravel_index(i, grid), side, volume.shape)
+        )
         return _read_finite(volume, roi).ravel()
+
     every = math.prod(volume.shape) <= 2 * voxels
-    sample = _read_finite(volume).ravel() if every else np.concatenate([read(i) for i in spread(math.prod(grid), voxels // math.prod(side))])
+    sample = (
+        _read_finite(volume).ravel()
+        if every
+        else np.concatenate([read(i) for i in spread(math.prod(grid), voxels // math.prod(side))])
+    )
     low, high = (float(v) for v in np.percentile(sample.astype(np.float32), (lo, hi)))
-    if low == high: low, high = float(sample.min()), float(sample.max())
-    if low == high: raise InputError(f"{volume.name} is constant ({low:g}): expected an image; is it the right channel or region?")
+    if low == high:
+        low, high = float(sample.min()), float(sample.max())
+    if low == high:
+        raise InputError(
+            f"{volume.name} is constant ({low:g}): expected an image; is it the right channel or region?"
+        )
     return low, high
 
 # %% ../../nbs/api/features/extract.ipynb #ea61513b
 def check_finite(
-    x:np.ndarray,  # z y x
-    name:str,      # for the message
-    roi:tuple=None,# where x begins in the volume, three slices
+    x: np.ndarray,  # z y x
+    name: str,  # for the message
+    roi: tuple = None,  # where x begins in the volume, three slices
 ):
     "Raise `InputError` when `x` holds NaN, infinity, or no numbers at all."
-    if x.dtype.kind == "c": raise InputError(f"{name} is complex: expected real intensities; take the magnitude")
-    if x.dtype.kind not in "biuf": raise InputError(f"{name} holds {x.dtype}: expected numbers")
-    if x.dtype.kind != "f": return
+    if x.dtype.kind == "c":
+        raise InputError(f"{name} is complex: expected real intensities; take the magnitude")
+    if x.dtype.kind not in "biuf":
+        raise InputError(f"{name} holds {x.dtype}: expected numbers")
+    if x.dtype.kind != "f":
+        return
     bad = ~np.isfinite(x)
-    if bad.any(): raise InputError(f"{name}: {bad.sum()} of {bad.size} values are NaN or infinite, the first at z y x = {tuple(int(i) + (r.start if roi else 0) for i, r in zip(np.argwhere(bad)[0], roi or (None,) * 3))}: replace them before extraction")
+    if bad.any():
+        raise InputError(
+            f"{name}: {bad.sum()} of {bad.size} values are NaN or infinite, the first at z y x = {tuple(int(i) + (r.start if roi else 0) for i, r in zip(np.argwhere(bad)[0], roi or (None,) * 3))}: replace them before extraction"
+        )
 
 # %% ../../nbs/api/features/extract.ipynb #481c25dd
 def _read_finite(volume, roi=None):
@@ -108,59 +151,73 @@ def _read_finite(volume, roi=None):
 @dataclass(frozen=True)
 class Plan:
     "What to extract: grids, planes, scale and fusion."
-    src:Grid              # raw
-    dst:Grid              # features
-    planes:tuple          # of xy, xz, yz
-    pixel:float           # nm, side of a network pixel
-    stride:int            # network pixels per patch of the coarsest map
-    intensity:tuple       # raw values that become 0 and 1
-    fusion:str="mean"     # "mean", "weighted" by sampling density, or "concat"
-    neighbours:bool=False # red, green, blue are the slices before, at and after; else one slice three times
-    slice_stride:int=1    # of the slices that a target plane averages, take one in this many
-    halo:int=0            # patches of context around a block
-    block:tuple=None      # target voxels per block; None for whole slices
+
+    src: Grid  # raw
+    dst: Grid  # features
+    planes: tuple  # of xy, xz, yz
+    pixel: float  # nm, side of a network pixel
+    stride: int  # network pixels per patch of the coarsest map
+    intensity: tuple  # raw values that become 0 and 1
+    fusion: str = "mean"  # "mean", "weighted" by sampling density, or "concat"
+    neighbours: bool = (
+        False  # red, green, blue are the slices before, at and after; else one slice three times
+    )
+    slice_stride: int = 1  # of the slices that a target plane averages, take one in this many
+    halo: int = 0  # patches of context around a block
+    block: tuple = None  # target voxels per block; None for whole slices
 
     def __post_init__(self):
-        if self.fusion not in ("mean", "weighted", "concat"): raise InputError(f"fusion {self.fusion!r}: expected mean, weighted or concat")
-        if not (math.isfinite(self.pixel) and 0 < self.pixel): raise InputError(f"pixel size {self.pixel} nm: expected a positive number")
-        if self.pixel > max(self.src.extent): raise InputError(f"pixel size {self.pixel:g} nm in a volume of {size_text(self.src.extent)}: expected pixels smaller than the volume")
-        if self.slice_stride < 1: raise InputError(f"slice_stride {self.slice_stride}: expected 1 or more")
-        if self.halo < 0: raise InputError(f"halo {self.halo}: expected 0 patches or more")
-        if len(self.intensity) != 2 or not self.intensity[0] < self.intensity[1]: raise InputError(f"intensity {self.intensity}: expected (low, high) with low < high")
+        if self.fusion not in ("mean", "weighted", "concat"):
+            raise InputError(f"fusion {self.fusion!r}: expected mean, weighted or concat")
+        if not (math.isfinite(self.pixel) and 0 < self.pixel):
+            raise InputError(f"pixel size {self.pixel} nm: expected a positive number")
+        if self.pixel > max(self.src.extent):
+            raise InputError(
+                f"pixel size {self.pixel:g} nm in a volume of {size_text(self.src.extent)}: expected pixels smaller than the volume"
+            )
+        if self.slice_stride < 1:
+            raise InputError(f"slice_stride {self.slice_stride}: expected 1 or more")
+        if self.halo < 0:
+            raise InputError(f"halo {self.halo}: expected 0 patches or more")
+        if len(self.intensity) != 2 or not self.intensity[0] < self.intensity[1]:
+            raise InputError(f"intensity {self.intensity}: expected (low, high) with low < high")
 
     @property
-    def pitch(self): "Distance of patches, nm."; return self.pixel * self.stride
+    def pitch(self):
+        "Distance of patches, nm."
+        return self.pixel * self.stride
 
-    def channels(self, spec:FeatureSpec)->int:
+    def channels(self, spec: FeatureSpec) -> int:
         "Channels of the result: those of all maps, per plane when they are concatenated."
         return sum(spec.channels) * (len(self.planes) if self.fusion == "concat" else 1)
 
-    def weights(self)->dict:
+    def weights(self) -> dict:
         "Weight of each plane in the result; they sum to 1, or are 1 each for concat."
         area = {p: math.prod(self.src.voxel_size[a] for a in plane_axes(p)[1:]) for p in self.planes}
-        raw = {p: 1 / area[p] if self.fusion == "weighted" else 1. for p in self.planes}
+        raw = {p: 1 / area[p] if self.fusion == "weighted" else 1.0 for p in self.planes}
         total = sum(raw.values())
-        return {p: 1. if self.fusion == "concat" else w / total for p, w in raw.items()}
+        return {p: 1.0 if self.fusion == "concat" else w / total for p, w in raw.items()}
 
 # %% ../../nbs/api/features/extract.ipynb #f08e9e67
 def default_pixel(
-    src:Grid,    # raw
-    dst:Grid,    # target
-    stride:int,  # of the backbone, pixels
-)->float:        # nm
+    src: Grid,  # raw
+    dst: Grid,  # target
+    stride: int,  # of the backbone, pixels
+) -> float:  # nm
     "Side of a network pixel: patches two target voxels apart, between one and four pixels per raw voxel."
     fine = min(src.voxel_size)
     return float(np.clip(2 * min(dst.voxel_size) / stride, fine / 4, fine))
 
 # %% ../../nbs/api/features/extract.ipynb #9bd4f42c
 def tile_span(
-    plan:Plan,   # pitch, block, halo
-    dst:Grid,    # grid of the target block
-    axis:int,    # 0 z, 1 y, 2 x
-)->tuple:        # first patch on the volume's lattice, number of patches
+    plan: Plan,  # pitch, block, halo
+    dst: Grid,  # grid of the target block
+    axis: int,  # 0 z, 1 y, 2 x
+) -> tuple:  # first patch on the volume's lattice, number of patches
     "Patches that the network sees along an axis for a target block."
     whole = math.ceil(plan.src.extent[axis] / plan.pitch - 1e-6)
-    if plan.block is None or plan.block[axis] >= plan.dst.shape[axis]: return 0, whole
+    if plan.block is None or plan.block[axis] >= plan.dst.shape[axis]:
+        return 0, whole
     size = plan.block[axis] * dst.voxel_size[axis] / plan.pitch
     count = round(size) if abs(size - round(size)) < 1e-6 else math.ceil(size) + 1
     start = (dst.corner[axis] - plan.src.corner[axis]) / plan.pitch
@@ -171,13 +228,16 @@ def _thin(row, stride):
     "Keep about one in `stride` of the non-zero weights of a row, symmetrically, with the same sum and the same centre (as far as those that are left allow)."
     at = np.flatnonzero(row)
     keep = max(1, round(len(at) / stride))
-    if keep % 2 != len(at) % 2: keep = min(keep + 1, len(at))
+    if keep % 2 != len(at) % 2:
+        keep = min(keep + 1, len(at))
     low = [int((q + 0.5) * len(at) / keep) for q in range(keep // 2)]
     middle = [len(at) // 2] if keep % 2 else []
     chosen = at[sorted({*low, *middle, *(len(at) - 1 - i for i in low)})]
     out = np.zeros_like(row)
     out[chosen] = row[chosen] / row[chosen].sum()
-    if len(chosen) > 1:  # where slices are cut, symmetric in number is not yet symmetric in place: tilt the weights
+    if (
+        len(chosen) > 1
+    ):  # where slices are cut, symmetric in number is not yet symmetric in place: tilt the weights
         off = chosen - out[chosen] @ chosen
         tilt = (row[at] @ at - out[chosen] @ chosen) / (out[chosen] @ off**2)
         out[chosen] *= 1 + np.clip(tilt, -1 / off[-1], -1 / off[0]) * off
@@ -185,18 +245,22 @@ def _thin(row, stride):
 
 # %% ../../nbs/api/features/extract.ipynb #1575688d
 def slice_weights(
-    src:Grid,    # raw
-    dst:Grid,    # target block
-    axis:int,    # of the normal
-    stride:int=1,# take one in this many
-)->np.ndarray:   # n_out x n_in: target planes from raw slices, rows sum to 1
+    src: Grid,  # raw
+    dst: Grid,  # target block
+    axis: int,  # of the normal
+    stride: int = 1,  # take one in this many
+) -> np.ndarray:  # n_out x n_in: target planes from raw slices, rows sum to 1
     "Weights of the raw slices in each target plane."
     one = lambda g: (g.shape[axis], g.voxel_size[axis], g.corner[axis])
     n, step, corner = one(src)
-    if stride > 1 and dst.voxel_size[axis] <= step * (1 + 1e-6):  # finer target: interpolate between every stride-th slice
+    if stride > 1 and dst.voxel_size[axis] <= step * (
+        1 + 1e-6
+    ):  # finer target: interpolate between every stride-th slice
         at = np.arange(min((stride - 1) // 2, n - 1), n, stride)
         out = np.zeros((dst.shape[axis], n), np.float32)
-        out[:, at] = resample_matrix(len(at), stride * step, corner + (at[0] + 0.5 - stride / 2) * step, *one(dst))
+        out[:, at] = resample_matrix(
+            len(at), stride * step, corner + (at[0] + 0.5 - stride / 2) * step, *one(dst)
+        )
         return out
     weights = resample_matrix(n, step, corner, *one(dst))
     return weights if stride == 1 else np.stack([_thin(r, stride) for r in weights])
@@ -204,121 +268,179 @@ def slice_weights(
 # %% ../../nbs/api/features/extract.ipynb #a499ad62
 class PlanePass:
     "Everything about one plane of one block that does not depend on the slice."
-    def __init__(self,
-        plan:Plan,         # what to extract
-        plane:str,         # xy, xz or yz
-        region:Grid,       # raw voxels at hand
-        dst:Grid,          # target block
-        spec:FeatureSpec,  # of the backbone
-        device="cpu",      # where the backbone is
-        home="cpu",        # where the result is
+
+    def __init__(
+        self,
+        plan: Plan,  # what to extract
+        plane: str,  # xy, xz or yz
+        region: Grid,  # raw voxels at hand
+        dst: Grid,  # target block
+        spec: FeatureSpec,  # of the backbone
+        device="cpu",  # where the backbone is
+        home="cpu",  # where the result is
     ):
         self.plan, self.plane, self.spec, self.device, self.home = plan, plane, spec, device, home
         self.normal, *self.axes = plane_axes(plane)
-        self.offset = round((region.corner[self.normal] - plan.src.corner[self.normal]) / plan.src.voxel_size[self.normal])
+        self.offset = round(
+            (region.corner[self.normal] - plan.src.corner[self.normal]) / plan.src.voxel_size[self.normal]
+        )
         self.weights = slice_weights(plan.src, dst, self.normal, plan.slice_stride) * plan.weights()[plane]
         self.slices = np.flatnonzero(self.weights.any(0))
         spans = [tile_span(plan, dst, a) for a in self.axes]
         self.image_shape = tuple(n * plan.stride for _, n in spans)
         corners = [plan.src.corner[a] + first * plan.pitch for a, (first, _) in zip(self.axes, spans)]
-        self.to_image = [self._matrix(device, region.shape[a], region.voxel_size[a], region.corner[a], n * plan.stride, plan.pixel, c)
-                         for a, c, (_, n) in zip(self.axes, corners, spans)]  # None where pixels are voxels
-        self.to_target = [[self._matrix(home, n * plan.stride // s, plan.pixel * s, c, dst.shape[a], dst.voxel_size[a], dst.corner[a], keep=True)
-                           for a, c, (_, n) in zip(self.axes, corners, spans)] for s in spec.strides]
+        self.to_image = [
+            self._matrix(
+                device,
+                region.shape[a],
+                region.voxel_size[a],
+                region.corner[a],
+                n * plan.stride,
+                plan.pixel,
+                c,
+            )
+            for a, c, (_, n) in zip(self.axes, corners, spans)
+        ]  # None where pixels are voxels
+        self.to_target = [
+            [
+                self._matrix(
+                    home,
+                    n * plan.stride // s,
+                    plan.pixel * s,
+                    c,
+                    dst.shape[a],
+                    dst.voxel_size[a],
+                    dst.corner[a],
+                    keep=True,
+                )
+                for a, c, (_, n) in zip(self.axes, corners, spans)
+            ]
+            for s in spec.strides
+        ]
 
     def _matrix(self, device, *args, keep=False):
         m = resample_matrix(*args)
         return torch.from_numpy(m).to(device) if keep or not is_identity(m) else None
 
-    def images(self,
-        data:np.ndarray,  # z y x, raw voxels of the region
-        slices,           # indices of slices of the volume
-    )->Tensor:            # b 3 h w, in 0..1
+    def images(
+        self,
+        data: np.ndarray,  # z y x, raw voxels of the region
+        slices,  # indices of slices of the volume
+    ) -> Tensor:  # b 3 h w, in 0..1
         "Slices as the backbone sees them."
         n = data.shape[self.normal]
         index = np.asarray(slices) - self.offset
-        if self.plan.neighbours: index = mirror(np.add.outer(index, (-1, 0, 1)).ravel(), n)
+        if self.plan.neighbours:
+            index = mirror(np.add.outer(index, (-1, 0, 1)).ravel(), n)
         low, high = self.plan.intensity
         x = np.moveaxis(data.take(index, axis=self.normal), self.normal, 0).astype(np.float32, order="C")
         x = torch.from_numpy(x).to(self.device).sub_(low).mul_(1 / (high - low)).clamp_(0, 1)
         u, v = self.to_image
-        if v is not None: x = x @ v.T
-        if u is not None: x = u @ x
-        if self.plan.neighbours: return x.unflatten(0, (-1, 3))
+        if v is not None:
+            x = x @ v.T
+        if u is not None:
+            x = u @ x
+        if self.plan.neighbours:
+            return x.unflatten(0, (-1, 3))
         return x[:, None].expand(-1, 3, -1, -1)
 
 # %% ../../nbs/api/features/extract.ipynb #bc768cb9
 def add_plane(
-    out:Tensor,     # z y x c, added to in place
-    maps:Tensor,    # k h w c, patch grid of k target planes
-    planes:slice,   # which k planes of the target, along the normal
-    normal:int,     # axis of the normal
-    rows:Tensor,    # target × h, matrix of the row axis
-    cols:Tensor,    # target × w, matrix of the column axis
+    out: Tensor,  # z y x c, added to in place
+    maps: Tensor,  # k h w c, patch grid of k target planes
+    planes: slice,  # which k planes of the target, along the normal
+    normal: int,  # axis of the normal
+    rows: Tensor,  # target × h, matrix of the row axis
+    cols: Tensor,  # target × w, matrix of the column axis
 ):
     "out[planes] += rows · maps · cols, by products that add in place."
     k, h, w, c = maps.shape
     if normal == 2:  # out[:, :, planes]: rows are z, columns y; k·c numbers are contiguous
-        x = rows @ maps.permute(1, 2, 0, 3).reshape(h, w * k * c)              # z, w·k·c
+        x = rows @ maps.permute(1, 2, 0, 3).reshape(h, w * k * c)  # z, w·k·c
         for z, line in enumerate(x.view(len(rows), w, k * c)):
             _addmm(out[z, :, planes], cols, line)
         return
-    x = torch.matmul(cols, maps)                                               # k h x c
+    x = torch.matmul(cols, maps)  # k h x c
     for i, t in enumerate(range(planes.start, planes.stop)):
         _addmm(out[t] if normal == 0 else out[:, t], rows, x[i].reshape(h, -1))
 
+
 def _addmm(out, a, b):
     "out += a @ b, where out is n m c seen as n × (m·c)."
-    if out.stride(1) == out.shape[2]: flat = out.as_strided((out.shape[0], out.shape[1] * out.shape[2]), (out.stride(0), 1)); flat.addmm_(a, b)
-    else: out.add_((a @ b).view(out.shape))
+    if out.stride(1) == out.shape[2]:
+        flat = out.as_strided((out.shape[0], out.shape[1] * out.shape[2]), (out.stride(0), 1))
+        flat.addmm_(a, b)
+    else:
+        out.add_((a @ b).view(out.shape))
 
 # %% ../../nbs/api/features/extract.ipynb #9064205b
 def auto_batch(
-    image_shape:tuple,  # h, w in pixels
-    spec:FeatureSpec,   # of the backbone
-    device="cpu",       # where it runs
-    memory:int=None,    # bytes that may be used; by default a tenth of what is free
-)->int:                 # images per batch
+    image_shape: tuple,  # h, w in pixels
+    spec: FeatureSpec,  # of the backbone
+    device="cpu",  # where it runs
+    memory: int = None,  # bytes that may be used; by default a tenth of what is free
+) -> int:  # images per batch
     "Images per batch, from the free memory and what suits the device."
     device = torch.device(device)
     free = memory or (torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available()) // 10
-    cells = sum(c * math.prod(-(-n // s) for n in image_shape) for c, s in zip(spec.channels, spec.strides)) / len(spec.channels)
+    cells = sum(
+        c * math.prod(-(-n // s) for n in image_shape) for c, s in zip(spec.channels, spec.strides)
+    ) / len(spec.channels)
     by_memory = free // max(1, int(cells * 4 * 40))
     tokens = math.prod(n / spec.strides[-1] for n in image_shape)
     best = (65536 if device.type == "cuda" else 1600) / max(1, tokens)
     return int(max(1, min(by_memory, round(best) or 1, 256)))
 
+
 def _available():
     "Free memory of the machine, bytes."
-    try: return next(int(l.split()[1]) for l in Path("/proc/meminfo").read_text().splitlines() if l.startswith("MemAvailable")) * 1024
-    except (OSError, StopIteration): return 4 * 2**30
+    try:
+        return (
+            next(
+                int(l.split()[1])
+                for l in Path("/proc/meminfo").read_text().splitlines()
+                if l.startswith("MemAvailable")
+            )
+            * 1024
+        )
+    except (OSError, StopIteration):
+        return 4 * 2**30
 
 # %% ../../nbs/api/features/extract.ipynb #e47f76ac
 def auto_precision(
     device="cpu",  # where the backbone runs
-)->str:            # "bf16" or "fp32"
+) -> str:  # "bf16" or "fp32"
     "bf16 on GPUs and CPUs that have instructions for it."
     device = torch.device(device)
-    if device.type == "cuda": return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() else "fp32"
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return (
+        "bf16"
+        if device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+        else "fp32"
+    )
 
 # %% ../../nbs/api/features/extract.ipynb #d9caa022
 @dataclass(frozen=True)
 class Compute:
     "How to compute, which does not change what is computed beyond rounding."
-    batch_size:int=None      # images per batch; None: from memory
-    precision:str="auto"     # "fp32", "bf16", or "auto"
+
+    batch_size: int = None  # images per batch; None: from memory
+    precision: str = "auto"  # "fp32", "bf16", or "auto"
 
     def __post_init__(self):
-        if self.precision not in ("auto", "fp32", "bf16"): raise InputError(f"precision {self.precision!r}: expected auto, fp32 or bf16")
-        if self.batch_size is not None and self.batch_size < 1: raise InputError(f"batch size {self.batch_size}: expected 1 or more")
+        if self.precision not in ("auto", "fp32", "bf16"):
+            raise InputError(f"precision {self.precision!r}: expected auto, fp32 or bf16")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise InputError(f"batch size {self.batch_size}: expected 1 or more")
 
 # %% ../../nbs/api/features/extract.ipynb #21eeefa3
 def raw_region(
-    plan:Plan,  # what to extract
-    dst:Grid,   # target block
-)->tuple:       # three slices of the raw volume
+    plan: Plan,  # what to extract
+    dst: Grid,  # target block
+) -> tuple:  # three slices of the raw volume
     "Raw voxels that a target block depends on: its tiles, its slices, and what the tiles see mirrored at the edge of the volume."
+
     def axis(a):
         n, step = plan.src.shape[a], plan.src.voxel_size[a]
         reach = []
@@ -328,55 +450,73 @@ def raw_region(
                 reach.append((int(slices[0]) - plan.neighbours, int(slices[-1]) + 1 + plan.neighbours))
             else:
                 first, count = tile_span(plan, dst, a)
-                reach.append((math.floor(first * plan.pitch / step + 1e-6) - 1, math.ceil((first + count) * plan.pitch / step - 1e-6) + 1))
+                reach.append(
+                    (
+                        math.floor(first * plan.pitch / step + 1e-6) - 1,
+                        math.ceil((first + count) * plan.pitch / step - 1e-6) + 1,
+                    )
+                )
         return with_mirror(slice(min(b for b, _ in reach), max(e for _, e in reach)), n)
+
     return tuple(axis(a) for a in range(3))
 
 # %% ../../nbs/api/features/extract.ipynb #3c0306ed
 @torch.inference_mode()
 def extract_block(
-    data:np.ndarray,     # z y x, raw voxels of region
-    region:Grid,         # their grid
-    dst:Grid,            # target block
-    plan:Plan,           # what to extract
-    backbone:nn.Module,  # b 3 h w in 0..1 -> maps
-    compute:Compute=Compute(),  # batch size and precision
-    stages:Stages=None,  # adds up the time
-    bar=None,            # progress bar, moved by images
-)->Tensor:               # z y x c, float32
+    data: np.ndarray,  # z y x, raw voxels of region
+    region: Grid,  # their grid
+    dst: Grid,  # target block
+    plan: Plan,  # what to extract
+    backbone: nn.Module,  # b 3 h w in 0..1 -> maps
+    compute: Compute = Compute(),  # batch size and precision
+    stages: Stages = None,  # adds up the time
+    bar=None,  # progress bar, moved by images
+) -> Tensor:  # z y x c, float32
     "Features of one target block: where the backbone is, or in the machine's memory when a GPU has no room."
     stages, spec, device = stages or Stages(), backbone.spec, _device(backbone)
     width = sum(spec.channels)
-    with stages("result"): out = _zeros((*dst.shape, plan.channels(spec)), device)
+    with stages("result"):
+        out = _zeros((*dst.shape, plan.channels(spec)), device)
     for p, plane in enumerate(plan.planes):
-        with stages(f"{plane}/setup"): work = PlanePass(plan, plane, region, dst, spec, device, out.device)
-        part = out[..., p * width:(p + 1) * width] if plan.fusion == "concat" else out
+        with stages(f"{plane}/setup"):
+            work = PlanePass(plan, plane, region, dst, spec, device, out.device)
+        part = out[..., p * width : (p + 1) * width] if plan.fusion == "concat" else out
         size = compute.batch_size or auto_batch(work.image_shape, spec, device)
         for i in range(0, len(work.slices), size):
-            batch = work.slices[i:i + size]
-            with stages(f"{plane}/image"): images = work.images(data, batch)
-            with stages(f"{plane}/backbone"): maps = run_backbone(backbone, images, compute.precision)
-            with stages(f"{plane}/fuse"): _fuse(part, maps, work, batch)
-            if bar is not None: bar.update(len(batch))
+            batch = work.slices[i : i + size]
+            with stages(f"{plane}/image"):
+                images = work.images(data, batch)
+            with stages(f"{plane}/backbone"):
+                maps = run_backbone(backbone, images, compute.precision)
+            with stages(f"{plane}/fuse"):
+                _fuse(part, maps, work, batch)
+            if bar is not None:
+                bar.update(len(batch))
     return out
+
 
 def _zeros(shape, device):
     "The result, beside the backbone where it takes at most half of the free memory of a GPU, else in the machine's."
-    if device.type == "cuda" and math.prod(shape) * 4 > torch.cuda.mem_get_info(device)[0] / 2: device = "cpu"
+    if device.type == "cuda" and math.prod(shape) * 4 > torch.cuda.mem_get_info(device)[0] / 2:
+        device = "cpu"
     return torch.zeros(shape, device=device)
 
-def _device(backbone): return next((t.device for t in (*backbone.parameters(), *backbone.buffers())), torch.device("cpu"))
+
+def _device(backbone):
+    return next((t.device for t in (*backbone.parameters(), *backbone.buffers())), torch.device("cpu"))
 
 # %% ../../nbs/api/features/extract.ipynb #26c20851
 def run_backbone(
-    backbone:nn.Module,  # b 3 h w in 0..1 -> maps
-    images:Tensor,       # b 3 h w
-    precision:str="auto",# "fp32", "bf16" or "auto"
-)->list:                 # of b c h w
+    backbone: nn.Module,  # b 3 h w in 0..1 -> maps
+    images: Tensor,  # b 3 h w
+    precision: str = "auto",  # "fp32", "bf16" or "auto"
+) -> list:  # of b c h w
     "The maps of a batch, in the given precision."
     kind = images.device.type
     half = (auto_precision(images.device) if precision == "auto" else precision) == "bf16"
-    with torch.autocast(kind, torch.bfloat16, enabled=half): return backbone(images)
+    with torch.autocast(kind, torch.bfloat16, enabled=half):
+        return backbone(images)
+
 
 def _fuse(out, maps, work, batch):
     "Average the maps of a batch along the normal and add them to the result."
@@ -387,73 +527,101 @@ def _fuse(out, maps, work, batch):
     for m, (rows, cols) in zip(maps, work.to_target):
         m = m.to(out.device).permute(0, 2, 3, 1).float().contiguous()
         k = (mix @ m.view(len(m), -1)).view(len(mix), *m.shape[1:])
-        add_plane(out[..., start:start + m.shape[-1]], k, planes, work.normal, rows, cols)
+        add_plane(out[..., start : start + m.shape[-1]], k, planes, work.normal, rows, cols)
         start += m.shape[-1]
 
 # %% ../../nbs/api/features/extract.ipynb #05f17761
 class PatchMean(nn.Module):
     "A stand-in backbone for tests: the mean colour of each patch, exactly local."
-    def __init__(self,
-        stride:int=16,  # pixels per patch
+
+    def __init__(
+        self,
+        stride: int = 16,  # pixels per patch
     ):
         super().__init__()
         self.spec = FeatureSpec((3,), (stride,))
 
-    def forward(self, images:Tensor)->list: return [nn.functional.avg_pool2d(images, self.spec.strides[0])]  # b 3 h w -> one map b 3 h w
+    def forward(self, images: Tensor) -> list:  # b 3 h w -> one map b 3 h w
+        return [nn.functional.avg_pool2d(images, self.spec.strides[0])]
 
 # %% ../../nbs/api/features/extract.ipynb #dd1a02ad
 def make_plan(
-    src:Grid,           # raw
-    spec:FeatureSpec,   # of the backbone
-    intensity:tuple,    # raw values that become 0 and 1
+    src: Grid,  # raw
+    spec: FeatureSpec,  # of the backbone
+    intensity: tuple,  # raw values that become 0 and 1
     *,
-    dst:Grid=None,      # target; by default the raw grid
+    dst: Grid = None,  # target; by default the raw grid
     planes=("xy", "xz", "yz"),  # which slices
-    pixel:float=None,   # nm, side of a network pixel
-    **options,          # of Plan
-)->Plan:
+    pixel: float = None,  # nm, side of a network pixel
+    **options,  # of Plan
+) -> Plan:
     "A plan with defaults filled in and extreme ratios reported."
     dst = dst or src
     ratios = [d / s for s, d in zip(src.voxel_size, dst.voxel_size)]
-    if min(ratios) < 1 / 16: raise InputError(f"target voxels {1 / min(ratios):.3g} times finer than raw: expected at most 16 times; read a finer level")
-    if min(ratios) < 0.1 or max(ratios) > 16: warnings.warn(f"target voxels are {min(ratios):.3g} to {max(ratios):.3g} times the raw ones; ratios from 0.1 to 16 make sense")
+    if min(ratios) < 1 / 16:
+        raise InputError(
+            f"target voxels {1 / min(ratios):.3g} times finer than raw: expected at most 16 times; read a finer level"
+        )
+    if min(ratios) < 0.1 or max(ratios) > 16:
+        warnings.warn(
+            f"target voxels are {min(ratios):.3g} to {max(ratios):.3g} times the raw ones; ratios from 0.1 to 16 make sense"
+        )
     stride = spec.strides[-1]
-    return Plan(src, dst, check_planes(planes), float(default_pixel(src, dst, stride) if pixel is None else pixel), stride, _pair(intensity), **options)
+    return Plan(
+        src,
+        dst,
+        check_planes(planes),
+        float(default_pixel(src, dst, stride) if pixel is None else pixel),
+        stride,
+        _pair(intensity),
+        **options,
+    )
 
 # %% ../../nbs/api/features/extract.ipynb #3b6e452d
 def _pair(x):
-    try: return tuple(float(v) for v in x)
-    except TypeError: raise InputError(f"intensity {x!r}: expected two numbers, low and high") from None
+    try:
+        return tuple(float(v) for v in x)
+    except TypeError:
+        raise InputError(f"intensity {x!r}: expected two numbers, low and high") from None
+
 
 def _pixel_of(slice_size, src, planes, stride):
     "Network pixel from the size of the longest image side."
-    if slice_size is None: return None
-    if slice_size < stride or slice_size % stride: raise InputError(f"slice_size {slice_size}: expected a multiple of the patch, {stride}, e.g. {max(1, round(slice_size / stride)) * stride}")
+    if slice_size is None:
+        return None
+    if slice_size < stride or slice_size % stride:
+        raise InputError(
+            f"slice_size {slice_size}: expected a multiple of the patch, {stride}, e.g. {max(1, round(slice_size / stride)) * stride}"
+        )
     return max(src.extent[a] for p in check_planes(planes) for a in plane_axes(p)[1:]) / slice_size
 
 # %% ../../nbs/api/features/extract.ipynb #de4ad340
 def _check_shape(volume):
     "Say what is wrong with an array before it is taken for a volume."
     shape = tuple(getattr(volume, "shape", ()) or ())
-    if shape and len(shape) != 3: raise InputError(f"volume of shape {shape}: expected three axes z y x; select a channel or time first")
-    if shape and min(shape) < 1: raise InputError(f"volume of shape {shape}: expected at least one voxel on each axis")
+    if shape and len(shape) != 3:
+        raise InputError(
+            f"volume of shape {shape}: expected three axes z y x; select a channel or time first"
+        )
+    if shape and min(shape) < 1:
+        raise InputError(f"volume of shape {shape}: expected at least one voxel on each axis")
 
 # %% ../../nbs/api/features/extract.ipynb #979ed58f
 def extract_features_3d(
-    volume,                       # raw: a Volume, an array z y x, or a path
-    backbone:nn.Module,           # from create_backbone: b 3 h w in 0..1 -> maps
+    volume,  # raw: a Volume, an array z y x, or a path
+    backbone: nn.Module,  # from create_backbone: b 3 h w in 0..1 -> maps
     *,
-    planes=("xy", "xz", "yz"),    # which slices the backbone sees
-    target_output_size=None,      # voxels z y x of the result, or a Grid or Volume (e.g. labels) on the same box; None: as the raw
-    slice_size:int=None,          # network pixels of the longest image side, a multiple of the patch; None: see default_pixel
-    batch_size:int=None,          # images per batch; None: from memory
-    enable_timing:bool=False,     # print the table of stages; on a GPU, wait for it at each stage
-    fusion:str="mean",            # "mean" of the planes, "weighted" by their sampling density, or "concat"
-    neighbours:bool=False,        # give the slices before and after as red and blue
-    slice_stride:int=1,           # look at one in this many of the slices that a target plane averages
-    intensity:tuple=None,         # raw values that become 0 and 1; None: percentiles 0.5 and 99.5
-    precision:str="auto",         # "fp32", "bf16", or "auto": bf16 where the hardware has it
-)->tuple:                         # features c z y x (float32), info (timing, memory, grid, settings)
+    planes=("xy", "xz", "yz"),  # which slices the backbone sees
+    target_output_size=None,  # voxels z y x of the result, or a Grid or Volume (e.g. labels) on the same box; None: as the raw
+    slice_size: int = None,  # network pixels of the longest image side, a multiple of the patch; None: see default_pixel
+    batch_size: int = None,  # images per batch; None: from memory
+    enable_timing: bool = False,  # print the table of stages; on a GPU, wait for it at each stage
+    fusion: str = "mean",  # "mean" of the planes, "weighted" by their sampling density, or "concat"
+    neighbours: bool = False,  # give the slices before and after as red and blue
+    slice_stride: int = 1,  # look at one in this many of the slices that a target plane averages
+    intensity: tuple = None,  # raw values that become 0 and 1; None: percentiles 0.5 and 99.5
+    precision: str = "auto",  # "fp32", "bf16", or "auto": bf16 where the hardware has it
+) -> tuple:  # features c z y x (float32), info (timing, memory, grid, settings)
     "Features of a volume in memory: each slice of each plane goes through the backbone once; several maps are concatenated."
     stages, before = _stages(backbone, enable_timing), memory_mb()[0]
     with stages("read"):
@@ -462,153 +630,259 @@ def extract_features_3d(
         data = volume.read()
     with stages("intensity"):
         check_finite(data, volume.name)
-        if intensity is None: intensity = intensity_range(Volume(data, volume.grid, volume.name))
-    plan = make_plan(volume.grid, backbone.spec, intensity, dst=_target(target_output_size, volume.grid), planes=planes, pixel=_pixel_of(slice_size, volume.grid, planes, backbone.spec.strides[-1]),
-                     fusion=fusion, neighbours=neighbours, slice_stride=slice_stride)
+        if intensity is None:
+            intensity = intensity_range(Volume(data, volume.grid, volume.name))
+    plan = make_plan(
+        volume.grid,
+        backbone.spec,
+        intensity,
+        dst=_target(target_output_size, volume.grid),
+        planes=planes,
+        pixel=_pixel_of(slice_size, volume.grid, planes, backbone.spec.strides[-1]),
+        fusion=fusion,
+        neighbours=neighbours,
+        slice_stride=slice_stride,
+    )
     backbone.eval()
     with progress(total=count_images(plan), desc="slices", unit="img") as bar:
-        out = extract_block(data, volume.grid, plan.dst, plan, backbone, Compute(batch_size, precision), stages, bar)
-    with stages("transfer"): out = out.cpu()
+        out = extract_block(
+            data, volume.grid, plan.dst, plan, backbone, Compute(batch_size, precision), stages, bar
+        )
+    with stages("transfer"):
+        out = out.cpu()
     info = report(plan, stages, out.numel() * out.element_size(), before)
-    if enable_timing: print(timing_table(info))
+    if enable_timing:
+        print(timing_table(info))
     return out.permute(3, 0, 1, 2), info
+
 
 def _target(target, src):
     "The target grid, from a size, a grid or a volume; the last two are compared with the raw box in the world."
-    if target is None: return src
+    if target is None:
+        return src
     grid = target.grid if isinstance(target, Volume) else target
-    if not isinstance(grid, Grid): return src.with_shape(_size(target))
+    if not isinstance(grid, Grid):
+        return src.with_shape(_size(target))
     check_same_box(src, grid)
     return grid
 
+
 def _size(size):
     size = tuple(int(n) for n in np.atleast_1d(size))
-    if len(size) != 3 or min(size) < 1: raise InputError(f"target_output_size {size}: expected three sizes (z, y, x) of at least 1")
+    if len(size) != 3 or min(size) < 1:
+        raise InputError(f"target_output_size {size}: expected three sizes (z, y, x) of at least 1")
     return size
 
 # %% ../../nbs/api/features/extract.ipynb #dc82320e
 def _stages(backbone, timing):
     "Stages that, when timing is asked for, wait for a GPU and look at the memory."
     device = _device(backbone)
-    if not timing: return Stages()
-    if device.type != "cuda": return Stages(memory=lambda: memory_mb()[0])
+    if not timing:
+        return Stages()
+    if device.type != "cuda":
+        return Stages(memory=lambda: memory_mb()[0])
     return Stages(lambda: torch.cuda.synchronize(device), lambda: torch.cuda.memory_allocated(device) / 2**20)
 
+
 def count_images(
-    plan:Plan,        # what to extract
-    dst:Grid=None,    # part of the target; None for all of it as one block
-)->int:
+    plan: Plan,  # what to extract
+    dst: Grid = None,  # part of the target; None for all of it as one block
+) -> int:
     "Images that the backbone will see."
     return sum(_count_slices(plan, dst or plan.dst, p) for p in plan.planes)
 
-def _count_slices(plan, dst, plane): return int(slice_weights(plan.src, dst, plane_axes(plane)[0], plan.slice_stride).any(0).sum())
+
+def _count_slices(plan, dst, plane):
+    return int(slice_weights(plan.src, dst, plane_axes(plane)[0], plan.slice_stride).any(0).sum())
 
 # %% ../../nbs/api/features/extract.ipynb #f3bd159d
 def report(
-    plan:Plan,          # what was extracted
-    stages:Stages,      # seconds per stage
-    result_bytes:int,   # size of the result
-    before:float=None,  # MB, resident memory at the start
-    images:int=None,    # that the backbone saw; None: those of one block
-)->dict:
+    plan: Plan,  # what was extracted
+    stages: Stages,  # seconds per stage
+    result_bytes: int,  # size of the result
+    before: float = None,  # MB, resident memory at the start
+    images: int = None,  # that the backbone saw; None: those of one block
+) -> dict:
     "Timing, memory and settings of an extraction, as plain numbers."
     now, peak = memory_mb()
     total, images = stages.total, count_images(plan) if images is None else images
     backbone = sum(s for k, s in stages.seconds.items() if k.endswith("/backbone"))
-    return dict(seconds=dict(stages.seconds), memory_mb=dict(stages.mb), total_seconds=total, backbone_share=backbone / total, images=images, images_per_second=images / total,
-                voxels_per_second=math.prod(plan.dst.shape) / total, result_mb=result_bytes / 2**20, resident_mb=now, resident_growth_mb=now - before if before else None, peak_mb=peak,
-                grid=plan.dst, pixel_nm=plan.pixel, patch_nm=plan.pitch, intensity=plan.intensity, plan=plan)
+    return dict(
+        seconds=dict(stages.seconds),
+        memory_mb=dict(stages.mb),
+        total_seconds=total,
+        backbone_share=backbone / total,
+        images=images,
+        images_per_second=images / total,
+        voxels_per_second=math.prod(plan.dst.shape) / total,
+        result_mb=result_bytes / 2**20,
+        resident_mb=now,
+        resident_growth_mb=now - before if before else None,
+        peak_mb=peak,
+        grid=plan.dst,
+        pixel_nm=plan.pixel,
+        patch_nm=plan.pitch,
+        intensity=plan.intensity,
+        plan=plan,
+    )
 
 # %% ../../nbs/api/features/extract.ipynb #a634fddc
 def timing_table(
-    info:dict,  # from extract_features_3d
-)->str:
+    info: dict,  # from extract_features_3d
+) -> str:
     "Seconds, share and (when timing was asked for) memory at the end per stage and plane, as text."
     stage = lambda k: k.split("/") if "/" in k else ["", k]
     memory = lambda k: dict(mb=round(info["memory_mb"][k])) if info["memory_mb"] else {}
-    rows = [dict(plane=stage(k)[0], stage=stage(k)[1], seconds=s, share=f"{s / info['total_seconds']:.1%}", **memory(k)) for k, s in info["seconds"].items()]
+    rows = [
+        dict(
+            plane=stage(k)[0],
+            stage=stage(k)[1],
+            seconds=s,
+            share=f"{s / info['total_seconds']:.1%}",
+            **memory(k),
+        )
+        for k, s in info["seconds"].items()
+    ]
     rows.append(dict(plane="", stage="total", seconds=info["total_seconds"], share="100.0%"))
-    return format_table(rows) + (f"\n{info['images']} images, {info['images_per_second']:.3g} per second, {info['voxels_per_second']:.3g} target voxels per second; "
-                                 f"result {info['result_mb']:.0f} MB, resident memory {info['resident_mb']:.0f} MB, highest {info['peak_mb']:.0f} MB")
+    return format_table(rows) + (
+        f"\n{info['images']} images, {info['images_per_second']:.3g} per second, {info['voxels_per_second']:.3g} target voxels per second; "
+        f"result {info['result_mb']:.0f} MB, resident memory {info['resident_mb']:.0f} MB, highest {info['peak_mb']:.0f} MB"
+    )
 
 # %% ../../nbs/api/features/extract.ipynb #c9b4659d
 def native_grid(
-    plan:Plan,      # pitch and raw grid
-    plane:str,      # xy, xz or yz
-    slices:int=None,# along the normal; None: as the raw
-)->Grid:
+    plan: Plan,  # pitch and raw grid
+    plane: str,  # xy, xz or yz
+    slices: int = None,  # along the normal; None: as the raw
+) -> Grid:
     "The patch grid of one plane: its last patch may reach beyond the volume."
     n, *axes = plane_axes(plane)
     shape, size = list(plan.src.shape), list(plan.src.voxel_size)
     shape[n], size[n] = (slices, plan.src.extent[n] / slices) if slices else (shape[n], size[n])
-    for a in axes: shape[a], size[a] = math.ceil(plan.src.extent[a] / plan.pitch - 1e-6), plan.pitch
+    for a in axes:
+        shape[a], size[a] = math.ceil(plan.src.extent[a] / plan.pitch - 1e-6), plan.pitch
     return Grid(tuple(shape), tuple(size), tuple(c + s / 2 for c, s in zip(plan.src.corner, size)))
 
 # %% ../../nbs/api/features/extract.ipynb #72474864
 def extract_native(
-    volume,                     # raw: a Volume, an array z y x, or a path
-    backbone:nn.Module,         # from create_backbone
+    volume,  # raw: a Volume, an array z y x, or a path
+    backbone: nn.Module,  # from create_backbone
     *,
     planes=("xy", "xz", "yz"),  # which slices
-    target_output_size=None,    # z y x; along its normal each plane has this many slices; None: all
-    slice_size:int=None,        # network pixels of the longest image side
-    batch_size:int=None,        # images per batch
-    neighbours:bool=False,      # give the slices before and after as red and blue
-    slice_stride:int=1,         # look at one in this many slices
-    intensity:tuple=None,       # raw values that become 0 and 1
-    precision:str="auto",       # "fp32", "bf16" or "auto"
-)->dict:                        # plane -> (features c z y x, Grid)
+    target_output_size=None,  # z y x; along its normal each plane has this many slices; None: all
+    slice_size: int = None,  # network pixels of the longest image side
+    batch_size: int = None,  # images per batch
+    neighbours: bool = False,  # give the slices before and after as red and blue
+    slice_stride: int = 1,  # look at one in this many slices
+    intensity: tuple = None,  # raw values that become 0 and 1
+    precision: str = "auto",  # "fp32", "bf16" or "auto"
+) -> dict:  # plane -> (features c z y x, Grid)
     "Features of each plane on its own patch grid; of several maps, the first (finest) sets the pitch and all must share it."
     _check_shape(volume)
     volume = open_volume(volume)
-    if len(set(backbone.spec.strides)) != 1: raise InputError(f"maps with strides {backbone.spec.strides}: expected one stride; choose layers of equal stride")
+    if len(set(backbone.spec.strides)) != 1:
+        raise InputError(
+            f"maps with strides {backbone.spec.strides}: expected one stride; choose layers of equal stride"
+        )
     data = volume.read()
     check_finite(data, volume.name)
     stride, result = backbone.spec.strides[-1], {}
     pixel = _pixel_of(slice_size, volume.grid, planes, stride)
-    if intensity is None: intensity = intensity_range(Volume(data, volume.grid, volume.name))
-    plan = make_plan(volume.grid, backbone.spec, intensity, planes=planes, pixel=pixel, neighbours=neighbours, slice_stride=slice_stride)
+    if intensity is None:
+        intensity = intensity_range(Volume(data, volume.grid, volume.name))
+    plan = make_plan(
+        volume.grid,
+        backbone.spec,
+        intensity,
+        planes=planes,
+        pixel=pixel,
+        neighbours=neighbours,
+        slice_stride=slice_stride,
+    )
     size = _size(target_output_size) if target_output_size is not None else (None,) * 3
     backbone.eval()
     for p in plan.planes:
         one = replace(plan, planes=(p,), dst=native_grid(plan, p, size[plane_axes(p)[0]]))
-        result[p] = extract_block(data, volume.grid, one.dst, one, backbone, Compute(batch_size, precision)).cpu().permute(3, 0, 1, 2), one.dst
+        result[p] = (
+            extract_block(data, volume.grid, one.dst, one, backbone, Compute(batch_size, precision))
+            .cpu()
+            .permute(3, 0, 1, 2),
+            one.dst,
+        )
     return result
 
 # %% ../../nbs/api/features/extract.ipynb #c07d0211
 def model_identity(
-    backbone:nn.Module,  # from create_backbone, or any module
-)->dict:                 # what it is, and a hash of its weights
+    backbone: nn.Module,  # from create_backbone, or any module
+) -> dict:  # what it is, and a hash of its weights
     "What identifies a backbone in a store."
-    recipe = {k: v for k, v in getattr(backbone, "recipe", {"name": type(backbone).__name__}).items() if k != "weights"}
-    return dict(model=recipe, weights_hash=getattr(backbone, "weights_hash", None) or state_hash(backbone.state_dict()), spec=asdict(backbone.spec))
+    recipe = {
+        k: v
+        for k, v in getattr(backbone, "recipe", {"name": type(backbone).__name__}).items()
+        if k != "weights"
+    }
+    return dict(
+        model=recipe,
+        weights_hash=getattr(backbone, "weights_hash", None) or state_hash(backbone.state_dict()),
+        spec=asdict(backbone.spec),
+    )
 
 # %% ../../nbs/api/features/extract.ipynb #f35e2feb
 def worker_device(
-    device:str,  # cpu, cuda ..., or auto
-)->str:
+    device: str,  # cpu, cuda ..., or auto
+) -> str:
     "The device of this process: for auto a GPU, where it has one."
     return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
+
 class _Extraction:
     "Task of `run_blocks`: extract one target block and write it. Travels to workers once."
+
     def __init__(self, volume, array, plan, backbone, compute, pca=None, device=None):
-        self.volume, self.array, self.plan, self.backbone, self.compute, self.pca = volume, array, plan, backbone, compute, pca
+        self.volume, self.array, self.plan, self.backbone, self.compute, self.pca = (
+            volume,
+            array,
+            plan,
+            backbone,
+            compute,
+            pca,
+        )
         self.device, self.stages, self.images = device or str(_device(backbone)), _stages(backbone, True), 0
 
-    def __getstate__(self): return {**self.__dict__, "backbone": copy.deepcopy(self.backbone).cpu(), "stages": None}  # ours stays where it is
+    def __getstate__(self):  # ours stays where it is
+        return {
+            **self.__dict__,
+            "backbone": copy.deepcopy(self.backbone).cpu(),
+            "stages": None,
+        }
 
     def features(self, write):
         "z y x c, float32, of three slices of the target."
         dst, self.stages = self.plan.dst.crop(write), self.stages or Stages()
         self.images += count_images(self.plan, dst)
         roi = raw_region(self.plan, dst)
-        with self.stages("read"): data = _read_finite(self.volume, roi)
-        return extract_block(data, self.volume.grid.crop(roi), dst, self.plan, self.backbone.to(worker_device(self.device)), self.compute, self.stages).cpu().numpy()
+        with self.stages("read"):
+            data = _read_finite(self.volume, roi)
+        return (
+            extract_block(
+                data,
+                self.volume.grid.crop(roi),
+                dst,
+                self.plan,
+                self.backbone.to(worker_device(self.device)),
+                self.compute,
+                self.stages,
+            )
+            .cpu()
+            .numpy()
+        )
 
     def __call__(self, block):
         x = self.features(block.write)
-        with self.stages("write"): self.array[block.write] = (x if self.pca is None else self.pca.transform(x)).astype(self.array.dtype)
+        with self.stages("write"):
+            self.array[block.write] = (x if self.pca is None else self.pca.transform(x)).astype(
+                self.array.dtype
+            )
 
 # %% ../../nbs/api/features/extract.ipynb #27df6392
 def _sample_block(block, task):
@@ -616,124 +890,221 @@ def _sample_block(block, task):
     x = task.features(block.write).reshape(-1, task.plan.channels(task.backbone.spec))
     return x[spread(len(x), 10000, 0)]
 
+
 def _fit_projection(task, blocks, n_components, client=None, seed=0):
     "PCA of the features of four blocks spread over the volume."
     chosen = [blocks[i] for i in spread(len(blocks), 4, seed)]
-    def one_by_one(): yield from ((i, _sample_block(b, task), None) for i, b in enumerate(chosen))
+
+    def one_by_one():
+        yield from ((i, _sample_block(b, task), None) for i, b in enumerate(chosen))
+
     found, results = {}, one_by_one() if client is None else spread_work(client, _sample_block, chosen, task)
     for i, x, error in progress(results, total=len(chosen), desc="projection", unit="block"):
-        if error is not None: raise error
+        if error is not None:
+            raise error
         found[i] = x
     return fit_pca(np.concatenate([x for _, x in sorted(found.items())]), n_components)
 
 # %% ../../nbs/api/features/extract.ipynb #20afb01a
 class _Paint:
     "Task of `run_blocks`: colour one block of features."
-    def __init__(self, features, rgb, pca): self.features, self.rgb, self.pca = features, rgb, pca
-    def __call__(self, block): self.rgb[(slice(None), *block.write)] = np.moveaxis(self.pca.rgb(np.asarray(self.features[block.write], np.float32)), -1, 0)
+
+    def __init__(self, features, rgb, pca):
+        self.features, self.rgb, self.pca = features, rgb, pca
+
+    def __call__(self, block):
+        self.rgb[(slice(None), *block.write)] = np.moveaxis(
+            self.pca.rgb(np.asarray(self.features[block.write], np.float32)), -1, 0
+        )
+
 
 def _sample_features(array, chunks=48, per_chunk=400, seed=0):
     "Feature vectors from random chunks of a store."
     grid = [-(-n // c) for n, c in zip(array.shape[:3], array.chunks[:3])]
+
     def read(i):
         at = np.unravel_index(i, grid)
-        x = np.asarray(array[tuple(slice(k * c, min(k * c + c, n)) for k, c, n in zip(at, array.chunks, array.shape))], np.float32).reshape(-1, array.shape[-1])
+        x = np.asarray(
+            array[tuple(slice(k * c, min(k * c + c, n)) for k, c, n in zip(at, array.chunks, array.shape))],
+            np.float32,
+        ).reshape(-1, array.shape[-1])
         return x[spread(len(x), per_chunk, seed + i)]
+
     return np.concatenate([read(i) for i in spread(math.prod(grid), chunks, seed)])
 
 # %% ../../nbs/api/features/extract.ipynb #73d8e76d
 def extract_to_zarr(
-    source,                     # raw: path or URL of OME-Zarr, NIfTI, TIFF, .npy; or Multiscale, Volume, array
-    store,                      # folder (or fsspec URL) of the new zarr group
-    backbone:nn.Module,         # from create_backbone
+    source,  # raw: path or URL of OME-Zarr, NIfTI, TIFF, .npy; or Multiscale, Volume, array
+    store,  # folder (or fsspec URL) of the new zarr group
+    backbone: nn.Module,  # from create_backbone
     *,
-    voxel_size=None,            # nm of the features, one number or z y x; None: as the raw
-    grid:Grid=None,             # the voxels of the features, inside the raw volume, instead of voxel_size
-    raw_resolution=None,        # nm of the level to read from a pyramid; None: a quarter of voxel_size
+    voxel_size=None,  # nm of the features, one number or z y x; None: as the raw
+    grid: Grid = None,  # the voxels of the features, inside the raw volume, instead of voxel_size
+    raw_resolution=None,  # nm of the level to read from a pyramid; None: a quarter of voxel_size
     planes=("xy", "xz", "yz"),  # which slices
-    pixel_size:float=None,      # nm, side of a network pixel; None: see default_pixel
-    block:int=64,               # target voxels per block and axis = shard of the store
-    halo:int=4,                 # patches of context around a block
-    chunk:int=16,               # target voxels per chunk and axis
-    n_components:int=None,      # project to this many principal components
-    fusion:str="mean",          # "mean", "weighted" or "concat"
-    neighbours:bool=False,      # give the slices before and after as red and blue
-    slice_stride:int=1,         # look at one in this many of the slices that a target plane averages
-    intensity:tuple=None,       # raw values that become 0 and 1; None: percentiles 0.5 and 99.5
-    batch_size:int=None,        # images per batch
-    precision:str="auto",       # "fp32", "bf16" or "auto"
-    rgb:bool=True,              # also write the picture of principal components
-    resume:bool=True,           # go on with an unfinished store of the same settings
-    workers:int=1,              # processes on this machine
-    client=None,                # a dask client, or a Cluster, instead
-    device:str=None,            # where blocks are computed: cpu, cuda, or auto: a GPU where a worker has one; None: where the backbone is
-)->"Features":
+    pixel_size: float = None,  # nm, side of a network pixel; None: see default_pixel
+    block: int = 64,  # target voxels per block and axis = shard of the store
+    halo: int = 4,  # patches of context around a block
+    chunk: int = 16,  # target voxels per chunk and axis
+    n_components: int = None,  # project to this many principal components
+    fusion: str = "mean",  # "mean", "weighted" or "concat"
+    neighbours: bool = False,  # give the slices before and after as red and blue
+    slice_stride: int = 1,  # look at one in this many of the slices that a target plane averages
+    intensity: tuple = None,  # raw values that become 0 and 1; None: percentiles 0.5 and 99.5
+    batch_size: int = None,  # images per batch
+    precision: str = "auto",  # "fp32", "bf16" or "auto"
+    rgb: bool = True,  # also write the picture of principal components
+    resume: bool = True,  # go on with an unfinished store of the same settings
+    workers: int = 1,  # processes on this machine
+    client=None,  # a dask client, or a Cluster, instead
+    device: str = None,  # where blocks are computed: cpu, cuda, or auto: a GPU where a worker has one; None: where the backbone is
+) -> "Features":
     "Features of a volume of any size, in constant memory; a run that was killed goes on where it was."
-    before, store, volume = memory_mb()[0], plain_path(store), _raw_level(source, voxel_size if grid is None else grid.voxel_size, raw_resolution)
+    before, store, volume = (
+        memory_mb()[0],
+        plain_path(store),
+        _raw_level(source, voxel_size if grid is None else grid.voxel_size, raw_resolution),
+    )
     dst = grid or (volume.grid if voxel_size is None else volume.grid.with_voxel_size(voxel_size))
     check_inside(dst, volume.grid, volume.name)
-    if max(dst.shape) == 1 < max(volume.shape): raise InputError(f"feature voxels of {size_text(dst.voxel_size)} in a volume of {size_text(volume.grid.extent)}: expected smaller ones; is the unit right? (nm)")
+    if max(dst.shape) == 1 < max(volume.shape):
+        raise InputError(
+            f"feature voxels of {size_text(dst.voxel_size)} in a volume of {size_text(volume.grid.extent)}: expected smaller ones; is the unit right? (nm)"
+        )
     known = intensity if intensity is not None else _stored_intensity(store)
-    plan = make_plan(volume.grid, backbone.spec, intensity_range(volume) if known is None else known, dst=dst, planes=planes, pixel=pixel_size, fusion=fusion, neighbours=neighbours,
-                     slice_stride=slice_stride, halo=halo, block=_block_size(block, chunk, dst.shape))
-    compute, channels, device = Compute(batch_size, precision), _stored_channels(plan.channels(backbone.spec), n_components, rgb), device or str(_device(backbone))
-    with _open_store(store, resume) as group, use_client(None if group.attrs.get("status") == "complete" else client) as client:
+    plan = make_plan(
+        volume.grid,
+        backbone.spec,
+        intensity_range(volume) if known is None else known,
+        dst=dst,
+        planes=planes,
+        pixel=pixel_size,
+        fusion=fusion,
+        neighbours=neighbours,
+        slice_stride=slice_stride,
+        halo=halo,
+        block=_block_size(block, chunk, dst.shape),
+    )
+    compute, channels, device = (
+        Compute(batch_size, precision),
+        _stored_channels(plan.channels(backbone.spec), n_components, rgb),
+        device or str(_device(backbone)),
+    )
+    with (
+        _open_store(store, resume) as group,
+        use_client(None if group.attrs.get("status") == "complete" else client) as client,
+    ):
         compute = replace(compute, precision=_settled_precision(precision, group, client, device))
-        settings = dict(plan=asdict(plan), n_components=n_components, rgb=rgb, chunk=chunk, precision=compute.precision, source=source_identity(volume), **model_identity(backbone))
-        array, pca = _prepare(group, store, settings, plan, channels, chunk, str(getattr(backbone, "recipe", {}).get("weights")))
+        settings = dict(
+            plan=asdict(plan),
+            n_components=n_components,
+            rgb=rgb,
+            chunk=chunk,
+            precision=compute.precision,
+            source=source_identity(volume),
+            **model_identity(backbone),
+        )
+        array, pca = _prepare(
+            group, store, settings, plan, channels, chunk, str(getattr(backbone, "recipe", {}).get("weights"))
+        )
         blocks = make_blocks(dst.shape, plan.block)
         check_aligned(array, plan.block)
         task = _Extraction(volume, array, plan, backbone.eval(), compute, device=device)
-        if n_components and pca is None: pca = _keep_pca(group, "projection", _fit_projection(task, blocks, n_components, client))
+        if n_components and pca is None:
+            pca = _keep_pca(group, "projection", _fit_projection(task, blocks, n_components, client))
         task.pca = pca
-        run_blocks(task, blocks, Done.create(group, blocks), workers=workers, client=client, desc=_about(plan, blocks))
-        if rgb and group.attrs["status"] != "complete": _write_rgb(group, store, array, plan.dst, blocks, client)
+        run_blocks(
+            task,
+            blocks,
+            Done.create(group, blocks),
+            workers=workers,
+            client=client,
+            desc=_about(plan, blocks),
+        )
+        if rgb and group.attrs["status"] != "complete":
+            _write_rgb(group, store, array, plan.dst, blocks, client)
         group.attrs["status"] = "complete"
-    return Features(open_group(store), store, report(plan, task.stages, math.prod(array.shape) * 2, before, task.images))
+    return Features(
+        open_group(store), store, report(plan, task.stages, math.prod(array.shape) * 2, before, task.images)
+    )
 
 # %% ../../nbs/api/features/extract.ipynb #37fca1f6
 def _raw_level(source, voxel_size, raw_resolution):
     "The raw volume to read: of a pyramid, the level that was asked for, or four raw voxels per target voxel."
     _check_shape(source)
     pyramid = open_levels(source)
-    if raw_resolution is None and voxel_size is None: return pyramid.levels[0]
-    return pyramid.level_for(raw_resolution if raw_resolution is not None else tuple(v / 4 for v in triple(voxel_size, "voxel size (nm)")))
+    if raw_resolution is None and voxel_size is None:
+        return pyramid.levels[0]
+    return pyramid.level_for(
+        raw_resolution
+        if raw_resolution is not None
+        else tuple(v / 4 for v in triple(voxel_size, "voxel size (nm)"))
+    )
+
 
 def source_identity(volume):
     "What tells this raw volume from others: its place, channel and time; an array in memory by its values."
     place = volume.path if "://" in volume.path or not volume.path else os.path.abspath(volume.path)
-    values = state_hash({"raw": torch.from_numpy(np.frombuffer(np.ascontiguousarray(volume.array), np.uint8))}) if isinstance(volume.array, np.ndarray) else None
+    values = (
+        state_hash({"raw": torch.from_numpy(np.frombuffer(np.ascontiguousarray(volume.array), np.uint8))})
+        if isinstance(volume.array, np.ndarray)
+        else None
+    )
     return dict(path=place, **getattr(volume.array, "fixed", {})) if place else dict(values=values)
+
 
 def _block_size(block, chunk, shape):
     "Target voxels per block and axis: whole chunks, no more than there are."
-    if chunk < 1 or block < chunk or block % chunk: raise InputError(f"block {block}, chunk {chunk}: expected a chunk of at least 1 and a block of one or more whole chunks, e.g. block {max(1, round(block / max(1, chunk))) * max(1, chunk)}")
+    if chunk < 1 or block < chunk or block % chunk:
+        raise InputError(
+            f"block {block}, chunk {chunk}: expected a chunk of at least 1 and a block of one or more whole chunks, e.g. block {max(1, round(block / max(1, chunk))) * max(1, chunk)}"
+        )
     return tuple(min(block, -(-n // chunk) * chunk) for n in shape)
+
 
 def _stored_channels(channels, n_components, rgb):
     "Channels of the store."
-    if n_components is not None and not 1 <= n_components <= channels: raise InputError(f"n_components {n_components}: expected 1 to {channels}, the channels of the features")
+    if n_components is not None and not 1 <= n_components <= channels:
+        raise InputError(
+            f"n_components {n_components}: expected 1 to {channels}, the channels of the features"
+        )
     stored = n_components or channels
-    if rgb and stored < 3: raise InputError(f"{stored} channels: expected at least 3 for the picture; pass rgb=False (--no-rgb), or keep more components")
+    if rgb and stored < 3:
+        raise InputError(
+            f"{stored} channels: expected at least 3 for the picture; pass rgb=False (--no-rgb), or keep more components"
+        )
     return stored
+
 
 def _about(plan, blocks):
     "What is ahead, for the progress bar."
     sides = [tile_span(plan, plan.dst.crop(blocks[0].write), a)[1] * plan.stride for a in range(3)]
     return f"about {len(blocks) * count_images(plan, plan.dst.crop(blocks[0].write))} images of up to {max(sides)} px"
 
+
 def _stored_intensity(store):
     "The intensity range of an unfinished store, so that a resumed run need not look at the volume again."
-    try: return open_group(store).attrs.get("intensity")
-    except InputError: return None
+    try:
+        return open_group(store).attrs.get("intensity")
+    except InputError:
+        return None
 
-def _worker_precision(device): return auto_precision(worker_device(device))
+
+def _worker_precision(device):
+    return auto_precision(worker_device(device))
+
 
 def _settled_precision(precision, group, client, device):
     "For auto what the store was begun with, else what suits the device of the first worker: one store has one precision."
-    if precision != "auto": return precision
-    if "settings" in group.attrs: return group.attrs["settings"]["precision"]
-    return _worker_precision(device) if client is None else client.submit(_worker_precision, device, pure=False).result()
+    if precision != "auto":
+        return precision
+    if "settings" in group.attrs:
+        return group.attrs["settings"]["precision"]
+    return (
+        _worker_precision(device)
+        if client is None
+        else client.submit(_worker_precision, device, pure=False).result()
+    )
 
 # %% ../../nbs/api/features/extract.ipynb #7b0cd2b8
 @contextmanager
@@ -744,28 +1115,44 @@ def _open_store(path, resume):
         yield _ours(group, list(group), path, resume)
         return
     path = Path(path)
-    if inside := next((p for p in path.absolute().parents if (p/"zarr.json").exists() or (p/".zgroup").exists()), None):
+    if inside := next(
+        (p for p in path.absolute().parents if (p / "zarr.json").exists() or (p / ".zgroup").exists()), None
+    ):
         raise InputError(f"{path} lies inside another zarr group, {inside}: give a path of its own")
-    there = [p for p in path.iterdir() if p.name not in (".lock", "zarr.json") and not p.match(PARTIAL)] if path.is_dir() else path.exists()
-    new = not (path/"zarr.json").exists()
-    if there and new: raise InputError(f"{path} exists and is no feature store: give a new path")
-    try: path.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise InputError(f"{path} cannot be written ({e.strerror}): expected a writable folder") from e
+    there = (
+        [p for p in path.iterdir() if p.name not in (".lock", "zarr.json") and not p.match(PARTIAL)]
+        if path.is_dir()
+        else path.exists()
+    )
+    new = not (path / "zarr.json").exists()
+    if there and new:
+        raise InputError(f"{path} exists and is no feature store: give a new path")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"{path} cannot be written ({e.strerror}): expected a writable folder") from e
     with lock_folder(path):
         group = _ours(open_or_create_group(path), there, path, resume)
-        for partial in path.rglob(PARTIAL): partial.unlink(missing_ok=True)
-        try: yield group
+        for partial in path.rglob(PARTIAL):
+            partial.unlink(missing_ok=True)
+        try:
+            yield group
         except BaseException:
-            if new and "settings" not in group.attrs: shutil.rmtree(path, ignore_errors=True)  # refused before it began
+            if new and "settings" not in group.attrs:
+                shutil.rmtree(path, ignore_errors=True)  # refused before it began
             raise
 
+
 PARTIAL = "*." + "[0-9a-f]" * 32 + ".partial"  # files that zarr was writing
+
 
 def _ours(group, members, path, resume):
     "`group`, if it is new or a feature store that may be continued."
     if "settings" in group.attrs:
-        if not resume: raise InputError(f"{path} exists: give a new path, or resume=True to go on with it")
-    elif len(group.attrs) or members: raise InputError(f"{path} exists and is no feature store: give a new path")
+        if not resume:
+            raise InputError(f"{path} exists: give a new path, or resume=True to go on with it")
+    elif len(group.attrs) or members:
+        raise InputError(f"{path} exists and is no feature store: give a new path")
     return group
 
 # %% ../../nbs/api/features/extract.ipynb #cd094da2
@@ -775,17 +1162,43 @@ def _differences(old, new, prefix=""):
         return [d for k in {**old, **new} for d in _differences(old.get(k), new.get(k), f"{prefix}{k}.")]
     return [] if old == new else [f"{prefix[:-1]} ({old} there, {new} now)"]
 
+
 def _prepare(group, store, settings, plan, channels, chunk, weights):
     "Write the settings and create the array, or check that those of an unfinished run are the same."
     settings, there = plain(settings), group.attrs.get("settings")
     if there is not None and settings_hash(there) != settings_hash(settings):
-        raise InputError(f"{store} was made with other settings, {'; '.join(_differences(there, settings)[:3])}: give a new path, or the same settings")
+        raise InputError(
+            f"{store} was made with other settings, {'; '.join(_differences(there, settings)[:3])}: give a new path, or the same settings"
+        )
     if there is None:
-        group.attrs.update(dict(kind="dinolab features", axes=list("zyxc"), voxel_size_nm=list(plan.dst.voxel_size), origin_nm=list(plan.dst.origin),
-                                intensity=list(plan.intensity), planes=list(plan.planes), weights=weights, settings=settings, settings_hash=settings_hash(settings), status="running"))
+        group.attrs.update(
+            dict(
+                kind="dinolab features",
+                axes=list("zyxc"),
+                voxel_size_nm=list(plan.dst.voxel_size),
+                origin_nm=list(plan.dst.origin),
+                intensity=list(plan.intensity),
+                planes=list(plan.planes),
+                weights=weights,
+                settings=settings,
+                settings_hash=settings_hash(settings),
+                status="running",
+            )
+        )
     if "features" not in group:
-        create_array(group, "features", (*plan.dst.shape, channels), "f2", (chunk,) * 3 + (channels,), (*plan.block, channels), tuple("zyxc"))
-    return writable(group, "features"), Pca.from_dict(group.attrs["projection"]) if "projection" in group.attrs else None
+        create_array(
+            group,
+            "features",
+            (*plan.dst.shape, channels),
+            "f2",
+            (chunk,) * 3 + (channels,),
+            (*plan.block, channels),
+            tuple("zyxc"),
+        )
+    return writable(group, "features"), Pca.from_dict(
+        group.attrs["projection"]
+    ) if "projection" in group.attrs else None
+
 
 def _keep_pca(group, name, pca):
     group.attrs[name] = plain(pca.to_dict())
@@ -794,19 +1207,36 @@ def _keep_pca(group, name, pca):
 # %% ../../nbs/api/features/extract.ipynb #22840f70
 def _write_rgb(group, store, array, dst, blocks, client=None):
     "The picture: three principal components of the stored features as an OME-Zarr pyramid."
-    if "rgb_pca" not in group.attrs: _keep_pca(group, "rgb_pca", fit_pca(_sample_features(array), 3))
-    if "done_rgb" not in group: create_multiscale(f"{store}/rgb", dst, "u1", chunk=max(b.stop - b.start for b in blocks[0].write), rgb=True, name="features (three principal components)")
+    if "rgb_pca" not in group.attrs:
+        _keep_pca(group, "rgb_pca", fit_pca(_sample_features(array), 3))
+    if "done_rgb" not in group:
+        create_multiscale(
+            f"{store}/rgb",
+            dst,
+            "u1",
+            chunk=max(b.stop - b.start for b in blocks[0].write),
+            rgb=True,
+            name="features (three principal components)",
+        )
     rgb = open_or_create_group(f"{store}/rgb")
-    run_blocks(_Paint(array, writable(rgb, "s0"), Pca.from_dict(group.attrs["rgb_pca"])), blocks, Done.create(group, blocks, "done_rgb"), client=client, desc="picture")
+    run_blocks(
+        _Paint(array, writable(rgb, "s0"), Pca.from_dict(group.attrs["rgb_pca"])),
+        blocks,
+        Done.create(group, blocks, "done_rgb"),
+        client=client,
+        desc="picture",
+    )
     fill_pyramid(rgb)
 
 # %% ../../nbs/api/features/extract.ipynb #2c711350
 class Features:
     "Stored features of a volume: `read` gives `c z y x`."
-    def __init__(self,
-        group,        # zarr group made by extract_to_zarr
-        path="",      # where it is
-        info:dict=None,  # timing of the run that made it
+
+    def __init__(
+        self,
+        group,  # zarr group made by extract_to_zarr
+        path="",  # where it is
+        info: dict = None,  # timing of the run that made it
     ):
         self.group, self.array, self.path, self.info = group, group["features"], str(path), info or {}
         self.grid = Grid(self.array.shape[:3], group.attrs["voxel_size_nm"], group.attrs["origin_nm"])
@@ -814,24 +1244,33 @@ class Features:
 
     shape = property(lambda self: self.grid.shape)
 
-    def read(self,
-        roi:tuple=None,  # three slices within the volume; None for all
-    )->Tensor:           # c z y x, float16; in memory it is z y x c
+    def read(
+        self,
+        roi: tuple = None,  # three slices within the volume; None for all
+    ) -> Tensor:  # c z y x, float16; in memory it is z y x c
         "Features of a region."
-        return torch.from_numpy(np.ascontiguousarray(self.array[check_roi(roi, self.shape, self.path)])).permute(3, 0, 1, 2)
+        return torch.from_numpy(
+            np.ascontiguousarray(self.array[check_roi(roi, self.shape, self.path)])
+        ).permute(3, 0, 1, 2)
 
-    def __repr__(self): return f"Features({self.channels} channels, {self.shape}, {size_text(self.grid.voxel_size)})"
+    def __repr__(self):
+        return f"Features({self.channels} channels, {self.shape}, {size_text(self.grid.voxel_size)})"
 
 # %% ../../nbs/api/features/extract.ipynb #1b900acb
 def open_features(
-    path,                # store made by extract_to_zarr
-    partial:bool=False,  # open an unfinished one too; its missing blocks are 0
-)->Features:
+    path,  # store made by extract_to_zarr
+    partial: bool = False,  # open an unfinished one too; its missing blocks are 0
+) -> Features:
     "Open stored features; `InputError` when the run that made them has not finished."
     group = open_group(path)
-    if group.attrs.get("kind") != "dinolab features": raise InputError(f"{path} is no feature store: expected one made by extract_to_zarr or dinolab features")
+    if group.attrs.get("kind") != "dinolab features":
+        raise InputError(
+            f"{path} is no feature store: expected one made by extract_to_zarr or dinolab features"
+        )
     if group.attrs.get("status") != "complete" and not partial:
-        raise InputError(f"{path} is unfinished: run the same extraction again to go on, or open it with partial=True")
+        raise InputError(
+            f"{path} is unfinished: run the same extraction again to go on, or open it with partial=True"
+        )
     return Features(group, path)
 
 # %% ../../nbs/api/features/extract.ipynb #37d0eb8e
@@ -839,12 +1278,24 @@ def _axis_blocks(plan, axis):
     "The targets of the first row of blocks along an axis."
     rest = [slice(0, min(b, n)) for b, n in zip(plan.block, plan.dst.shape)]
     starts = range(0, plan.dst.shape[axis], plan.block[axis])
-    return [plan.dst.crop(tuple(slice(i, min(i + plan.block[axis], plan.dst.shape[axis])) if a == axis else r for a, r in enumerate(rest))) for i in starts]
+    return [
+        plan.dst.crop(
+            tuple(
+                slice(i, min(i + plan.block[axis], plan.dst.shape[axis])) if a == axis else r
+                for a, r in enumerate(rest)
+            )
+        )
+        for i in starts
+    ]
+
 
 def _image_shapes(plan):
     "Pixels of an image of each plane."
     first = _axis_blocks(plan, 0)[0]
-    return {p: tuple(tile_span(plan, first, a)[1] * plan.stride for a in plane_axes(p)[1:]) for p in plan.planes}
+    return {
+        p: tuple(tile_span(plan, first, a)[1] * plan.stride for a in plane_axes(p)[1:]) for p in plan.planes
+    }
+
 
 def _raw_counts(plan, rows):
     "Raw voxels that all blocks read, and that the largest reads."
@@ -853,32 +1304,72 @@ def _raw_counts(plan, rows):
 
 # %% ../../nbs/api/features/extract.ipynb #e5af62f6
 def estimate_extraction(
-    grid:Grid,                  # of the raw level that is read
-    backbone,                   # from create_backbone, or only its FeatureSpec
+    grid: Grid,  # of the raw level that is read
+    backbone,  # from create_backbone, or only its FeatureSpec
     *,
-    voxel_size=None,            # as in extract_to_zarr, and so are the next
+    voxel_size=None,  # as in extract_to_zarr, and so are the next
     planes=("xy", "xz", "yz"),
-    pixel_size:float=None,
-    block:int=64,
-    halo:int=4,
-    chunk:int=16,
-    n_components:int=None,
-    fusion:str="mean",
-    neighbours:bool=False,
-    slice_stride:int=1,
-    batch_size:int=16,          # images
-    raw_bytes:int=1,            # of a raw voxel
-    images_per_second:float=None,  # of one worker, measured on its own hardware; None: no hours
-    workers:int=1,              # at the same time
-)->dict:                        # counts, sizes in bytes, hours
+    pixel_size: float = None,
+    block: int = 64,
+    halo: int = 4,
+    chunk: int = 16,
+    n_components: int = None,
+    fusion: str = "mean",
+    neighbours: bool = False,
+    slice_stride: int = 1,
+    batch_size: int = 16,  # images
+    raw_bytes: int = 1,  # of a raw voxel
+    images_per_second: float = None,  # of one worker, measured on its own hardware; None: no hours
+    workers: int = 1,  # at the same time
+) -> dict:  # counts, sizes in bytes, hours
     "What an extraction will take."
-    spec, dst = getattr(backbone, "spec", backbone), grid if voxel_size is None else grid.with_voxel_size(voxel_size)
-    plan = make_plan(grid, spec, (0, 1), dst=dst, planes=planes, pixel=pixel_size, fusion=fusion, neighbours=neighbours, slice_stride=slice_stride, halo=halo, block=_block_size(block, chunk, dst.shape))
-    rows, shapes, channels = [_axis_blocks(plan, a) for a in range(3)], _image_shapes(plan), plan.channels(spec)
+    spec, dst = (
+        getattr(backbone, "spec", backbone),
+        grid if voxel_size is None else grid.with_voxel_size(voxel_size),
+    )
+    plan = make_plan(
+        grid,
+        spec,
+        (0, 1),
+        dst=dst,
+        planes=planes,
+        pixel=pixel_size,
+        fusion=fusion,
+        neighbours=neighbours,
+        slice_stride=slice_stride,
+        halo=halo,
+        block=_block_size(block, chunk, dst.shape),
+    )
+    rows, shapes, channels = (
+        [_axis_blocks(plan, a) for a in range(3)],
+        _image_shapes(plan),
+        plan.channels(spec),
+    )
     blocks, (raw, largest), voxels = math.prod(map(len, rows)), _raw_counts(plan, rows), math.prod(plan.block)
-    images = {p: sum(_count_slices(plan, g, p) for g in rows[n]) * blocks // len(rows[n]) for p in plan.planes for n in [plane_axes(p)[0]]}
-    cells = max(sum(c * math.prod(n // s for n in shape) for c, s in zip(spec.channels, spec.strides)) / len(spec.channels) for shape in shapes.values())
-    weights = sum(t.numel() * t.element_size() for t in backbone.parameters()) if isinstance(backbone, nn.Module) else 0
-    return dict(blocks=blocks, images=sum(images.values()), image_shapes=shapes, patches=sum(k * math.prod(shapes[p]) // plan.stride**2 for p, k in images.items()),
-                raw_read=raw * raw_bytes, stored=math.prod(dst.shape) * (n_components or channels) * 2, worker_memory=int(largest * raw_bytes + voxels * channels * 6 + batch_size * cells * 160 + weights),
-                hours=None if images_per_second is None else sum(images.values()) / images_per_second / workers / 3600)
+    images = {
+        p: sum(_count_slices(plan, g, p) for g in rows[n]) * blocks // len(rows[n])
+        for p in plan.planes
+        for n in [plane_axes(p)[0]]
+    }
+    cells = max(
+        sum(c * math.prod(n // s for n in shape) for c, s in zip(spec.channels, spec.strides))
+        / len(spec.channels)
+        for shape in shapes.values()
+    )
+    weights = (
+        sum(t.numel() * t.element_size() for t in backbone.parameters())
+        if isinstance(backbone, nn.Module)
+        else 0
+    )
+    return dict(
+        blocks=blocks,
+        images=sum(images.values()),
+        image_shapes=shapes,
+        patches=sum(k * math.prod(shapes[p]) // plan.stride**2 for p, k in images.items()),
+        raw_read=raw * raw_bytes,
+        stored=math.prod(dst.shape) * (n_components or channels) * 2,
+        worker_memory=int(largest * raw_bytes + voxels * channels * 6 + batch_size * cells * 160 + weights),
+        hours=None
+        if images_per_second is None
+        else sum(images.values()) / images_per_second / workers / 3600,
+    )

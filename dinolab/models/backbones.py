@@ -49,54 +49,75 @@ from ..core.errors import InputError, MissingError, nearest, pick
 @dataclass(frozen=True)
 class FeatureSpec:
     "Channels and strides of a list of maps, fine to coarse."
-    channels:tuple  # channels of each map
-    strides:tuple   # image pixels per map cell, of each map; never falling
+
+    channels: tuple  # channels of each map
+    strides: tuple  # image pixels per map cell, of each map; never falling
 
     def __post_init__(self):
         lists = [tuple(v) if isinstance(v, Sequence) else (v,) for v in (self.channels, self.strides)]
         channels, strides = lists
-        right = len(channels) == len(strides) > 0 and list(strides) == sorted(strides) and \
-            all(isinstance(c, Integral) and c > 0 for c in channels) and all(isinstance(s, Real) and 0 < s < math.inf for s in strides)
-        if not right: raise InputError(f"FeatureSpec: got channels {channels} and strides {strides}, expected as many "
-            "positive channels as strides, strides from fine (small) to coarse (large)")
+        right = (
+            len(channels) == len(strides) > 0
+            and list(strides) == sorted(strides)
+            and all(isinstance(c, Integral) and c > 0 for c in channels)
+            and all(isinstance(s, Real) and 0 < s < math.inf for s in strides)
+        )
+        if not right:
+            raise InputError(
+                f"FeatureSpec: got channels {channels} and strides {strides}, expected as many "
+                "positive channels as strides, strides from fine (small) to coarse (large)"
+            )
         object.__setattr__(self, "channels", channels)
         object.__setattr__(self, "strides", strides)
 
-    def __len__(self): return len(self.channels)
+    def __len__(self):
+        return len(self.channels)
 
-    def sizes(self,
-        height:int,  # of the image, pixels
-        width:int,   # of the image, pixels
-    )->list:         # (height, width) of each map
+    def sizes(
+        self,
+        height: int,  # of the image, pixels
+        width: int,  # of the image, pixels
+    ) -> list:  # (height, width) of each map
         "The size of each map of an image: a last, partly covered cell counts."
         return [(math.ceil(height / s), math.ceil(width / s)) for s in self.strides]
 
 # %% ../../nbs/api/models/backbones.ipynb #fd88a567
 def pad_to_stride(
-    image:Tensor,  # b c h w
-    stride:int,    # what height and width shall be a multiple of
-)->Tensor:         # b c h' w'; the same object where nothing is to be done
+    image: Tensor,  # b c h w
+    stride: int,  # what height and width shall be a multiple of
+) -> Tensor:  # b c h' w'; the same object where nothing is to be done
     "Pad right and bottom to a multiple of `stride`: reflected, or repeated where the image is too small for that."
     for dim, sides in ((-2, lambda n: (0, 0, 0, n)), (-1, lambda n: (0, n, 0, 0))):
         extra = -image.shape[dim] % stride
-        if extra: image = F.pad(image, sides(extra), mode="reflect" if extra < image.shape[dim] else "replicate")
+        if extra:
+            image = F.pad(image, sides(extra), mode="reflect" if extra < image.shape[dim] else "replicate")
     return image
 
 # %% ../../nbs/api/models/backbones.ipynb #32968afa
 def check_image(
-    image:Tensor,  # b c h w
-    channels:int,  # expected c
+    image: Tensor,  # b c h w
+    channels: int,  # expected c
 ):
     "Raise `InputError` unless `image` is a batch of floating-point images with `channels` channels."
-    got = f"{str(image.dtype)[6:]} of shape {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+    got = (
+        f"{str(image.dtype)[6:]} of shape {tuple(image.shape)}"
+        if isinstance(image, Tensor)
+        else type(image).__name__
+    )
     if not isinstance(image, Tensor) or image.ndim != 4 or image.numel() == 0:
-        raise InputError(f"image: got {got}, expected a non-empty tensor (batch, {channels}, height, width); "
-            "add a batch axis with image[None]")
+        raise InputError(
+            f"image: got {got}, expected a non-empty tensor (batch, {channels}, height, width); "
+            "add a batch axis with image[None]"
+        )
     if not image.is_floating_point():
-        raise InputError(f"image: got {got}, expected floats in 0..1; divide by the largest value first (255 for uint8)")
+        raise InputError(
+            f"image: got {got}, expected floats in 0..1; divide by the largest value first (255 for uint8)"
+        )
     if image.shape[1] != channels:
-        raise InputError(f"image: got {image.shape[1]} channels, expected {channels}; repeat the channel, "
-            f"or create the backbone with in_channels={image.shape[1]}")
+        raise InputError(
+            f"image: got {image.shape[1]} channels, expected {channels}; repeat the channel, "
+            f"or create the backbone with in_channels={image.shape[1]}"
+        )
 
 # %% ../../nbs/api/models/backbones.ipynb #2b54f8ca
 DINOV3_SIZES = ("small", "small_plus", "base", "large", "huge_plus", "7b")
@@ -109,31 +130,40 @@ VISIONFM_STATS = dict(  # mean and std per modality, from the authors' code
     ultrasound=((0.05989, 0.05979, 0.05669), (0.15428, 0.15505, 0.14465)),
     external=((0.49363, 0.36325, 0.25957), (0.32001, 0.27109, 0.21992)),
     slitlamp=((0.55567, 0.40289, 0.38858), (0.26517, 0.23312, 0.23904)),
-    mri=((0.17369,) * 3, (0.16199,) * 3))
+    mri=((0.17369,) * 3, (0.16199,) * 3),
+)
 FAMILIES = dict(
     dinov3={s: f"vit_{s}_patch16_dinov3" for s in DINOV3_SIZES}
-        | {f"{s}_sat": f"vit_{s}_patch16_dinov3.sat493m" for s in ("large", "7b")}
-        | {f"{s}_qkvb": f"vit_{s}_patch16_dinov3_qkvb" for s in DINOV3_SIZES[:-1]}
-        | dict(large_sat_qkvb="vit_large_patch16_dinov3_qkvb.sat493m"),
+    | {f"{s}_sat": f"vit_{s}_patch16_dinov3.sat493m" for s in ("large", "7b")}
+    | {f"{s}_qkvb": f"vit_{s}_patch16_dinov3_qkvb" for s in DINOV3_SIZES[:-1]}
+    | dict(large_sat_qkvb="vit_large_patch16_dinov3_qkvb.sat493m"),
     dinov2={s: f"vit_{s}_patch14_dinov2" for s in DINOV2_SIZES}
-        | {f"{s}_reg": f"vit_{s}_patch14_reg4_dinov2" for s in DINOV2_SIZES},
+    | {f"{s}_reg": f"vit_{s}_patch14_reg4_dinov2" for s in DINOV2_SIZES},
     retfound=dict(large="vit_large_patch16_224", large_dinov2="vit_large_patch14_dinov2"),
-    visionfm=dict(base="vit_base_patch16_224") | {f"base_{m}": "vit_base_patch16_224" for m in VISIONFM_STATS})
+    visionfm=dict(base="vit_base_patch16_224")
+    | {f"base_{m}": "vit_base_patch16_224" for m in VISIONFM_STATS},
+)
 
 # %% ../../nbs/api/models/backbones.ipynb #f57b2797
 def timm_name(
-    name:str,  # a family, or a timm model name with or without tag
-    size:str,  # of the family; "small", the default, for a timm name
-)->str:        # the timm model name
+    name: str,  # a family, or a timm model name with or without tag
+    size: str,  # of the family; "small", the default, for a timm name
+) -> str:  # the timm model name
     "The timm model that a family and size, or a timm name, stand for."
-    if isinstance(name, str) and name in FAMILIES: return pick(FAMILIES[name], str(size), f"{name} size")
+    if isinstance(name, str) and name in FAMILIES:
+        return pick(FAMILIES[name], str(size), f"{name} size")
     if not isinstance(name, str) or not timm.is_model(name):
         near = nearest(name, [*FAMILIES, *timm.list_models()])
         hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-        raise InputError(f"unknown backbone {name!r}: expected a family ({', '.join(FAMILIES)}) or a timm model name{hint}")
+        raise InputError(
+            f"unknown backbone {name!r}: expected a family ({', '.join(FAMILIES)}) or a timm model name{hint}"
+        )
     if size != "small":
-        raise InputError(f"size={size!r} with the timm model {name!r}: sizes belong to families ({', '.join(FAMILIES)}); leave size out")
-    try: timm.get_pretrained_cfg(name)
+        raise InputError(
+            f"size={size!r} with the timm model {name!r}: sizes belong to families ({', '.join(FAMILIES)}); leave size out"
+        )
+    try:
+        timm.get_pretrained_cfg(name)
     except RuntimeError as e:
         tags = [n.partition(".")[2] for n in timm.list_pretrained(name.partition(".")[0] + ".*")]
         raise InputError(f"{name!r}: {e} expected one of {', '.join(tags)}") from None
@@ -141,54 +171,66 @@ def timm_name(
 
 # %% ../../nbs/api/models/backbones.ipynb #702a0c2e
 def channel_stats(
-    name:str,         # family or timm name
-    size:str,         # of the family
-    in_channels:int,  # channels of the image
-)->tuple:             # mean and std, a tuple of in_channels numbers each
+    name: str,  # family or timm name
+    size: str,  # of the family
+    in_channels: int,  # channels of the image
+) -> tuple:  # mean and std, a tuple of in_channels numbers each
     "Mean and std of the pretraining, adapted to the number of channels."
     cfg = timm.get_pretrained_cfg(timm_name(name, size))
     mean, std = cfg.mean, cfg.std
-    if name == "retfound": mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    if name == "visionfm": mean, std = VISIONFM_STATS[size.partition("_")[2] or "fundus"]
-    if in_channels == 1: return (sum(mean) / len(mean),), (sum(std) / len(std),)
+    if name == "retfound":
+        mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    if name == "visionfm":
+        mean, std = VISIONFM_STATS[size.partition("_")[2] or "fundus"]
+    if in_channels == 1:
+        return (sum(mean) / len(mean),), (sum(std) / len(std),)
     return tuple(tuple(v[i % len(v)] for i in range(in_channels)) for v in (mean, std))
 
 # %% ../../nbs/api/models/backbones.ipynb #06cdd237
 PAPER_LAYERS = {(24, 4): (4, 11, 17, 23)}  # (depth, number of layers): where a paper departs from the rule
 
+
 def resolve_layers(
-    layers,        # None, a number of layers, or a list of indices
-    depth:int,     # layers there are
-    pyramid:bool,  # do the layers differ in stride?
-)->tuple:          # ascending indices
+    layers,  # None, a number of layers, or a list of indices
+    depth: int,  # layers there are
+    pyramid: bool,  # do the layers differ in stride?
+) -> tuple:  # ascending indices
     "The indices that `layers` stands for."
-    if layers is None: return tuple(range(depth)) if pyramid else (depth - 1,)
+    if layers is None:
+        return tuple(range(depth)) if pyramid else (depth - 1,)
     if isinstance(layers, Integral) and not isinstance(layers, bool) and 1 <= layers <= depth:
-        spread = PAPER_LAYERS.get((depth, layers), tuple(i * depth // layers - 1 for i in range(1, layers + 1)))
+        spread = PAPER_LAYERS.get(
+            (depth, layers), tuple(i * depth // layers - 1 for i in range(1, layers + 1))
+        )
         return tuple(range(depth - layers, depth)) if pyramid else spread
     wanted = list(layers) if isinstance(layers, (list, tuple, range, set)) else [None]
     if not wanted or not all(isinstance(i, Integral) and -depth <= i < depth for i in wanted):
-        raise InputError(f"layers={layers!r}: the backbone has {depth} layers; "
-            f"expected a number of layers from 1 to {depth} or indices from {-depth} to {depth - 1}")
+        raise InputError(
+            f"layers={layers!r}: the backbone has {depth} layers; "
+            f"expected a number of layers from 1 to {depth} or indices from {-depth} to {depth - 1}"
+        )
     return tuple(sorted({int(i) % depth for i in wanted}))
 
 # %% ../../nbs/api/models/backbones.ipynb #af899d92
-RESIZING = dict(               # source of the weights: (antialias, offset)
-    timm=(True, 0.0),          # and all models with register tokens
-    original=(False, 0.1),     # DINOv2, VisionFM: a tenth of a patch is added to the target size
+RESIZING = dict(  # source of the weights: (antialias, offset)
+    timm=(True, 0.0),  # and all models with register tokens
+    original=(False, 0.1),  # DINOv2, VisionFM: a tenth of a patch is added to the target size
     huggingface=(False, 0.0),
-    mae=(False, 0.0))          # RETFound's masked autoencoder
+    mae=(False, 0.0),
+)  # RETFound's masked autoencoder
+
 
 def resize_positions(
-    positions:Tensor,  # 1 n c: prefix tokens, then a square grid
-    size:tuple,        # height and width in patches
-    prefix:int=1,      # tokens that are not part of the grid
-    antialias:bool=True,
-    offset:float=0,    # added to the size when the scale is computed, patches
-)->Tensor:             # 1 n' c
+    positions: Tensor,  # 1 n c: prefix tokens, then a square grid
+    size: tuple,  # height and width in patches
+    prefix: int = 1,  # tokens that are not part of the grid
+    antialias: bool = True,
+    offset: float = 0,  # added to the size when the scale is computed, patches
+) -> Tensor:  # 1 n' c
     "Bicubic resampling of learnt positions to another grid; the same object where the grid is the same."
     side = math.isqrt(positions.shape[1] - prefix)
-    if tuple(size) == (side, side): return positions
+    if tuple(size) == (side, side):
+        return positions
     grid = positions[:, prefix:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
     how = dict(scale_factor=[(n + offset) / side for n in size]) if offset else dict(size=tuple(size))
     grid = F.interpolate(grid, mode="bicubic", antialias=antialias, **how)
@@ -197,82 +239,105 @@ def resize_positions(
 # %% ../../nbs/api/models/backbones.ipynb #aaf826cb
 class PositionedViT(VisionTransformer):
     "timm's ViT with a choice of how learnt positions are resized; the choice is part of the state dict."
+
     resizing = RESIZING["timm"]
 
-    def get_extra_state(self): "The choice, as a tensor."; return torch.tensor(self.resizing, dtype=torch.float64)
+    def get_extra_state(self):
+        "The choice, as a tensor."
+        return torch.tensor(self.resizing, dtype=torch.float64)
 
-    def set_extra_state(self, state): "Take the choice from a state dict."; self.resizing = (bool(state[0]), float(state[1]))
+    def set_extra_state(self, state):
+        "Take the choice from a state dict."
+        self.resizing = (bool(state[0]), float(state[1]))
 
     def _pos_embed(self, x):  # b h w c
         prefix = 0 if self.no_embed_class else self.num_prefix_tokens
         positions = resize_positions(self.pos_embed, tuple(x.shape[1:3]), prefix, *self.resizing)
         tokens = [t.expand(len(x), -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
         x = x.flatten(1, 2)
-        x = torch.cat([*tokens, x + positions], 1) if self.no_embed_class else torch.cat([*tokens, x], 1) + positions
+        x = (
+            torch.cat([*tokens, x + positions], 1)
+            if self.no_embed_class
+            else torch.cat([*tokens, x], 1) + positions
+        )
         return self.pos_drop(x)
 
 # %% ../../nbs/api/models/backbones.ipynb #93db92db
 class SkipRandom(TorchDispatchMode):
     "Leaves tensors as they are instead of filling them with random numbers."
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func._schema.name in ("aten::normal_", "aten::uniform_", "aten::erfinv_"): return args[0]
-        if func._schema.name in ("aten::randn", "aten::rand"): return torch.empty(*args, **(kwargs or {}))
+        if func._schema.name in ("aten::normal_", "aten::uniform_", "aten::erfinv_"):
+            return args[0]
+        if func._schema.name in ("aten::randn", "aten::rand"):
+            return torch.empty(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 # %% ../../nbs/api/models/backbones.ipynb #2df08944
 @cache
 def constructor_arguments(
-    name:str,  # timm model name
-)->frozenset:  # names of arguments
+    name: str,  # timm model name
+) -> frozenset:  # names of arguments
     "Arguments of the class behind a timm name; found by building it without memory, since some classes swallow what they do not know."
-    with torch.device("meta"), SkipRandom(): return frozenset(inspect.signature(type(timm.create_model(name)).__init__).parameters)
+    with torch.device("meta"), SkipRandom():
+        return frozenset(inspect.signature(type(timm.create_model(name)).__init__).parameters)
 
 # %% ../../nbs/api/models/backbones.ipynb #fb65ea70
 def build_model(
-    name:str,           # timm model name
-    in_channels:int=3,  # channels of the image
-    side:int=None,      # side of the image for which positions were learnt, pixels; None for timm's
-    init:bool=True,     # False leaves the weights undefined
-)->nn.Module:           # the timm model, without classifier, for any image size it can take
+    name: str,  # timm model name
+    in_channels: int = 3,  # channels of the image
+    side: int = None,  # side of the image for which positions were learnt, pixels; None for timm's
+    init: bool = True,  # False leaves the weights undefined
+) -> nn.Module:  # the timm model, without classifier, for any image size it can take
     "A timm model that takes many sizes and has all that determines its features in its state dict."
     takes, options = constructor_arguments(name), {}
-    if "dynamic_img_size" in takes: options = dict(dynamic_img_size=True, img_size=side)
-    elif "strict_img_size" in takes: options = dict(strict_img_size=False)
-    with nullcontext() if init else SkipRandom(): model = timm.create_model(name, num_classes=0, in_chans=in_channels, **options)
-    if type(model) is VisionTransformer and model.pos_embed is not None: model.__class__ = PositionedViT
+    if "dynamic_img_size" in takes:
+        options = dict(dynamic_img_size=True, img_size=side)
+    elif "strict_img_size" in takes:
+        options = dict(strict_img_size=False)
+    with nullcontext() if init else SkipRandom():
+        model = timm.create_model(name, num_classes=0, in_chans=in_channels, **options)
+    if type(model) is VisionTransformer and model.pos_embed is not None:
+        model.__class__ = PositionedViT
     for module in model.modules():
         for key, buffer in list(module.named_buffers(recurse=False)):
-            if key in ("periods", "k_bias"): module.register_buffer(key, buffer, persistent=True)
+            if key in ("periods", "k_bias"):
+                module.register_buffer(key, buffer, persistent=True)
     return model
 
 # %% ../../nbs/api/models/backbones.ipynb #b7a10909
 def is_pyramid(
-    model:nn.Module,  # a timm model
-)->bool:              # do its layers differ in stride?
+    model: nn.Module,  # a timm model
+) -> bool:  # do its layers differ in stride?
     "Whether the layers of `model` have several strides, as in a convolutional network."
     return len({info["reduction"] for info in model.feature_info}) > 1
 
 # %% ../../nbs/api/models/backbones.ipynb #45589606
 def cut_above(
-    model:nn.Module,  # a timm model
-    layers:tuple,     # indices wanted
-    norm:bool,        # is the final norm needed?
+    model: nn.Module,  # a timm model
+    layers: tuple,  # indices wanted
+    norm: bool,  # is the final norm needed?
 ):
     "Remove from `model`, in place, what the wanted layers do not need."
-    if not hasattr(model, "prune_intermediate_layers"): return
+    if not hasattr(model, "prune_intermediate_layers"):
+        return
     model.prune_intermediate_layers(list(layers), prune_norm=not norm, prune_head=True)
-    if hasattr(model, "head"): model.head = nn.Identity()  # some keep a norm there
+    if hasattr(model, "head"):
+        model.head = nn.Identity()  # some keep a norm there
 
 # %% ../../nbs/api/models/backbones.ipynb #0585f0db
 def with_features(
-    model:nn.Module,  # a timm model with its weights
-    name:str,         # its timm name
-    layers:tuple,     # indices wanted
-    in_channels:int,  # channels of the image
-)->nn.Module:         # a model that can give intermediate maps
+    model: nn.Module,  # a timm model with its weights
+    name: str,  # its timm name
+    layers: tuple,  # indices wanted
+    in_channels: int,  # channels of the image
+) -> nn.Module:  # a model that can give intermediate maps
     "`model` itself, or timm's feature extractor with the same weights where it has no `forward_intermediates`."
-    if hasattr(model, "forward_intermediates"): return model
-    raw = dict(feature_location="") if type(model).__name__ == "HighResolutionNet" else {}  # its branches, not what its classifier makes of them
+    if hasattr(model, "forward_intermediates"):
+        return model
+    raw = (
+        dict(feature_location="") if type(model).__name__ == "HighResolutionNet" else {}
+    )  # its branches, not what its classifier makes of them
     net = timm.create_model(name, features_only=True, out_indices=layers, in_chans=in_channels, **raw)
     weights = {k.replace(".", "_"): v for k, v in model.state_dict().items()}
     net.load_state_dict({k: weights[k.replace(".", "_")] for k in net.state_dict()})
@@ -281,13 +346,15 @@ def with_features(
 # %% ../../nbs/api/models/backbones.ipynb #b44eda0b
 class Backbone(nn.Module):
     "Image `b c h w` in 0..1 to a list of maps `b c_i h/s_i w/s_i`, fine to coarse; `.spec` describes them."
-    def __init__(self,
-        model:nn.Module,    # timm model, cut to the layers
-        layers:tuple,       # indices of the maps, ascending
-        mean:tuple,         # of the pretraining, one number per channel
-        std:tuple,          # likewise
-        norm:bool=True,     # apply the model's final norm to each map?
-        recipe:dict=None,   # arguments of create_backbone that rebuild this one
+
+    def __init__(
+        self,
+        model: nn.Module,  # timm model, cut to the layers
+        layers: tuple,  # indices of the maps, ascending
+        mean: tuple,  # of the pretraining, one number per channel
+        std: tuple,  # likewise
+        norm: bool = True,  # apply the model's final norm to each map?
+        recipe: dict = None,  # arguments of create_backbone that rebuild this one
     ):
         super().__init__()
         self.model, self.layers, self.norm, self.recipe = model, tuple(layers), norm, dict(recipe or {})
@@ -299,109 +366,168 @@ class Backbone(nn.Module):
         self.spec = probe(self)
 
     @property
-    def patch(self)->int:
+    def patch(self) -> int:
         "Side of the cells that the image is padded to, pixels: a ViT's patch, a pyramid's coarsest stride."
         return self.stride
 
-    def forward(self,
-        image:Tensor,  # b c h w in 0..1
-    )->list:           # maps, fine to coarse
+    def forward(
+        self,
+        image: Tensor,  # b c h w in 0..1
+    ) -> list:  # maps, fine to coarse
         check_image(image, len(self.mean))
         x = torch.addcmul(self.shift, image, self.scale).to(next(self.model.parameters()).dtype)
         maps = self._maps(pad_to_stride(x, self.stride))
         return [m[..., :h, :w] for m, (h, w) in zip(maps, self.spec.sizes(*image.shape[-2:]))]
 
     def _maps(self, x):
-        if not hasattr(self.model, "forward_intermediates"): return self.model(x)
-        return self.model.forward_intermediates(x, indices=list(self.layers), norm=self.norm, stop_early=True,
-            output_fmt="NCHW", intermediates_only=True)
+        if not hasattr(self.model, "forward_intermediates"):
+            return self.model(x)
+        return self.model.forward_intermediates(
+            x,
+            indices=list(self.layers),
+            norm=self.norm,
+            stop_early=True,
+            output_fmt="NCHW",
+            intermediates_only=True,
+        )
 
     @property
-    def weights_hash(self)->str:
+    def weights_hash(self) -> str:
         "SHA-256 of names, types and values of the state dict, independent of the device."
         tensors = [*self.parameters(), *self.buffers()]
         version = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
-        if self._hash[0] != version: self._hash = (version, state_hash(self.state_dict()))
+        if self._hash[0] != version:
+            self._hash = (version, state_hash(self.state_dict()))
         return self._hash[1]
 
 # %% ../../nbs/api/models/backbones.ipynb #b3cf3bbf
 def probe(
-    backbone:nn.Module,  # a Backbone
-)->FeatureSpec:          # what its maps measure
+    backbone: nn.Module,  # a Backbone
+) -> FeatureSpec:  # what its maps measure
     "Measure channels and strides of the maps on a small image."
     training, size = backbone.training, (2 * backbone.stride, 3 * backbone.stride)
     first = next(backbone.model.parameters())
     image = torch.zeros(1, len(backbone.mean), *size, device=first.device, dtype=first.dtype)
     backbone.eval()
     try:
-        with torch.no_grad(): maps = backbone._maps(image)
-    except Exception as e: raise InputError(f"{backbone.recipe.get('name', 'the model')} cannot be a backbone: it fails on an image "
-        f"of {size[0]}x{size[1]} pixels ({' '.join(str(e).split())[:100]}); choose a model that takes any size") from e
+        with torch.no_grad():
+            maps = backbone._maps(image)
+    except Exception as e:
+        raise InputError(
+            f"{backbone.recipe.get('name', 'the model')} cannot be a backbone: it fails on an image "
+            f"of {size[0]}x{size[1]} pixels ({' '.join(str(e).split())[:100]}); choose a model that takes any size"
+        ) from e
     backbone.train(training)
     strides = [{n / k for n, k in zip(size, m.shape[-2:])} for m in maps]
-    if any(len(s) > 1 for s in strides): raise InputError(f"{backbone.recipe.get('name', 'the model')} cannot be a backbone: an image "
-        f"of {size} pixels gives maps of {[tuple(m.shape[-2:]) for m in maps]}, not one stride each; choose another model")
-    return FeatureSpec([m.shape[1] for m in maps], [int(s) if s == int(s) else s for s, in strides])
+    if any(len(s) > 1 for s in strides):
+        raise InputError(
+            f"{backbone.recipe.get('name', 'the model')} cannot be a backbone: an image "
+            f"of {size} pixels gives maps of {[tuple(m.shape[-2:]) for m in maps]}, not one stride each; choose another model"
+        )
+    return FeatureSpec([m.shape[1] for m in maps], [int(s) if s == int(s) else s for (s,) in strides])
 
 # %% ../../nbs/api/models/backbones.ipynb #6059a44c
 def state_hash(
-    state:Mapping,  # name -> tensor
-)->str:             # 64 hexadecimal digits
+    state: Mapping,  # name -> tensor
+) -> str:  # 64 hexadecimal digits
     "SHA-256 of names, types, shapes and values; tensors are hashed in parallel."
+
     def digest(item):
         h = hashlib.sha256(f"{item[0]} {item[1].dtype} {tuple(item[1].shape)}".encode())
         h.update(item[1].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return h.digest()
-    with ThreadPoolExecutor() as pool: parts = list(pool.map(digest, sorted(state.items())))
+
+    with ThreadPoolExecutor() as pool:
+        parts = list(pool.map(digest, sorted(state.items())))
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 # %% ../../nbs/api/models/backbones.ipynb #b8640368
 def read_file(
-    path:Path,  # .safetensors, or anything that torch.save wrote
-):              # what the file holds
+    path: Path,  # .safetensors, or anything that torch.save wrote
+):  # what the file holds
     "Read a weights file without running code from it."
     try:
-        if path.suffix == ".safetensors": return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]): return torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
         blocked = re.search(r"GLOBAL (\S+) ", str(e)) if isinstance(e, pickle.UnpicklingError) else None
-        if blocked: raise InputError(f"{path}: holds Python objects ({blocked[1]}) beside weights, which are not loaded because they may "
-            "run code; where it comes from, save the plain state dict instead") from None
-        raise InputError(f"{path}: not a readable weights file ({type(e).__name__}); expected .safetensors or torch.save's format; "
-            "is it truncated? download or copy it again") from e
+        if blocked:
+            raise InputError(
+                f"{path}: holds Python objects ({blocked[1]}) beside weights, which are not loaded because they may "
+                "run code; where it comes from, save the plain state dict instead"
+            ) from None
+        raise InputError(
+            f"{path}: not a readable weights file ({type(e).__name__}); expected .safetensors or torch.save's format; "
+            "is it truncated? download or copy it again"
+        ) from e
 
 # %% ../../nbs/api/models/backbones.ipynb #1eaa4f43
 def weight_files(
-    path:Path,  # a file or folder
-)->list:        # the files to read, shards in order
+    path: Path,  # a file or folder
+) -> list:  # the files to read, shards in order
     "The weights files that `path` stands for."
     if not path.exists():
-        raise MissingError(f"weights: no file or folder {str(path)!r}; give an existing one, 'pretrained', or None for random weights")
-    if path.is_file(): return [path]
-    names = ("model.safetensors", "model-*-of-*.safetensors", "*.safetensors", "pytorch_model*.bin", "*.pth", "*.pt")
+        raise MissingError(
+            f"weights: no file or folder {str(path)!r}; give an existing one, 'pretrained', or None for random weights"
+        )
+    if path.is_file():
+        return [path]
+    names = (
+        "model.safetensors",
+        "model-*-of-*.safetensors",
+        "*.safetensors",
+        "pytorch_model*.bin",
+        "*.pth",
+        "*.pt",
+    )
     files = next((found for n in names if (found := sorted(path.glob(n)))), [])
     shards = {int(m[1]) for f in files if (m := re.search(r"-of-(\d+)\.", f.name))}
-    if len(files) == 1 and not shards or shards == {len(files)}: return files
-    raise InputError(f"weights: folder {str(path)!r} holds {', '.join(f.name for f in files) or 'no weights file'}; "
-        "expected one .safetensors, .bin or .pth file or all shards of one; give the file itself")
+    if len(files) == 1 and not shards or shards == {len(files)}:
+        return files
+    raise InputError(
+        f"weights: folder {str(path)!r} holds {', '.join(f.name for f in files) or 'no weights file'}; "
+        "expected one .safetensors, .bin or .pth file or all shards of one; give the file itself"
+    )
 
 # %% ../../nbs/api/models/backbones.ipynb #ea1d9a24
-WRAPPERS = ("teacher", "model_ema", "state_dict", "model", "student")        # dictionaries around a state dict, the best first
-WHOLE = ("backbone.", "dinov2.", "dinov2_with_registers.", "dinov3_vit.")    # what has these prefixes is the whole backbone
-PREFIXES = ("module.", "_orig_mod.", "encoder.", "model.")                   # what lacks these may belong to it too
+WRAPPERS = (
+    "teacher",
+    "model_ema",
+    "state_dict",
+    "model",
+    "student",
+)  # dictionaries around a state dict, the best first
+WHOLE = (
+    "backbone.",
+    "dinov2.",
+    "dinov2_with_registers.",
+    "dinov3_vit.",
+)  # what has these prefixes is the whole backbone
+PREFIXES = ("module.", "_orig_mod.", "encoder.", "model.")  # what lacks these may belong to it too
+
 
 def find_state(
     checkpoint,  # what a file holds
-    path:Path,   # the file, for the error
-)->dict:         # name -> tensor
+    path: Path,  # the file, for the error
+) -> dict:  # name -> tensor
     "The state dict inside a checkpoint, its names without wrappers."
     while isinstance(checkpoint, Mapping):
         inner = [v for k in WRAPPERS if isinstance(v := checkpoint.get(k), Mapping)]
-        if not inner: break
+        if not inner:
+            break
         checkpoint = inner[0]
-    state = {k: v for k, v in checkpoint.items() if isinstance(v, Tensor)} if isinstance(checkpoint, Mapping) else {}
-    if not state: raise InputError(f"{path}: holds no weights (a {type(checkpoint).__name__}); "
-        f"expected a state dict, alone or under one of {', '.join(WRAPPERS)}")
+    state = (
+        {k: v for k, v in checkpoint.items() if isinstance(v, Tensor)}
+        if isinstance(checkpoint, Mapping)
+        else {}
+    )
+    if not state:
+        raise InputError(
+            f"{path}: holds no weights (a {type(checkpoint).__name__}); "
+            f"expected a state dict, alone or under one of {', '.join(WRAPPERS)}"
+        )
     while prefix := next((p for p in (*WHOLE, *PREFIXES) if any(k.startswith(p) for k in state)), None):
         outside = {} if prefix in WHOLE else {k: v for k, v in state.items() if not k.startswith(prefix)}
         state = outside | {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
@@ -418,34 +544,43 @@ HUGGING_FACE = (  # pattern -> the authors' name
     (r"\.attention\.(attention\.)?(?:value|v_proj)\.", ".attn.v."),
     (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
     (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
-    (r"\.mlp\.weights_in\.", ".mlp.w12."), (r"\.mlp\.weights_out\.", ".mlp.w3."),
-    (r"^layernorm\.", "norm."))
+    (r"\.mlp\.weights_in\.", ".mlp.w12."),
+    (r"\.mlp\.weights_out\.", ".mlp.w3."),
+    (r"^layernorm\.", "norm."),
+)
+
 
 def from_hugging_face(
-    state:dict,  # names of transformers' DINOv2 or DINOv3
-)->dict:         # names of the authors' code
+    state: dict,  # names of transformers' DINOv2 or DINOv3
+) -> dict:  # names of the authors' code
     "Rename a Hugging Face state dict to the authors' names and join query, key and value; a missing bias is zero."
     gated = any(".mlp.gate_proj." in k for k in state)
-    mlp = dict(gate_proj="w1", up_proj="w2", down_proj="w3") if gated else dict(up_proj="fc1", down_proj="fc2")
+    mlp = (
+        dict(gate_proj="w1", up_proj="w2", down_proj="w3") if gated else dict(up_proj="fc1", down_proj="fc2")
+    )
     rules = (*HUGGING_FACE, *((rf"\.mlp\.{theirs}\.", f".mlp.{name}.") for theirs, name in mlp.items()))
     out = {}
     for key, value in state.items():
-        for pattern, name in rules: key = re.sub(pattern, name, key)
+        for pattern, name in rules:
+            key = re.sub(pattern, name, key)
         out[key] = value
     for stem in [k.removesuffix("q.weight") for k in out if k.endswith(".attn.q.weight")]:
         for kind in ("weight", "bias"):
             parts = [out.pop(f"{stem}{p}.{kind}", None) for p in "qkv"]
             zero = torch.zeros(len(out[stem + "qkv.weight"]) // 3) if kind == "bias" else None
-            if any(p is not None for p in parts): out[f"{stem}qkv.{kind}"] = torch.cat([zero if p is None else p for p in parts])
-    if "pos_embed" not in out and "register_tokens" in out: out["storage_tokens"] = out.pop("register_tokens")
+            if any(p is not None for p in parts):
+                out[f"{stem}qkv.{kind}"] = torch.cat([zero if p is None else p for p in parts])
+    if "pos_embed" not in out and "register_tokens" in out:
+        out["storage_tokens"] = out.pop("register_tokens")
     return out
 
 # %% ../../nbs/api/models/backbones.ipynb #346e2e11
 QKV_BIASES = (".q_bias", ".k_bias", ".v_bias")
 
+
 def split_qkv_bias(
-    state:dict,  # the authors' or timm's names of a DINOv3
-)->bool:         # does any bias differ from zero?
+    state: dict,  # the authors' or timm's names of a DINOv3
+) -> bool:  # does any bias differ from zero?
     "Replace `qkv.bias` by `q_bias`, `k_bias` and `v_bias`, in place."
     for key in [k for k in state if k.endswith("attn.qkv.bias")]:
         bias = state.pop(key) * state.pop(key + "_mask", 1)
@@ -454,84 +589,102 @@ def split_qkv_bias(
 
 # %% ../../nbs/api/models/backbones.ipynb #653965c1
 def read_weights(
-    path:Path,    # file or folder
-    family:str,   # the name given to create_backbone
-)->tuple:         # state dict in the authors' or timm's names, source (a key of RESIZING)
+    path: Path,  # file or folder
+    family: str,  # the name given to create_backbone
+) -> tuple:  # state dict in the authors' or timm's names, source (a key of RESIZING)
     "Read weights and tell whose code they come from."
     state = {}
-    for file in weight_files(path): state |= find_state(read_file(file), file)
-    if "embeddings.cls_token" in state: return from_hugging_face(state), "huggingface"
+    for file in weight_files(path):
+        state |= find_state(read_file(file), file)
+    if "embeddings.cls_token" in state:
+        return from_hugging_face(state), "huggingface"
     dino = "storage_tokens" in state or "mask_token" in state and "blocks.0.ls1.gamma" in state
     return state, "original" if dino or family == "visionfm" else "mae" if family == "retfound" else "timm"
 
 # %% ../../nbs/api/models/backbones.ipynb #cfa3a3c8
 def image_side(
-    state:dict,  # state dict of a ViT, or of anything else
-)->int:          # pixels, or None where there is no square grid of learnt positions
+    state: dict,  # state dict of a ViT, or of anything else
+) -> int:  # pixels, or None where there is no square grid of learnt positions
     "The side of the image for which the positions in `state` were learnt."
-    hybrid = any(k.startswith("patch_embed.backbone.") for k in state)  # patches of a convolutional network's maps
-    if hybrid or not {"pos_embed", "patch_embed.proj.weight"} <= state.keys(): return None
+    hybrid = any(
+        k.startswith("patch_embed.backbone.") for k in state
+    )  # patches of a convolutional network's maps
+    if hybrid or not {"pos_embed", "patch_embed.proj.weight"} <= state.keys():
+        return None
     tokens = state["pos_embed"].shape[1]
     sides = [math.isqrt(n) for n in (tokens, tokens - 1) if math.isqrt(n) ** 2 == n]
     return sides[0] * state["patch_embed.proj.weight"].shape[-1] if sides else None
 
 # %% ../../nbs/api/models/backbones.ipynb #db189ba7
 def match_architecture(
-    name:str,    # family or timm name
-    size:str,    # of the family
-    state:dict,  # its q, k, v biases are split in place
-)->tuple:        # name and size that fit the file
+    name: str,  # family or timm name
+    size: str,  # of the family
+    state: dict,  # its q, k, v biases are split in place
+) -> tuple:  # name and size that fit the file
     "The twin of a model that a file belongs to: with biases for DINOv3, by patch for RETFound."
     model, patch = timm_name(name, size), state.get("patch_embed.proj.weight", torch.empty(0)).shape[-1]
-    if name == "retfound" and patch in (14, 16): return name, "large" if patch == 16 else "large_dinov2"
-    if not re.match(r"vit_.*_dinov3", model): return name, size
-    used = split_qkv_bias(state)
-    if "_qkvb" in model: return name, size
-    if not used:
-        for key in [k for k in state if k.endswith(QKV_BIASES)]: del state[key]
+    if name == "retfound" and patch in (14, 16):
+        return name, "large" if patch == 16 else "large_dinov2"
+    if not re.match(r"vit_.*_dinov3", model):
         return name, size
-    if size + "_qkvb" in FAMILIES.get(name, {}): return name, size + "_qkvb"
+    used = split_qkv_bias(state)
+    if "_qkvb" in model:
+        return name, size
+    if not used:
+        for key in [k for k in state if k.endswith(QKV_BIASES)]:
+            del state[key]
+        return name, size
+    if size + "_qkvb" in FAMILIES.get(name, {}):
+        return name, size + "_qkvb"
     twin = model.replace("_dinov3", "_dinov3_qkvb")
     if name in FAMILIES or not timm.is_model(twin):
-        raise InputError(f"the file has query, key or value biases, and timm has no {model} with them; choose another size")
+        raise InputError(
+            f"the file has query, key or value biases, and timm has no {model} with them; choose another size"
+        )
     return twin, size
 
 # %% ../../nbs/api/models/backbones.ipynb #5f61688e
 def rename_for_timm(
-    model:nn.Module,  # from build_model, uncut
-    state:dict,       # in the authors' or timm's names
-)->dict:              # in timm's names
+    model: nn.Module,  # from build_model, uncut
+    state: dict,  # in the authors' or timm's names
+) -> dict:  # in timm's names
     "Rename by timm's own rules for this kind of model."
     own, patch = model.state_dict(), "patch_embed.proj.weight"
-    if state.keys() <= own.keys(): return state
+    if state.keys() <= own.keys():
+        return state
     if patch in own and patch in state and own[patch].shape[-2:] != state[patch].shape[-2:]:
-        raise InputError(f"the file is for patches of {state[patch].shape[-1]} pixels, expected {own[patch].shape[-1]} for "
-            f"{model.pretrained_cfg['architecture']}; choose the model that belongs to the file")
+        raise InputError(
+            f"the file is for patches of {state[patch].shape[-1]} pixels, expected {own[patch].shape[-1]} for "
+            f"{model.pretrained_cfg['architecture']}; choose the model that belongs to the file"
+        )
     module = VisionTransformer if isinstance(model, PositionedViT) else type(model)
     rename = getattr(sys.modules[module.__module__], "checkpoint_filter_fn", lambda state, model: state)
     if not {"register_tokens", "blocks.0.mlp.w12.weight"}.isdisjoint(state):
         state = {"mask_token": torch.zeros(1)} | state  # how timm recognises DINOv2
-    try: return rename(dict(state), model)
-    except (AttributeError, IndexError, KeyError, RuntimeError, ValueError): return state  # not for this model: load_checked says so
+    try:
+        return rename(dict(state), model)
+    except (AttributeError, IndexError, KeyError, RuntimeError, ValueError):
+        return state  # not for this model: load_checked says so
 
 # %% ../../nbs/api/models/backbones.ipynb #40defd10
 def adapt_channels(
-    model:nn.Module,  # a timm model
-    state:dict,       # timm's names, changed in place
-    in_channels:int,  # channels of the image
+    model: nn.Module,  # a timm model
+    state: dict,  # timm's names, changed in place
+    in_channels: int,  # channels of the image
 ):
     "Adapt first convolutions of three channels in `state` to `in_channels`."
     convs = model.pretrained_cfg.get("first_conv") or ()
     for key in [f"{c}.weight" for c in ([convs] if isinstance(convs, str) else convs)]:
-        if in_channels != 3 and key in state and state[key].shape[1:2] == (3,): state[key] = adapt_input_conv(in_channels, state[key])
+        if in_channels != 3 and key in state and state[key].shape[1:2] == (3,):
+            state[key] = adapt_input_conv(in_channels, state[key])
 
 # %% ../../nbs/api/models/backbones.ipynb #69f9afb0
 def to_timm(
-    model:nn.Module,  # from build_model, uncut
-    state:dict,       # in the authors' or timm's names
-    source:str,       # whose code to equal, a key of RESIZING
-    in_channels:int,  # channels of the image
-)->dict:              # in timm's names, with what timm leaves out
+    model: nn.Module,  # from build_model, uncut
+    state: dict,  # in the authors' or timm's names
+    source: str,  # whose code to equal, a key of RESIZING
+    in_channels: int,  # channels of the image
+) -> dict:  # in timm's names, with what timm leaves out
     "Rename `state` for `model`, adapt its channels, and add what determines the features but is not in such files."
     own = model.state_dict()
     periods = [state[k].float() for k in ("rope_embed.periods", "rope.periods") if k in state]
@@ -541,60 +694,110 @@ def to_timm(
     adapt_channels(model, state, in_channels)
     extra = {k: torch.zeros_like(v) for k, v in own.items() if k.endswith(".k_bias")}
     resizing = RESIZING["timm" if "reg_token" in own else source]
-    if "_extra_state" in own: extra["_extra_state"] = torch.tensor(resizing, dtype=torch.float64)
+    if "_extra_state" in own:
+        extra["_extra_state"] = torch.tensor(resizing, dtype=torch.float64)
     return extra | state | {"rope.periods": p for p in periods}
 
 # %% ../../nbs/api/models/backbones.ipynb #bad23e37
-LEFTOVERS = ("decoder", "head", "fc.", "fc_norm", "classifier", "dino_head", "ibot_head", "last_linear", "lm_head", "pooler", "neck", "projectors.",
-    "mask_token", "masked_embed", "cls_norm", "local_cls_norm", "norms.")
-WIDTHS = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge_plus", 1536: "giant", 4096: "7b"}  # of ViTs
+LEFTOVERS = (
+    "decoder",
+    "head",
+    "fc.",
+    "fc_norm",
+    "classifier",
+    "dino_head",
+    "ibot_head",
+    "last_linear",
+    "lm_head",
+    "pooler",
+    "neck",
+    "projectors.",
+    "mask_token",
+    "masked_embed",
+    "cls_norm",
+    "local_cls_norm",
+    "norms.",
+)
+WIDTHS = {
+    192: "tiny",
+    384: "small",
+    768: "base",
+    1024: "large",
+    1280: "huge_plus",
+    1536: "giant",
+    4096: "7b",
+}  # of ViTs
+
 
 def load_checked(
-    model:nn.Module,  # cut to its layers
-    state:dict,       # timm's names
-    known:Mapping,    # state dict of the uncut model
-    where:str,        # file and model, for the error
+    model: nn.Module,  # cut to its layers
+    state: dict,  # timm's names
+    known: Mapping,  # state dict of the uncut model
+    where: str,  # file and model, for the error
 ):
     "Load `state` into `model`, or say in one line why it does not belong there."
     need = model.state_dict()
     reshaped = {k: known[k].shape for k, v in state.items() if k in known and v.shape != known[k].shape}
     wrong = {
         "missing": [k for k in need if k not in state],
-        "of another shape": [f"{k} {tuple(state[k].shape)} instead of {tuple(shape)}" for k, shape in reshaped.items()],
-        "left over": [k for k in state if k not in known and not k.startswith(LEFTOVERS)]}
-    problems = [f"{len(keys)} {what} ({', '.join(keys[:2])}{', ...' if len(keys) > 2 else ''})" for what, keys in wrong.items() if keys]
+        "of another shape": [
+            f"{k} {tuple(state[k].shape)} instead of {tuple(shape)}" for k, shape in reshaped.items()
+        ],
+        "left over": [k for k in state if k not in known and not k.startswith(LEFTOVERS)],
+    }
+    problems = [
+        f"{len(keys)} {what} ({', '.join(keys[:2])}{', ...' if len(keys) > 2 else ''})"
+        for what, keys in wrong.items()
+        if keys
+    ]
     width = state.get("norm.weight", torch.empty(0)).shape[0]
     blocks = len({k.split(".")[1] for k in state if k.startswith("blocks.")})
-    hint = f"; the file looks like a ViT of width {width} ({WIDTHS.get(width, 'unusual')}) and depth {blocks}" if width and blocks else ""
-    if problems: raise InputError(f"{where}: the weights do not fit: {'; '.join(problems)}{hint}; choose the model that belongs to the file")
+    hint = (
+        f"; the file looks like a ViT of width {width} ({WIDTHS.get(width, 'unusual')}) and depth {blocks}"
+        if width and blocks
+        else ""
+    )
+    if problems:
+        raise InputError(
+            f"{where}: the weights do not fit: {'; '.join(problems)}{hint}; choose the model that belongs to the file"
+        )
     model.load_state_dict({k: state[k] for k in need})
 
 # %% ../../nbs/api/models/backbones.ipynb #3a917875
 def check_config(
-    path:Path,        # folder with, or without, config.json
-    model:nn.Module,  # timm ViT
+    path: Path,  # folder with, or without, config.json
+    model: nn.Module,  # timm ViT
 ):
     "Raise `InputError` if a Hugging Face config contradicts the model."
-    file = Path(path)/"config.json"
-    try: config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError as e: raise InputError(f"{file}: not a JSON file ({e}); copy the folder again") from None
+    file = Path(path) / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as e:
+        raise InputError(f"{file}: not a JSON file ({e}); copy the folder again") from None
     own = dict(num_attention_heads=model.blocks[0].attn.num_heads, layer_norm_eps=model.blocks[0].norm1.eps)
-    if hasattr(model, "rope"): own["rope_theta"] = model.rope.temperature
+    if hasattr(model, "rope"):
+        own["rope_theta"] = model.rope.temperature
     for key, mine in own.items():
         if not math.isclose(config.get(key, mine), mine):
-            raise InputError(f"{file}: {key} is {config[key]}, expected {mine} for {model.pretrained_cfg['architecture']}; "
-                "choose the model that belongs to the folder")
+            raise InputError(
+                f"{file}: {key} is {config[key]}, expected {mine} for {model.pretrained_cfg['architecture']}; "
+                "choose the model that belongs to the folder"
+            )
 
 # %% ../../nbs/api/models/backbones.ipynb #45ce247d
 def ask(
-    question,        # function without arguments
-    seconds:float,   # how long to wait
-):                   # its answer, or the exception that it raised, or TimeoutError
+    question,  # function without arguments
+    seconds: float,  # how long to wait
+):  # its answer, or the exception that it raised, or TimeoutError
     "Call a function that may hang, and give up waiting after some seconds."
     answer = [TimeoutError(f"no answer within {seconds} s")]
+
     def run():
-        try: answer[0] = question()
-        except Exception as e: answer[0] = e
+        try:
+            answer[0] = question()
+        except Exception as e:
+            answer[0] = e
+
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(seconds)
@@ -602,52 +805,66 @@ def ask(
 
 # %% ../../nbs/api/models/backbones.ipynb #0a3634a8
 def pretrained_file(
-    name:str,            # timm model name
-    seconds:float=1.5,   # patience with the network
-)->Path:                 # the file in the local cache
+    name: str,  # timm model name
+    seconds: float = 1.5,  # patience with the network
+) -> Path:  # the file in the local cache
     "The pretrained weights of a timm model, from the cache or downloaded into it."
     cfg = timm.get_pretrained_cfg(name)
     if not cfg.hf_hub_id:
-        raise InputError(f"{name}: timm has no pretrained weights of it on the hub; give weights=<file or folder> or weights=None")
+        raise InputError(
+            f"{name}: timm has no pretrained weights of it on the hub; give weights=<file or folder> or weights=None"
+        )
     repo, _, revision = cfg.hf_hub_id.partition("@")
     files = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
     for file in files:
         found = try_to_load_from_cache(repo, file, revision=revision or None)
-        if isinstance(found, str): return Path(found)
+        if isinstance(found, str):
+            return Path(found)
     for file in files:
-        answer = ask(lambda: get_hf_file_metadata(hf_hub_url(repo, file, revision=revision or None), timeout=seconds), seconds)
-        if not isinstance(answer, Exception): return Path(hf_hub_download(repo, file, revision=revision or None))
-        if not isinstance(answer, EntryNotFoundError): break
-    raise InputError(f"pretrained weights {repo} of {name} are not in the cache and the hub cannot be used ({type(answer).__name__}): set "
-        "HF_HOME to a cache that has them, or give weights=<file or folder>, or weights=None for random weights")
+        answer = ask(
+            lambda: get_hf_file_metadata(hf_hub_url(repo, file, revision=revision or None), timeout=seconds),
+            seconds,
+        )
+        if not isinstance(answer, Exception):
+            return Path(hf_hub_download(repo, file, revision=revision or None))
+        if not isinstance(answer, EntryNotFoundError):
+            break
+    raise InputError(
+        f"pretrained weights {repo} of {name} are not in the cache and the hub cannot be used ({type(answer).__name__}): set "
+        "HF_HOME to a cache that has them, or give weights=<file or folder>, or weights=None for random weights"
+    )
 
 # %% ../../nbs/api/models/backbones.ipynb #81bb8504
 def find_weights(
-    name:str,  # family or timm name
-    size:str,  # of the family
-    weights,   # "pretrained", a file or a folder
-)->tuple:      # state dict, source, path
+    name: str,  # family or timm name
+    size: str,  # of the family
+    weights,  # "pretrained", a file or a folder
+) -> tuple:  # state dict, source, path
     "The state dict that `weights` stands for, and whose code to equal."
-    if weights != "pretrained": return *read_weights(Path(weights), name), Path(weights)
+    if weights != "pretrained":
+        return *read_weights(Path(weights), name), Path(weights)
     if name in ("retfound", "visionfm"):
-        raise InputError(f"{name}: its weights are given out by the authors only; get the file and pass weights=<file>")
+        raise InputError(
+            f"{name}: its weights are given out by the authors only; get the file and pass weights=<file>"
+        )
     path = pretrained_file(timm_name(name, size))
     state, source = read_weights(path, name)
     return state, "original" if re.search(r"dinov\d", timm_name(name, size)) else source, path
 
 # %% ../../nbs/api/models/backbones.ipynb #af547ce7
 def create_backbone(
-    name:str="dinov3",   # family (dinov3, dinov2, retfound, visionfm) or any timm model name
-    size:str="small",    # of a family; leave out for a timm name
+    name: str = "dinov3",  # family (dinov3, dinov2, retfound, visionfm) or any timm model name
+    size: str = "small",  # of a family; leave out for a timm name
     *,
-    weights=None,        # None (random), "pretrained" (cache or hub), or a file or folder
-    layers=None,         # None (a ViT's last, all of a pyramid), number of layers, or indices
-    in_channels:int=3,   # channels of the image
-    norm:bool=True,      # apply a ViT's final norm to each map; pyramids have none
-)->Backbone:             # image b c h w in 0..1 -> list of maps, fine to coarse
+    weights=None,  # None (random), "pretrained" (cache or hub), or a file or folder
+    layers=None,  # None (a ViT's last, all of a pyramid), number of layers, or indices
+    in_channels: int = 3,  # channels of the image
+    norm: bool = True,  # apply a ViT's final norm to each map; pyramids have none
+) -> Backbone:  # image b c h w in 0..1 -> list of maps, fine to coarse
     "A backbone with random, pretrained or given weights."
     full = timm_name(name, size)
-    if not isinstance(in_channels, Integral) or in_channels < 1: raise InputError(f"in_channels={in_channels!r}: expected a positive number")
+    if not isinstance(in_channels, Integral) or in_channels < 1:
+        raise InputError(f"in_channels={in_channels!r}: expected a positive number")
     state, source, path = (None, None, None) if weights is None else find_weights(name, size, weights)
     if state is not None:
         name, size = match_architecture(name, size, state)
@@ -656,24 +873,45 @@ def create_backbone(
     model = build_model(full, in_channels, side, init=state is None)
     pyramid, known = is_pyramid(model), model.state_dict()
     layers = resolve_layers(layers, len(model.feature_info), pyramid)
-    if state is not None: state = to_timm(model, state, source, in_channels)
+    if state is not None:
+        state = to_timm(model, state, source, in_channels)
     cut_above(model, layers, norm and not pyramid)
-    if state is not None: load_checked(model, state, known, f"{path} for {full}")
-    elif not next(model.parameters()).is_meta: print(f"{full}: random weights (weights=None): good for trying things out, not for results", file=sys.stderr)
-    if source == "huggingface": check_config(path, model)
-    recipe = dict(name=name, size=size, weights=weights if weights is None else str(weights), layers=list(layers),
-        in_channels=in_channels, norm=norm)
+    if state is not None:
+        load_checked(model, state, known, f"{path} for {full}")
+    elif not next(model.parameters()).is_meta:
+        print(
+            f"{full}: random weights (weights=None): good for trying things out, not for results",
+            file=sys.stderr,
+        )
+    if source == "huggingface":
+        check_config(path, model)
+    recipe = dict(
+        name=name,
+        size=size,
+        weights=weights if weights is None else str(weights),
+        layers=list(layers),
+        in_channels=in_channels,
+        norm=norm,
+    )
     model = with_features(model, full, layers, in_channels)
     return Backbone(model, layers, *channel_stats(name, size, in_channels), norm and not pyramid, recipe)
 
 # %% ../../nbs/api/models/backbones.ipynb #31e60fb2
 def layer_scales(
-    backbone:nn.Module,  # a Backbone
-    decay:float=0.75,    # rate of a block, relative to the one above it
-)->dict:                 # parameter name, as in the backbone -> factor of the rate; a head has 1
+    backbone: nn.Module,  # a Backbone
+    decay: float = 0.75,  # rate of a block, relative to the one above it
+) -> dict:  # parameter name, as in the backbone -> factor of the rate; a head has 1
     "Factors of the learning rate that fall from the last layer to the first; registers and other learnt tokens are of the first."
-    if not 0 < decay <= 1: raise InputError(f"layer_decay {decay}: expected more than 0, 1 at most")
+    if not 0 < decay <= 1:
+        raise InputError(f"layer_decay {decay}: expected more than 0, 1 at most")
     model = backbone.model
-    order = group_parameters(model, model.group_matcher(coarse=False), reverse=True) if hasattr(model, "group_matcher") else dict.fromkeys(dict(model.named_parameters()), 0)
+    order = (
+        group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+        if hasattr(model, "group_matcher")
+        else dict.fromkeys(dict(model.named_parameters()), 0)
+    )
     top = max(order.values()) + 1  # where a head would be
-    return {f"model.{name}": decay ** (top - (0 if name.endswith("_token") else layer)) for name, layer in order.items()}
+    return {
+        f"model.{name}": decay ** (top - (0 if name.endswith("_token") else layer))
+        for name, layer in order.items()
+    }

@@ -29,243 +29,352 @@ from .upsample import create_upsampler, resize
 # %% ../../nbs/api/models/heads.ipynb #2dd2ba0c
 class BatchNorm(nn.BatchNorm2d):
     "Batch norm that uses its running statistics where a channel has a single value."
-    def forward(self, x:Tensor)->Tensor:  # b c h w -> b c h w
-        if not self.training or x.numel() > x.shape[1]: return super().forward(x)
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0., self.eps)
+
+    def forward(self, x: Tensor) -> Tensor:  # b c h w -> b c h w
+        if not self.training or x.numel() > x.shape[1]:
+            return super().forward(x)
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+        )
+
 
 def group_norm(
-    channels:int,  # of the map
-)->nn.GroupNorm:   # with 32 groups at most
+    channels: int,  # of the map
+) -> nn.GroupNorm:  # with 32 groups at most
     "Group norm for any number of channels: groups of eight or more, so that a single cell can be normalised too."
     return nn.GroupNorm(math.gcd(channels, min(32, max(1, channels // 8))), channels)
 
-NORMS = dict(group=lambda bn: group_norm(bn.num_features), batch=lambda bn: BatchNorm(bn.num_features, bn.eps, bn.momentum))
+
+NORMS = dict(
+    group=lambda bn: group_norm(bn.num_features),
+    batch=lambda bn: BatchNorm(bn.num_features, bn.eps, bn.momentum),
+)
+
 
 def replace_norms(
-    module:nn.Module,   # changed in place
-    norm:str="group",   # group or batch
-)->nn.Module:           # the same
+    module: nn.Module,  # changed in place
+    norm: str = "group",  # group or batch
+) -> nn.Module:  # the same
     "Put other norms in the place of batch norms."
     make = pick(NORMS, norm, "norm")
     for m in list(module.modules()):
         for name, child in m.named_children():
-            if type(child) is nn.BatchNorm2d: setattr(m, name, make(child))
+            if type(child) is nn.BatchNorm2d:
+                setattr(m, name, make(child))
     return module
 
 # %% ../../nbs/api/models/heads.ipynb #a6f55f18
 class LinearHead(nn.Module):
     "Norm, dropout and one linear map of all features, as in the evaluation of DINOv2 and DINOv3."
-    def __init__(self,
-        spec:FeatureSpec,     # of the maps
-        num_classes:int,      # logits
+
+    def __init__(
+        self,
+        spec: FeatureSpec,  # of the maps
+        num_classes: int,  # logits
         *,
-        norm:str="group",     # group or batch
-        dropout:float=0.1,    # of whole channels, in training
+        norm: str = "group",  # group or batch
+        dropout: float = 0.1,  # of whole channels, in training
     ):
         super().__init__()
         self.stride = spec.strides[0]
-        self.layers = replace_norms(nn.Sequential(nn.BatchNorm2d(sum(spec.channels)), nn.Dropout2d(dropout), nn.Conv2d(sum(spec.channels), num_classes, 1)), norm)
+        self.layers = replace_norms(
+            nn.Sequential(
+                nn.BatchNorm2d(sum(spec.channels)),
+                nn.Dropout2d(dropout),
+                nn.Conv2d(sum(spec.channels), num_classes, 1),
+            ),
+            norm,
+        )
 
-    def forward(self, maps:list)->Tensor: return self.layers(torch.cat([resize(m, maps[0].shape[2:]) for m in maps], 1))  # b n h w, logits
+    def forward(self, maps: list) -> Tensor:  # b n h w, logits
+        return self.layers(torch.cat([resize(m, maps[0].shape[2:]) for m in maps], 1))
 
 # %% ../../nbs/api/models/heads.ipynb #64f0231f
 class UperNetHead(nn.Module):
     "Pyramid pooling on the coarsest map, a top-down path over all, fused at the finest (transformers' UperNetHead)."
-    def __init__(self,
-        spec:FeatureSpec,     # of the maps
-        num_classes:int,      # logits
+
+    def __init__(
+        self,
+        spec: FeatureSpec,  # of the maps
+        num_classes: int,  # logits
         *,
-        hidden_size:int=512,  # channels inside
-        pool_scales:tuple=(1, 2, 3, 6),  # cells per side of the pyramid pooling
-        norm:str="group",     # group or batch
+        hidden_size: int = 512,  # channels inside
+        pool_scales: tuple = (1, 2, 3, 6),  # cells per side of the pyramid pooling
+        norm: str = "group",  # group or batch
     ):
         super().__init__()
         self.stride = spec.strides[0]
-        config = UperNetConfig(num_labels=num_classes, hidden_size=hidden_size, pool_scales=list(pool_scales), use_auxiliary_head=False)
+        config = UperNetConfig(
+            num_labels=num_classes,
+            hidden_size=hidden_size,
+            pool_scales=list(pool_scales),
+            use_auxiliary_head=False,
+        )
         self.decoder = replace_norms(UperNetDecoder(config, list(spec.channels)), norm)
 
-    def forward(self, maps:list)->Tensor: return self.decoder(maps)  # b n h w, logits
+    def forward(self, maps: list) -> Tensor:  # b n h w, logits
+        return self.decoder(maps)
 
 # %% ../../nbs/api/models/heads.ipynb #af514cd8
 class SegFormerHead(nn.Module):
     "One linear map per level, all brought to the finest, fused by another (transformers' SegformerDecodeHead)."
-    def __init__(self,
-        spec:FeatureSpec,     # of the maps
-        num_classes:int,      # logits
+
+    def __init__(
+        self,
+        spec: FeatureSpec,  # of the maps
+        num_classes: int,  # logits
         *,
-        hidden_size:int=256,  # channels inside
-        dropout:float=0.1,    # before the classifier
-        norm:str="group",     # group or batch
+        hidden_size: int = 256,  # channels inside
+        dropout: float = 0.1,  # before the classifier
+        norm: str = "group",  # group or batch
     ):
         super().__init__()
         self.stride = spec.strides[0]
-        config = SegformerConfig(num_labels=num_classes, hidden_sizes=list(spec.channels), num_encoder_blocks=len(spec), decoder_hidden_size=hidden_size, classifier_dropout_prob=dropout)
+        config = SegformerConfig(
+            num_labels=num_classes,
+            hidden_sizes=list(spec.channels),
+            num_encoder_blocks=len(spec),
+            decoder_hidden_size=hidden_size,
+            classifier_dropout_prob=dropout,
+        )
         self.decoder = replace_norms(SegformerDecodeHead(config), norm)
 
-    def forward(self, maps:list)->Tensor: return self.decoder(maps)  # b n h w, logits
+    def forward(self, maps: list) -> Tensor:  # b n h w, logits
+        return self.decoder(maps)
 
 # %% ../../nbs/api/models/heads.ipynb #8f625523
 class DPTHead(nn.Module):
     "Reassembled maps, fused from coarse to fine by residual convolutions (transformers' DPTNeck and DPTSemanticSegmentationHead)."
-    def __init__(self,
-        spec:FeatureSpec,     # of the maps
-        num_classes:int,      # logits
+
+    def __init__(
+        self,
+        spec: FeatureSpec,  # of the maps
+        num_classes: int,  # logits
         *,
-        hidden_size:int=256,  # channels of the fusion
-        dropout:float=0.1,    # before the classifier
-        norm:str="group",     # group or batch
+        hidden_size: int = 256,  # channels of the fusion
+        dropout: float = 0.1,  # before the classifier
+        norm: str = "group",  # group or batch
     ):
         super().__init__()
         self.one_stride, width = len(set(spec.strides)) == 1, spec.channels[-1]
-        if self.one_stride and len(spec) != 4: raise InputError(f"the dpt head got {len(spec)} maps of one stride: expected 4; give layers=4, or four indices")
-        if self.one_stride and len(set(spec.channels)) > 1: raise InputError(f"the dpt head got maps of {spec.channels} channels: expected one number")
+        if self.one_stride and len(spec) != 4:
+            raise InputError(
+                f"the dpt head got {len(spec)} maps of one stride: expected 4; give layers=4, or four indices"
+            )
+        if self.one_stride and len(set(spec.channels)) > 1:
+            raise InputError(f"the dpt head got maps of {spec.channels} channels: expected one number")
         inner = [width // 8, width // 4, width // 2, width] if self.one_stride else list(spec.channels)
-        config = DPTConfig(hidden_size=width, num_labels=num_classes, readout_type="ignore", neck_hidden_sizes=inner, reassemble_factors=[4, 2, 1, 0.5][:len(inner)] if self.one_stride else [1] * len(inner),
-                           fusion_hidden_size=hidden_size, semantic_classifier_dropout=dropout, use_auxiliary_head=False)
+        config = DPTConfig(
+            hidden_size=width,
+            num_labels=num_classes,
+            readout_type="ignore",
+            neck_hidden_sizes=inner,
+            reassemble_factors=[4, 2, 1, 0.5][: len(inner)] if self.one_stride else [1] * len(inner),
+            fusion_hidden_size=hidden_size,
+            semantic_classifier_dropout=dropout,
+            use_auxiliary_head=False,
+        )
         self.neck, self.decoder = DPTNeck(config), replace_norms(DPTSemanticSegmentationHead(config), norm)
         self.neck.fusion_stage.layers[0].residual_layer1 = nn.Identity()
-        if not self.one_stride: self.neck.reassemble_stage = None
+        if not self.one_stride:
+            self.neck.reassemble_stage = None
         self.stride = spec.strides[0] / (16 if self.one_stride else 4)
 
-    def forward(self, maps:list)->Tensor:  # b n h w, logits
+    def forward(self, maps: list) -> Tensor:  # b n h w, logits
         size = maps[0].shape[2:]
-        if self.one_stride: maps = [F.pad(m.flatten(2).mT, (0, 0, 1, 0)) for m in maps]  # the place of the class token, which is ignored
+        if self.one_stride:
+            maps = [
+                F.pad(m.flatten(2).mT, (0, 0, 1, 0)) for m in maps
+            ]  # the place of the class token, which is ignored
         return self.decoder(self.neck(maps, *size))
 
 # %% ../../nbs/api/models/heads.ipynb #91209b00
 HEADS = dict(linear=LinearHead, upernet=UperNetHead, segformer=SegFormerHead, dpt=DPTHead)
 
+
 def create_head(
-    name,              # a name in HEADS
-    spec:FeatureSpec,  # of the maps
-    num_classes:int,   # logits
-    **options,         # of the head
-)->nn.Module:          # maps -> logits
+    name,  # a name in HEADS
+    spec: FeatureSpec,  # of the maps
+    num_classes: int,  # logits
+    **options,  # of the head
+) -> nn.Module:  # maps -> logits
     "A head by name; `InputError` names an option that it does not have."
     kind = pick(HEADS, name, "head")
     known = [k for k in inspect.signature(kind).parameters if k not in ("spec", "num_classes")]
     for key in options:
-        if key not in known: raise InputError(f"the {name} head has no {key}: expected {', '.join(known)}")
+        if key not in known:
+            raise InputError(f"the {name} head has no {key}: expected {', '.join(known)}")
     return kind(spec, num_classes, **options)
 
 # %% ../../nbs/api/models/heads.ipynb #dc62cda7
 class ChannelNorm(nn.LayerNorm):
     "Layer norm over the channels of b c h w."
-    def forward(self, x:Tensor)->Tensor: return super().forward(x.movedim(1, -1)).movedim(-1, 1)  # b c h w -> b c h w
+
+    def forward(self, x: Tensor) -> Tensor:  # b c h w -> b c h w
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
 
 class Pyramid(nn.Module):
     "Maps of one stride s to strides s/4, s/2, s, 2s: a simple feature pyramid (Li et al. 2022, section 3), one layer of the ViT per level."
-    def __init__(self,
-        spec:FeatureSpec,  # of the maps: one stride
+
+    def __init__(
+        self,
+        spec: FeatureSpec,  # of the maps: one stride
     ):
         super().__init__()
-        if len(set(spec.strides)) > 1: raise InputError(f"a pyramid of maps with strides {spec.strides}: expected one stride; use neck='none', they are a pyramid already")
+        if len(set(spec.strides)) > 1:
+            raise InputError(
+                f"a pyramid of maps with strides {spec.strides}: expected one stride; use neck='none', they are a pyramid already"
+            )
         c = [spec.channels[max(0, i - 4 + len(spec))] for i in range(4)]
         s = spec.strides[0]
         up = lambda a, b: nn.ConvTranspose2d(a, b, 2, 2)
-        self.levels = nn.ModuleList([nn.Sequential(up(c[0], c[0] // 2), ChannelNorm(c[0] // 2), nn.GELU(), up(c[0] // 2, c[0] // 4)), up(c[1], c[1] // 2), nn.Identity(), nn.MaxPool2d(2, 2, ceil_mode=True)])
+        self.levels = nn.ModuleList(
+            [
+                nn.Sequential(
+                    up(c[0], c[0] // 2), ChannelNorm(c[0] // 2), nn.GELU(), up(c[0] // 2, c[0] // 4)
+                ),
+                up(c[1], c[1] // 2),
+                nn.Identity(),
+                nn.MaxPool2d(2, 2, ceil_mode=True),
+            ]
+        )
         self.spec = FeatureSpec((c[0] // 4, c[1] // 2, c[2], c[3]), (s / 4, s / 2, s, 2 * s))
 
-    def forward(self, maps:list, image:Tensor=None)->list:  # maps, image (b c h w, not used) -> maps
+    def forward(self, maps: list, image: Tensor = None) -> list:  # maps, image (b c h w, not used) -> maps
         return [level(maps[max(0, i - 4 + len(maps))]) for i, level in enumerate(self.levels)]
 
 # %% ../../nbs/api/models/heads.ipynb #d8c880c3
 def stem(
-    in_channels:int,  # of the image
-    channels:int,     # of the map
-)->nn.Module:         # b c h w -> b channels h w
+    in_channels: int,  # of the image
+    channels: int,  # of the map
+) -> nn.Module:  # b c h w -> b channels h w
     "Two convolutions at full resolution."
     conv = lambda a: nn.Sequential(nn.Conv2d(a, channels, 3, padding=1), group_norm(channels), nn.GELU())
     return nn.Sequential(conv(in_channels), conv(channels))
 
+
 class WithImage(nn.Module):
     "A neck, and in front of its maps one of stride 1."
-    def __init__(self,
-        spec:FeatureSpec,      # of the backbone's maps
-        neck:nn.Module,        # maps -> maps; None: they stay
-        in_channels:int,       # of the image
-        channels:int=0,        # of the stem; 0: the image itself
+
+    def __init__(
+        self,
+        spec: FeatureSpec,  # of the backbone's maps
+        neck: nn.Module,  # maps -> maps; None: they stay
+        in_channels: int,  # of the image
+        channels: int = 0,  # of the stem; 0: the image itself
     ):
         super().__init__()
         self.neck, self.stem = neck, stem(in_channels, channels) if channels else nn.Identity()
         inner = spec if neck is None else neck.spec
         self.spec = FeatureSpec((channels or in_channels, *inner.channels), (1, *inner.strides))
 
-    def forward(self, maps:list, image:Tensor)->list: return [self.stem(image), *(maps if self.neck is None else self.neck(maps, image))]  # maps, image (b c h w) -> maps
+    def forward(self, maps: list, image: Tensor) -> list:  # maps, image (b c h w) -> maps
+        return [
+            self.stem(image),
+            *(maps if self.neck is None else self.neck(maps, image)),
+        ]
 
 # %% ../../nbs/api/models/heads.ipynb #43f19ef4
 class Fine(nn.Module):
     "A head at the resolution of the first map."
+
     stride = 1
-    def __init__(self,
-        make:Callable,         # (spec, channels) -> the head inside
-        spec:FeatureSpec,      # of the maps, the first of stride 1
-        num_classes:int,       # logits
+
+    def __init__(
+        self,
+        make: Callable,  # (spec, channels) -> the head inside
+        spec: FeatureSpec,  # of the maps, the first of stride 1
+        num_classes: int,  # logits
         *,
-        channels:int=32,       # of the features at full resolution
+        channels: int = 32,  # of the features at full resolution
         upsampler="interpolate",  # a name in UPSAMPLERS, or a module
-        join:bool=True,        # with the first map; it is always the guide
+        join: bool = True,  # with the first map; it is always the guide
     ):
         super().__init__()
         self.inner_spec = FeatureSpec(spec.channels[1:], spec.strides[1:])
         self.inner = make(self.inner_spec, channels)
-        self.upsample = create_upsampler(upsampler, channels, (1, 1), (max(1, round(self.inner.stride)),) * 2, guide_channels=spec.channels[0])
-        self.fuse = nn.Sequential(nn.Conv2d(channels + spec.channels[0], channels, 3, padding=1), group_norm(channels), nn.GELU()) if join else None
+        self.upsample = create_upsampler(
+            upsampler,
+            channels,
+            (1, 1),
+            (max(1, round(self.inner.stride)),) * 2,
+            guide_channels=spec.channels[0],
+        )
+        self.fuse = (
+            nn.Sequential(
+                nn.Conv2d(channels + spec.channels[0], channels, 3, padding=1),
+                group_norm(channels),
+                nn.GELU(),
+            )
+            if join
+            else None
+        )
         self.classifier = nn.Conv2d(channels, num_classes, 1)
 
-    def forward(self, maps:list)->Tensor:  # b n h w, logits
+    def forward(self, maps: list) -> Tensor:  # b n h w, logits
         fine, maps = maps[0], maps[1:]
         size = covered(maps[0].shape[2:], self.inner_spec.strides[0])
         guide = F.pad(fine, (0, size[1] - fine.shape[3], 0, size[0] - fine.shape[2]), mode="replicate")
-        x = self.upsample(self.inner(maps), size, guide)[..., :fine.shape[2], :fine.shape[3]]
+        x = self.upsample(self.inner(maps), size, guide)[..., : fine.shape[2], : fine.shape[3]]
         return self.classifier(x if self.fuse is None else self.fuse(torch.cat([x, fine], 1)))
 
+
 def covered(
-    cells:tuple,   # of a map, height and width
-    stride:float,  # pixels per cell
-)->tuple:          # pixels
+    cells: tuple,  # of a map, height and width
+    stride: float,  # pixels per cell
+) -> tuple:  # pixels
     "Height and width of the part of the padded image that a map covers."
     return tuple(round(n * stride) for n in cells)
 
 # %% ../../nbs/api/models/heads.ipynb #c85b97f8
 class Segmenter(nn.Module):
     "Image b c h w in 0..1 to logits b n h w: backbone, neck, head."
-    def __init__(self,
-        backbone:nn.Module,  # a Backbone
-        head:nn.Module,      # maps -> logits
-        neck:nn.Module=None, # maps, image -> maps
+
+    def __init__(
+        self,
+        backbone: nn.Module,  # a Backbone
+        head: nn.Module,  # maps -> logits
+        neck: nn.Module = None,  # maps, image -> maps
     ):
         super().__init__()
         self.backbone, self.neck, self.head = backbone, neck, head
         self.spec = backbone.spec if neck is None else neck.spec
         self.config = None
 
-    def features(self,
-        image:Tensor,  # b c h w in 0..1
-    )->list:           # of maps b c h w
+    def features(
+        self,
+        image: Tensor,  # b c h w in 0..1
+    ) -> list:  # of maps b c h w
         "Maps of the backbone; never computed in fp16."
         kind = image.device.type
-        if not torch.is_autocast_enabled(kind) or torch.get_autocast_dtype(kind) != torch.float16: return self.backbone(image)
+        if not torch.is_autocast_enabled(kind) or torch.get_autocast_dtype(kind) != torch.float16:
+            return self.backbone(image)
         bf16 = kind != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-        with torch.autocast(kind, torch.bfloat16, enabled=bf16): return [m.float() for m in self.backbone(image.float())]
+        with torch.autocast(kind, torch.bfloat16, enabled=bf16):
+            return [m.float() for m in self.backbone(image.float())]
 
-    def forward(self,
-        image:Tensor,  # b c h w in 0..1
-    )->Tensor:         # b n h w
+    def forward(
+        self,
+        image: Tensor,  # b c h w in 0..1
+    ) -> Tensor:  # b n h w
         maps = self.features(image)
-        if self.neck is not None: maps = self.neck(maps, image)
+        if self.neck is not None:
+            maps = self.neck(maps, image)
         return fit_logits(self.head(maps), covered(maps[0].shape[2:], self.spec.strides[0]), image.shape[2:])
 
-    def train(self, mode:bool=True)->"Segmenter":
+    def train(self, mode: bool = True) -> "Segmenter":
         "Training mode for what is trained: frozen parts keep their statistics."
         super().train(mode)
         for m in self.modules():
             own = list(m.parameters())
-            if mode and own and not any(p.requires_grad for p in own): m.eval()
+            if mode and own and not any(p.requires_grad for p in own):
+                m.eval()
         return self
 
-    def print_trainable_parameters(self,
-        detailed:bool=False,  # a row per component
+    def print_trainable_parameters(
+        self,
+        detailed: bool = False,  # a row per component
     ):
         "Print how many parameters are trained."
         rows = parameter_rows(self)
@@ -273,74 +382,111 @@ class Segmenter(nn.Module):
 
 # %% ../../nbs/api/models/heads.ipynb #598ce20f
 def fit_logits(
-    logits,      # b n h' w', or a list of such
-    size:tuple,  # pixels that they cover
-    crop:tuple,  # height and width of the image
-):               # b n h w, or a list of such
+    logits,  # b n h' w', or a list of such
+    size: tuple,  # pixels that they cover
+    crop: tuple,  # height and width of the image
+):  # b n h w, or a list of such
     "Logits at the pixels of the image."
-    if isinstance(logits, list): return [fit_logits(l, size, crop) for l in logits]
-    return resize(logits, size)[..., :crop[0], :crop[1]]
+    if isinstance(logits, list):
+        return [fit_logits(l, size, crop) for l in logits]
+    return resize(logits, size)[..., : crop[0], : crop[1]]
 
 # %% ../../nbs/api/models/heads.ipynb #42a495e9
 NECKS = ("auto", "pyramid", "none")
 
+
 def make_neck(
-    name:str,          # auto, pyramid or none
-    head:str,          # auto is pyramid for upernet and segformer on one stride
-    spec:FeatureSpec,  # of the backbone
-):                     # a Pyramid, or None
+    name: str,  # auto, pyramid or none
+    head: str,  # auto is pyramid for upernet and segformer on one stride
+    spec: FeatureSpec,  # of the backbone
+):  # a Pyramid, or None
     "The neck that brings a backbone's maps to the strides that a head is made for."
     pick(dict.fromkeys(NECKS), name, "neck")
-    wanted = len(set(spec.strides)) == 1 and head in ("upernet", "segformer") if name == "auto" else name == "pyramid"
+    wanted = (
+        len(set(spec.strides)) == 1 and head in ("upernet", "segformer")
+        if name == "auto"
+        else name == "pyramid"
+    )
     return Pyramid(spec) if wanted else None
 
 # %% ../../nbs/api/models/heads.ipynb #d55bd58b
 def create_segmentation_model(
-    backbone="dinov3",           # family (dinov3, dinov2, retfound, visionfm), any timm model, or a Backbone
-    backbone_size:str="large",   # of a family
-    head:str="upernet",          # linear, upernet, segformer or dpt
-    num_classes:int=1,           # logits; 1 for one class against the background
+    backbone="dinov3",  # family (dinov3, dinov2, retfound, visionfm), any timm model, or a Backbone
+    backbone_size: str = "large",  # of a family
+    head: str = "upernet",  # linear, upernet, segformer or dpt
+    num_classes: int = 1,  # logits; 1 for one class against the background
     *,
-    weights=None,                # of the backbone: None (random), "pretrained", file or folder
-    layers=None,                 # of the backbone; None: four, spread as in the papers, of a ViT; the coarsest four of a pyramid
-    in_channels:int=3,           # of the image
-    freeze_backbone:bool=False,  # train neck and head only
-    lora:LoraSpec=None,          # adapters in a frozen backbone
-    neck:str="auto",             # pyramid, none, or auto: pyramid where the head needs one
-    stem:int=0,                  # channels of a full-resolution stem; 0: none
-    upsampler:str=None,          # of features to full resolution, before the classifier: transpose, joint_bilateral, neighborhood ...
-    hidden_size:int=None,        # channels of the head; None: 512 for upernet, 256 for segformer and dpt
-    pool_scales:tuple=None,      # of upernet; None: (1, 2, 3, 6)
-    norm:str="group",            # of the head: group or batch
-    gradient_checkpointing:bool=False,  # in the backbone: less memory for more time
+    weights=None,  # of the backbone: None (random), "pretrained", file or folder
+    layers=None,  # of the backbone; None: four, spread as in the papers, of a ViT; the coarsest four of a pyramid
+    in_channels: int = 3,  # of the image
+    freeze_backbone: bool = False,  # train neck and head only
+    lora: LoraSpec = None,  # adapters in a frozen backbone
+    neck: str = "auto",  # pyramid, none, or auto: pyramid where the head needs one
+    stem: int = 0,  # channels of a full-resolution stem; 0: none
+    upsampler: str = None,  # of features to full resolution, before the classifier: transpose, joint_bilateral, neighborhood ...
+    hidden_size: int = None,  # channels of the head; None: 512 for upernet, 256 for segformer and dpt
+    pool_scales: tuple = None,  # of upernet; None: (1, 2, 3, 6)
+    norm: str = "group",  # of the head: group or batch
+    gradient_checkpointing: bool = False,  # in the backbone: less memory for more time
     **unknown,
-)->Segmenter:                    # image b c h w in 0..1 -> logits b n h w
+) -> Segmenter:  # image b c h w in 0..1 -> logits b n h w
     "A segmentation network on a pretrained backbone."
-    if unknown: raise TypeError(_unknown_argument(next(iter(unknown))))
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1: raise InputError(f"num_classes={num_classes!r}: expected a whole number of 1 or more")
-    net = backbone if isinstance(backbone, nn.Module) else _backbone(backbone, backbone_size, weights, layers, in_channels)
-    if freeze_backbone: net.requires_grad_(False)
-    if lora is not None: add_lora(net, lora)
-    if gradient_checkpointing: _checkpoint(net)
-    options = {k: v for k, v in dict(hidden_size=hidden_size, pool_scales=pool_scales).items() if v is not None}
+    if unknown:
+        raise TypeError(_unknown_argument(next(iter(unknown))))
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+        raise InputError(f"num_classes={num_classes!r}: expected a whole number of 1 or more")
+    net = (
+        backbone
+        if isinstance(backbone, nn.Module)
+        else _backbone(backbone, backbone_size, weights, layers, in_channels)
+    )
+    if freeze_backbone:
+        net.requires_grad_(False)
+    if lora is not None:
+        add_lora(net, lora)
+    if gradient_checkpointing:
+        _checkpoint(net)
+    options = {
+        k: v for k, v in dict(hidden_size=hidden_size, pool_scales=pool_scales).items() if v is not None
+    }
     make = lambda spec, n: create_head(head, spec, n, norm=norm, **options)
     made = make_neck(neck, head, net.spec)
     if stem or upsampler:
         made = WithImage(net.spec, made, in_channels, stem)
-        return Segmenter(net, Fine(make, made.spec, num_classes, upsampler=upsampler or "interpolate", join=bool(stem)), made)
+        return Segmenter(
+            net,
+            Fine(make, made.spec, num_classes, upsampler=upsampler or "interpolate", join=bool(stem)),
+            made,
+        )
     return Segmenter(net, make(net.spec if made is None else made.spec, num_classes), made)
 
 # %% ../../nbs/api/models/heads.ipynb #8999d4c7
 def _backbone(name, size, weights, layers, in_channels):
     "The backbone of a network; the size is that of a family."
-    if name not in FAMILIES and size not in ("large", "small"): raise InputError(f"backbone_size={size!r} with {name!r}: sizes belong to families ({', '.join(FAMILIES)}); leave it out")
-    return create_backbone(name, size if name in FAMILIES else "small", weights=weights, layers=4 if layers is None else layers, in_channels=in_channels)
+    if name not in FAMILIES and size not in ("large", "small"):
+        raise InputError(
+            f"backbone_size={size!r} with {name!r}: sizes belong to families ({', '.join(FAMILIES)}); leave it out"
+        )
+    return create_backbone(
+        name,
+        size if name in FAMILIES else "small",
+        weights=weights,
+        layers=4 if layers is None else layers,
+        in_channels=in_channels,
+    )
+
 
 def _checkpoint(backbone):
-    if not hasattr(backbone.model, "set_grad_checkpointing"): raise InputError(f"{type(backbone.model).__name__} has no gradient checkpointing: leave it out")
+    if not hasattr(backbone.model, "set_grad_checkpointing"):
+        raise InputError(f"{type(backbone.model).__name__} has no gradient checkpointing: leave it out")
     backbone.model.set_grad_checkpointing(True)
+
 
 def _unknown_argument(key):
     known = [k for k in inspect.signature(create_segmentation_model).parameters if k != "unknown"]
     near = nearest(key, known, n=1)
-    return f"create_segmentation_model has no argument {key!r}" + (f", did you mean {near[0]}?" if near else "") + f" It takes {', '.join(known)}"
+    return (
+        f"create_segmentation_model has no argument {key!r}"
+        + (f", did you mean {near[0]}?" if near else "")
+        + f" It takes {', '.join(known)}"
+    )

@@ -19,69 +19,104 @@ from ..core.errors import InputError
 @dataclass(frozen=True)
 class LoraSpec:
     "Low-rank adapters."
-    rank:int=8              # of the product
-    alpha:float=16.         # its weight is alpha / rank
-    dropout:float=0.05      # of its input, in training
-    target_modules:tuple=("qkv",)  # layers that get one: ends of their names, or one regular expression
+
+    rank: int = 8  # of the product
+    alpha: float = 16.0  # its weight is alpha / rank
+    dropout: float = 0.05  # of its input, in training
+    target_modules: tuple = ("qkv",)  # layers that get one: ends of their names, or one regular expression
 
     def __post_init__(self):
         targets = self.target_modules
-        if not isinstance(targets, str): object.__setattr__(self, "target_modules", tuple(targets))
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1: raise InputError(f"lora rank={self.rank!r}: expected a whole number of 1 or more")
-        if not self.alpha > 0: raise InputError(f"lora alpha={self.alpha!r}: expected a positive number")
-        if not 0 <= self.dropout < 1: raise InputError(f"lora dropout={self.dropout!r}: expected 0 to less than 1")
-        if not self.target_modules: raise InputError("lora target_modules is empty: expected names of layers, such as qkv")
+        if not isinstance(targets, str):
+            object.__setattr__(self, "target_modules", tuple(targets))
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise InputError(f"lora rank={self.rank!r}: expected a whole number of 1 or more")
+        if not self.alpha > 0:
+            raise InputError(f"lora alpha={self.alpha!r}: expected a positive number")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"lora dropout={self.dropout!r}: expected 0 to less than 1")
+        if not self.target_modules:
+            raise InputError("lora target_modules is empty: expected names of layers, such as qkv")
 
 # %% ../../nbs/api/models/lora.ipynb #e83fc178
 def lora_layers(
-    model:nn.Module,  # any
-)->dict:              # name -> layer with an adapter
+    model: nn.Module,  # any
+) -> dict:  # name -> layer with an adapter
     "The layers that have an adapter."
     return {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
 
+
 def silent_layers(
-    backbone:nn.Module,  # a Backbone
-)->list:                 # names
+    backbone: nn.Module,  # a Backbone
+) -> list:  # names
     "Adapters that a pass over a small image does not reach."
     layers, called = lora_layers(backbone), set()
     hooks = [m.register_forward_hook(lambda *_, name=name: called.add(name)) for name, m in layers.items()]
-    try: probe(backbone)
+    try:
+        probe(backbone)
     finally:
-        for h in hooks: h.remove()
+        for h in hooks:
+            h.remove()
     return [name for name in layers if name not in called]
 
 # %% ../../nbs/api/models/lora.ipynb #d61e8f86
 def add_lora(
-    backbone:nn.Module,       # a Backbone, changed in place
-    spec:LoraSpec=LoraSpec(), # what to add
-)->nn.Module:                 # the same
+    backbone: nn.Module,  # a Backbone, changed in place
+    spec: LoraSpec = LoraSpec(),  # what to add
+) -> nn.Module:  # the same
     "Freeze a backbone and add adapters, which alone are trainable; `InputError` where none fits or one would have no effect."
-    if lora_layers(backbone): raise InputError("the backbone has adapters: expected one without; merge them first")
+    if lora_layers(backbone):
+        raise InputError("the backbone has adapters: expected one without; merge them first")
     for m in backbone.modules():
-        if hasattr(m, "qkv_bias_separate"): m.qkv_bias_separate = True
+        if hasattr(m, "qkv_bias_separate"):
+            m.qkv_bias_separate = True
     targets = spec.target_modules if isinstance(spec.target_modules, str) else list(spec.target_modules)
     backbone.requires_grad_(False)
-    try: inject_adapter_in_model(LoraConfig(r=spec.rank, lora_alpha=spec.alpha, lora_dropout=spec.dropout, target_modules=targets), backbone.model)
-    except ValueError as e: raise InputError(f"lora target_modules={spec.target_modules!r}: {_reason(e)}; expected some of {', '.join(possible_targets(backbone.model))}") from None
-    if silent := silent_layers(backbone): raise InputError(f"lora on {', '.join(silent[:3])} would have no effect, since the network does not call these layers: choose other target_modules")
+    try:
+        inject_adapter_in_model(
+            LoraConfig(r=spec.rank, lora_alpha=spec.alpha, lora_dropout=spec.dropout, target_modules=targets),
+            backbone.model,
+        )
+    except ValueError as e:
+        raise InputError(
+            f"lora target_modules={spec.target_modules!r}: {_reason(e)}; expected some of {', '.join(possible_targets(backbone.model))}"
+        ) from None
+    if silent := silent_layers(backbone):
+        raise InputError(
+            f"lora on {', '.join(silent[:3])} would have no effect, since the network does not call these layers: choose other target_modules"
+        )
     return backbone
 
-def _reason(e): return "no such layer" if "No modules were targeted" in str(e) or "not found" in str(e) else " ".join(str(e).split())[:120]
+
+def _reason(e):
+    return (
+        "no such layer"
+        if "No modules were targeted" in str(e) or "not found" in str(e)
+        else " ".join(str(e).split())[:120]
+    )
+
 
 def possible_targets(
-    model:nn.Module,  # a network
-)->list:              # names
+    model: nn.Module,  # a network
+) -> list:  # names
     "Last parts of the names of all layers that an adapter can be added to."
     kinds = (nn.Linear, nn.Conv2d)
-    return list(dict.fromkeys(name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, kinds) and getattr(m, "groups", 1) == 1))
+    return list(
+        dict.fromkeys(
+            name.rpartition(".")[2]
+            for name, m in model.named_modules()
+            if isinstance(m, kinds) and getattr(m, "groups", 1) == 1
+        )
+    )
 
 # %% ../../nbs/api/models/lora.ipynb #dad33136
 def merge(
-    model:nn.Module,  # with adapters in it, changed in place
-)->nn.Module:         # the same, without adapters, all of it trainable
+    model: nn.Module,  # with adapters in it, changed in place
+) -> nn.Module:  # the same, without adapters, all of it trainable
     "Add adapters to the weights that they stand beside; the output stays."
     layers = lora_layers(model)
-    if not layers: raise InputError("no adapters to merge: expected a network after add_lora")
+    if not layers:
+        raise InputError("no adapters to merge: expected a network after add_lora")
     for name, layer in layers.items():
         layer.merge(safe_merge=True)
         parent, _, child = name.rpartition(".")
@@ -90,8 +125,8 @@ def merge(
 
 # %% ../../nbs/api/models/lora.ipynb #33e7e575
 def parameter_rows(
-    model:nn.Module,  # any
-)->list:              # rows: component, trainable, total, percent
+    model: nn.Module,  # any
+) -> list:  # rows: component, trainable, total, percent
     "Trainable and all parameters of each child, adapters apart, and of the whole."
     counts = {}
     for name, p in model.named_parameters():
@@ -99,4 +134,7 @@ def parameter_rows(
         trainable, total = counts.get(parts, (0, 0))
         counts[parts] = trainable + p.numel() * p.requires_grad, total + p.numel()
     counts["all"] = tuple(map(sum, zip(*counts.values())))
-    return [dict(component=k, trainable=f"{t:,}", total=f"{n:,}", percent=100 * t / n) for k, (t, n) in counts.items()]
+    return [
+        dict(component=k, trainable=f"{t:,}", total=f"{n:,}", percent=100 * t / n)
+        for k, (t, n) in counts.items()
+    ]

@@ -21,18 +21,21 @@ from .upsample import POOL, UPSAMPLERS, Guided, sum_axes
 # %% ../../nbs/api/models/neighborhood.ipynb #d51642e7
 class GuideEncoder(nn.Module):
     "Image b g *s -> b dim *s."
+
     halo = 4  # voxels on each side that a result depends on
-    def __init__(self,
-        guide_channels:int,  # of the image
-        dims:int,            # 2 or 3
-        dim:int,             # of the encoding
+
+    def __init__(
+        self,
+        guide_channels: int,  # of the image
+        dims: int,  # 2 or 3
+        dim: int,  # of the encoding
     ):
         super().__init__()
         conv = {2: nn.Conv2d, 3: nn.Conv3d}[dims]
         same = lambda c, step: conv(c, dim, 3, padding=step, dilation=step, padding_mode="replicate")
         self.conv1, self.conv2, self.conv3 = same(guide_channels, 1), same(dim, 2), same(dim, 1)
 
-    def forward(self, x:Tensor)->Tensor:  # b g *s -> b dim *s
+    def forward(self, x: Tensor) -> Tensor:  # b g *s -> b dim *s
         x = self.conv1(x - 0.5)
         x = x + self.conv2(F.gelu(x))
         return x + self.conv3(F.gelu(x))
@@ -40,113 +43,140 @@ class GuideEncoder(nn.Module):
 # %% ../../nbs/api/models/neighborhood.ipynb #ad1d20cf
 class NeighborhoodFilter(Guided):
     "Guided upsampling with learned weights (after NAF, Chambon et al. 2026), for 2D and 3D."
-    def __init__(self,
-        guide_channels:int=1,    # of the image
-        dims:int=3,              # 2 or 3
+
+    def __init__(
+        self,
+        guide_channels: int = 1,  # of the image
+        dims: int = 3,  # 2 or 3
         *,
-        dim:int=16,              # of the encoding
-        heads:int=2,             # ways to compare
-        window:int=5,            # cells per axis that grows, odd
-        budget:int=2**26,        # bytes of scratch per tile
+        dim: int = 16,  # of the encoding
+        heads: int = 2,  # ways to compare
+        window: int = 5,  # cells per axis that grows, odd
+        budget: int = 2**26,  # bytes of scratch per tile
     ):
         super().__init__(0, window, budget)
-        if dims not in (2, 3): raise InputError(f"a filter of {dims} dimensions: expected 2 or 3")
-        if dim % heads: raise InputError(f"dim {dim}, heads {heads}: expected a multiple")
-        self.config = dict(guide_channels=guide_channels, dims=dims, dim=dim, heads=heads, window=window, budget=budget)
+        if dims not in (2, 3):
+            raise InputError(f"a filter of {dims} dimensions: expected 2 or 3")
+        if dim % heads:
+            raise InputError(f"dim {dim}, heads {heads}: expected a multiple")
+        self.config = dict(
+            guide_channels=guide_channels, dims=dims, dim=dim, heads=heads, window=window, budget=budget
+        )
         self.encoder, self.halo = GuideEncoder(guide_channels, dims, dim), GuideEncoder.halo
         self.query, self.key, self.heads = nn.Linear(dim, dim), nn.Linear(dim, dim), heads
         self.gain, self.reach = nn.Parameter(torch.zeros(heads)), nn.Parameter(torch.zeros(heads))
-        self.floor = nn.Parameter(torch.full((heads,), -4.))
+        self.floor = nn.Parameter(torch.full((heads,), -4.0))
 
-    def scratch(self)->int: "Numbers per fine voxel held at once."; return 6 * self.config["dim"]
+    def scratch(self) -> int:
+        "Numbers per fine voxel held at once."
+        return 6 * self.config["dim"]
 
-    def encode(self, guide:Tensor)->Tensor:  # b g *s -> b dim *s
+    def encode(self, guide: Tensor) -> Tensor:  # b g *s -> b dim *s
         "What says which voxels are alike."
-        if guide.shape[1] != self.config["guide_channels"]: raise InputError(f"guide of {guide.shape[1]} channels: expected {self.config['guide_channels']}")
+        if guide.shape[1] != self.config["guide_channels"]:
+            raise InputError(f"guide of {guide.shape[1]} channels: expected {self.config['guide_channels']}")
         return self.encoder(guide.to(self.query.weight.dtype))
 
-    def weigh(self, fine:Tensor, coarse:Tensor, distance:list)->Tensor:  # b cells P e, b cells W e -> b cells P W
+    def weigh(
+        self, fine: Tensor, coarse: Tensor, distance: list
+    ) -> Tensor:  # b cells P e, b cells W e -> b cells P W
         "Weight of each cell of the window, mean over the heads."
-        split = lambda x: F.normalize(x.unflatten(-1, (self.heads, -1)).movedim(-2, 1).float(), dim=-1)  # b heads cells .. e
-        alike = split(self.query(fine)) @ split(self.key(coarse)).mT                                     # b heads cells P W
+        split = lambda x: F.normalize(
+            x.unflatten(-1, (self.heads, -1)).movedim(-2, 1).float(), dim=-1
+        )  # b heads cells .. e
+        alike = split(self.query(fine)) @ split(self.key(coarse)).mT  # b heads cells P W
         shape = (-1,) + (1,) * (alike.ndim - 2)
         inside = sum_axes(distance).isfinite()
-        logits = self._near(distance) * self.reach.exp().view(shape) + alike * (4 * self.gain.exp()).view(shape)
+        logits = self._near(distance) * self.reach.exp().view(shape) + alike * (4 * self.gain.exp()).view(
+            shape
+        )
         return torch.softmax(logits.masked_fill(~inside, -math.inf), -1).mean(1)
 
     def _near(self, distance):
         "Logarithm of the linear interpolation weight with a floor: heads cells P W."
         floor = self.floor.exp()
         one = lambda t, f: torch.log((1 - t.abs()).clamp_min(0) + f)
-        return torch.stack([sum_axes([one(t.nan_to_num(posinf=9.), f) for t in distance]) for f in floor])
+        return torch.stack([sum_axes([one(t.nan_to_num(posinf=9.0), f) for t in distance]) for f in floor])
 
-    def inflate(self)->"NeighborhoodFilter":
+    def inflate(self) -> "NeighborhoodFilter":
         "A 2D filter as one for volumes that looks at planes yx; for features of planes xy the result is the same, slice by slice."
-        if self.config["dims"] != 2: raise InputError("inflate a filter of 3 dimensions: expected 2")
+        if self.config["dims"] != 2:
+            raise InputError("inflate a filter of 3 dimensions: expected 2")
         out, own = NeighborhoodFilter(**self.config | dict(dims=3)), self.state_dict()
         state = out.state_dict()
-        for k, v in state.items(): state[k] = F.pad(own[k][:, :, None], (0, 0, 0, 0, 1, 1)) if v.ndim == 5 else own[k]
+        for k, v in state.items():
+            state[k] = F.pad(own[k][:, :, None], (0, 0, 0, 0, 1, 1)) if v.ndim == 5 else own[k]
         out.load_state_dict(state)
         return out
 
     @classmethod
-    def from_config(cls, config:dict)->"NeighborhoodFilter":
+    def from_config(cls, config: dict) -> "NeighborhoodFilter":
         "The filter that has this config."
         return cls(**config)
 
-UPSAMPLERS["neighborhood"] = lambda channels, small, size, guides, **options: NeighborhoodFilter(max(1, guides), len(size), **options)
+
+UPSAMPLERS["neighborhood"] = lambda channels, small, size, guides, **options: NeighborhoodFilter(
+    max(1, guides), len(size), **options
+)
 
 # %% ../../nbs/api/models/neighborhood.ipynb #120d1018
 def reconstruction_error(
-    upsampler:nn.Module,  # forward(x, size, guide)
-    coarse:Tensor,        # b c *coarse, features of the downsampled image
-    fine:Tensor,          # b c *fine, features of the image
-    guide:Tensor,         # b g *size, the image; each axis a multiple of fine's
-)->Tensor:                # scalar
+    upsampler: nn.Module,  # forward(x, size, guide)
+    coarse: Tensor,  # b c *coarse, features of the downsampled image
+    fine: Tensor,  # b c *fine, features of the image
+    guide: Tensor,  # b g *size, the image; each axis a multiple of fine's
+) -> Tensor:  # scalar
     "Squared error of the predicted fine features, relative to their variance over space."
     out = POOL[guide.ndim - 2](upsampler(coarse, tuple(guide.shape[2:]), guide), fine.shape[2:])
     spread = fine - fine.mean(tuple(range(2, fine.ndim)), keepdim=True)
     return (out - fine).square().sum() / spread.square().sum().clamp_min(1e-12)
 
+
 def make_pair(
-    features:Callable,   # images b 1 h w in 0..1 -> b c h/s w/s
-    image:Tensor,        # b 1 h w, or b 1 z y x, whose planes z are the images; sides a multiple of factor · stride
-    factor:int=2,        # how much the copy is smaller
-)->tuple:                # coarse, fine, guide
+    features: Callable,  # images b 1 h w in 0..1 -> b c h/s w/s
+    image: Tensor,  # b 1 h w, or b 1 z y x, whose planes z are the images; sides a multiple of factor · stride
+    factor: int = 2,  # how much the copy is smaller
+) -> tuple:  # coarse, fine, guide
     "Features of images and of their downsampled copies."
-    planes = image if image.ndim == 4 else image[:, 0].flatten(0, 1)[:, None]   # (b z) 1 y x
+    planes = image if image.ndim == 4 else image[:, 0].flatten(0, 1)[:, None]  # (b z) 1 y x
     small = F.avg_pool2d(planes, factor)
-    with torch.no_grad(): fine, coarse = features(planes).float(), features(small).float()
-    if image.ndim == 5: fine, coarse = (t.unflatten(0, (len(image), -1)).transpose(1, 2) for t in (fine, coarse))  # b c z y x
+    with torch.no_grad():
+        fine, coarse = features(planes).float(), features(small).float()
+    if image.ndim == 5:
+        fine, coarse = (t.unflatten(0, (len(image), -1)).transpose(1, 2) for t in (fine, coarse))  # b c z y x
     return coarse, fine, image
 
 # %% ../../nbs/api/models/neighborhood.ipynb #e0f754f0
 def random_crop(
-    images:list,   # tensors 1 *s, in 0..1
-    size:tuple,    # of the crop
-    rng,           # of this step
-)->Tensor:         # 1 *size
+    images: list,  # tensors 1 *s, in 0..1
+    size: tuple,  # of the crop
+    rng,  # of this step
+) -> Tensor:  # 1 *size
     "A crop of one of the images, mirrored at random."
     image = images[rng.integers(len(images))]
     start = [rng.integers(n - s + 1) for n, s in zip(image.shape[1:], size)]
     crop = image[(slice(None), *(slice(a, a + s) for a, s in zip(start, size)))]
     return crop.flip([1 + a for a in range(len(size)) if rng.random() < 0.5])
 
+
 def train_neighborhood(
-    filter:NeighborhoodFilter,  # changed in place
-    images:list,                # tensors 1 *s in 0..1: images, or volumes whose planes z are images
-    features:Callable,          # images b 1 h w in 0..1 -> b c h/s w/s
+    filter: NeighborhoodFilter,  # changed in place
+    images: list,  # tensors 1 *s in 0..1: images, or volumes whose planes z are images
+    features: Callable,  # images b 1 h w in 0..1 -> b c h/s w/s
     *,
-    crop:tuple,                 # of the images, voxels; a multiple of factor · stride in the plane
-    steps:int=300,              # batches
-    batch_size:int=4,           # crops per batch
-    factors:tuple=(2,),         # how much the copies are smaller
-    lr:float=1e-2,              # at its peak
-    seed:int=0,                 # of crops
-)->list:                        # relative error of each step
+    crop: tuple,  # of the images, voxels; a multiple of factor · stride in the plane
+    steps: int = 300,  # batches
+    batch_size: int = 4,  # crops per batch
+    factors: tuple = (2,),  # how much the copies are smaller
+    lr: float = 1e-2,  # at its peak
+    seed: int = 0,  # of crops
+) -> list:  # relative error of each step
     "Train a guided filter without labels; features of any scale count alike, each channel by its own variance."
     small = [tuple(i.shape) for i in images if any(n < s for n, s in zip(i.shape[1:], crop))]
-    if small: raise InputError(f"images of {small[0]}: expected at least a crop of {tuple(crop)}; choose a smaller crop")
+    if small:
+        raise InputError(
+            f"images of {small[0]}: expected at least a crop of {tuple(crop)}; choose a smaller crop"
+        )
     optimiser = torch.optim.AdamW(filter.parameters(), lr=lr, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps, pct_start=0.1)
     losses = []
@@ -156,10 +186,14 @@ def train_neighborhood(
         coarse, fine, guide = make_pair(features, batch, int(rng.choice(factors)))
         scale = fine.std((0, *range(2, fine.ndim)), keepdim=True) + 1e-6
         loss = reconstruction_error(filter, coarse / scale, fine / scale, guide)
-        if not torch.isfinite(loss): raise InputError(f"error {loss.item()} at step {step}: expected finite features and images; are they in 0..1?")
+        if not torch.isfinite(loss):
+            raise InputError(
+                f"error {loss.item()} at step {step}: expected finite features and images; are they in 0..1?"
+            )
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(filter.parameters(), 1.)
-        optimiser.step(); schedule.step()
+        nn.utils.clip_grad_norm_(filter.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
         losses.append(loss.item())
     return losses

@@ -26,22 +26,31 @@ NORMS = dict(
     batch=lambda c: nn.BatchNorm3d(c),
 )
 
+
 class ConvBlock(nn.Sequential):
     "Two 3³ convolutions: b c z y x -> b out z y x."
-    def __init__(self,
-        channels:int,         # of the input
-        out:int,              # of the result
-        norm:str="instance",  # instance, group or batch
-        dropout:float=0.,     # share of channels, after the block
+
+    def __init__(
+        self,
+        channels: int,  # of the input
+        out: int,  # of the result
+        norm: str = "instance",  # instance, group or batch
+        dropout: float = 0.0,  # share of channels, after the block
     ):
-        def conv(a): return [nn.Conv3d(a, out, 3, padding=1), pick(NORMS, norm, "norm")(out), nn.LeakyReLU(0.01, inplace=True)]
+        def conv(a):
+            return [
+                nn.Conv3d(a, out, 3, padding=1),
+                pick(NORMS, norm, "norm")(out),
+                nn.LeakyReLU(0.01, inplace=True),
+            ]
+
         super().__init__(*conv(channels), *conv(out), *([nn.Dropout3d(dropout)] if dropout else []))
 
 # %% ../../nbs/api/models/unet3d.ipynb #554c93e8
 def halvings(
-    size:tuple,  # z y x
-    levels:int,  # resolutions
-)->list:         # levels - 1 steps, 1 or 2 per axis
+    size: tuple,  # z y x
+    levels: int,  # resolutions
+) -> list:  # levels - 1 steps, 1 or 2 per axis
     "Steps of the poolings for crops of this size."
     plan = []
     for _ in range(levels - 1):
@@ -50,41 +59,65 @@ def halvings(
     return plan
 
 # %% ../../nbs/api/models/unet3d.ipynb #e9e7c684
-def possible(step:tuple, size:tuple)->tuple:
+def possible(step: tuple, size: tuple) -> tuple:
     "A step, without the axes that are too short to be halved in a volume smaller than planned."
     return tuple(k if n >= 4 else 1 for k, n in zip(step, size))
 
 # %% ../../nbs/api/models/unet3d.ipynb #aede8531
 class UNet3D(nn.Module):
     "Encoder and decoder with skips, any size: b c z y x -> maps b c_i z_i y_i x_i, finest first."
-    def __init__(self,
-        channels:int,            # of the input and of the finest map
-        levels:int=4,            # resolutions
+
+    def __init__(
+        self,
+        channels: int,  # of the input and of the finest map
+        levels: int = 4,  # resolutions
         *,
-        size:tuple=(64, 64, 64), # that the poolings are planned for
-        norm:str="instance",     # instance, group or batch
-        dropout:float=0.,        # in the coarsest block
-        bottom_channels:int=0,   # of something that joins at the coarsest level
-        gradient_checkpointing:bool=False,  # compute blocks again in the backward pass instead of keeping them
+        size: tuple = (64, 64, 64),  # that the poolings are planned for
+        norm: str = "instance",  # instance, group or batch
+        dropout: float = 0.0,  # in the coarsest block
+        bottom_channels: int = 0,  # of something that joins at the coarsest level
+        gradient_checkpointing: bool = False,  # compute blocks again in the backward pass instead of keeping them
     ):
         super().__init__()
-        if levels < 2: raise InputError(f"levels {levels}: expected 2 or more")
+        if levels < 2:
+            raise InputError(f"levels {levels}: expected 2 or more")
         widths = [channels * 2**i for i in range(levels)]
-        self.down = nn.ModuleList(ConvBlock(widths[max(0, i - 1)] + (bottom_channels if i == levels - 1 else 0), w, norm, dropout if i == levels - 1 else 0) for i, w in enumerate(widths))
-        self.up = nn.ModuleList(ConvBlock(widths[i] + widths[i + 1], widths[i], norm) for i in range(levels - 1))
-        self.widths, self.steps, self.gradient_checkpointing = widths, halvings(size, levels), gradient_checkpointing
+        self.down = nn.ModuleList(
+            ConvBlock(
+                widths[max(0, i - 1)] + (bottom_channels if i == levels - 1 else 0),
+                w,
+                norm,
+                dropout if i == levels - 1 else 0,
+            )
+            for i, w in enumerate(widths)
+        )
+        self.up = nn.ModuleList(
+            ConvBlock(widths[i] + widths[i + 1], widths[i], norm) for i in range(levels - 1)
+        )
+        self.widths, self.steps, self.gradient_checkpointing = (
+            widths,
+            halvings(size, levels),
+            gradient_checkpointing,
+        )
 
     def _run(self, block, x):
-        return checkpoint(block, x, use_reentrant=False) if self.gradient_checkpointing and self.training else block(x)
+        return (
+            checkpoint(block, x, use_reentrant=False)
+            if self.gradient_checkpointing and self.training
+            else block(x)
+        )
 
-    def forward(self,
-        x:Tensor,           # b c z y x
-        bottom:Tensor=None, # b k z y x of any size: joins at the coarsest level
-    )->list:                # maps, finest first, without the coarsest
+    def forward(
+        self,
+        x: Tensor,  # b c z y x
+        bottom: Tensor = None,  # b k z y x of any size: joins at the coarsest level
+    ) -> list:  # maps, finest first, without the coarsest
         skips = []
         for i, block in enumerate(self.down):
-            if i: x = F.max_pool3d(x, (k := possible(self.steps[i - 1], x.shape[2:])), k, ceil_mode=True)
-            if bottom is not None and block is self.down[-1]: x = torch.cat([x, resize(bottom, x.shape[2:])], 1)
+            if i:
+                x = F.max_pool3d(x, (k := possible(self.steps[i - 1], x.shape[2:])), k, ceil_mode=True)
+            if bottom is not None and block is self.down[-1]:
+                x = torch.cat([x, resize(bottom, x.shape[2:])], 1)
             x = self._run(block, x)
             skips.append(x)
         maps = [skips.pop()]
@@ -96,76 +129,95 @@ class UNet3D(nn.Module):
 # %% ../../nbs/api/models/unet3d.ipynb #6e42a6e0
 def _three(size, what):
     size = tuple(int(n) for n in ([size] * 3 if isinstance(size, int) else size))
-    if len(size) != 3 or min(size) < 1: raise InputError(f"{what} {size}: expected three sizes (z, y, x) of at least 1")
+    if len(size) != 3 or min(size) < 1:
+        raise InputError(f"{what} {size}: expected three sizes (z, y, x) of at least 1")
     return size
 
+
 def plane_sizes(
-    sizes,   # z y x, one number, or plane -> z y x
-)->dict:     # plane -> z y x; the key all for a single tensor
+    sizes,  # z y x, one number, or plane -> z y x
+) -> dict:  # plane -> z y x; the key all for a single tensor
     "Sizes of features by plane."
-    return {p: _three(s, "feature size") for p, s in (sizes if isinstance(sizes, dict) else {"all": sizes}).items()}
+    return {
+        p: _three(s, "feature size")
+        for p, s in (sizes if isinstance(sizes, dict) else {"all": sizes}).items()
+    }
 
 # %% ../../nbs/api/models/unet3d.ipynb #ae595033
 def by_plane(
-    features,      # b c z y x, or plane -> b c z y x
-    sizes:dict,    # planes that are expected
-    channels:int,  # that are expected
-)->dict:           # plane -> b c z y x
+    features,  # b c z y x, or plane -> b c z y x
+    sizes: dict,  # planes that are expected
+    channels: int,  # that are expected
+) -> dict:  # plane -> b c z y x
     "Features by plane, checked."
     if isinstance(features, Tensor):
-        if len(sizes) > 1: raise InputError(f"features in one tensor: expected one per plane, {', '.join(sizes)}")
+        if len(sizes) > 1:
+            raise InputError(f"features in one tensor: expected one per plane, {', '.join(sizes)}")
         features = {next(iter(sizes)): features}
-    if set(features) != set(sizes): raise InputError(f"features of {', '.join(features)}: expected {', '.join(sizes)}")
+    if set(features) != set(sizes):
+        raise InputError(f"features of {', '.join(features)}: expected {', '.join(sizes)}")
     for p, x in features.items():
-        if x.ndim != 5 or x.shape[1] != channels: raise InputError(f"features {p} {tuple(x.shape)}: expected b {channels} z y x")
+        if x.ndim != 5 or x.shape[1] != channels:
+            raise InputError(f"features {p} {tuple(x.shape)}: expected b {channels} z y x")
     return features
 
 # %% ../../nbs/api/models/unet3d.ipynb #383a871f
 def target_size(
-    features:dict,     # plane -> b c z y x
-    sizes:dict,        # that the network was built for
-    input_size:tuple,  # target that it was built for
-)->tuple:              # voxels z y x
+    features: dict,  # plane -> b c z y x
+    sizes: dict,  # that the network was built for
+    input_size: tuple,  # target that it was built for
+) -> tuple:  # voxels z y x
     "The target that features stand for, by the factors of the network."
-    found = {tuple(round(n * t / s) for n, t, s in zip(x.shape[2:], input_size, sizes[p])) for p, x in features.items()}
-    if len(found) > 1: raise InputError(f"features of {({p: tuple(x.shape[2:]) for p, x in features.items()})} stand for targets of {sorted(found)}: expected planes of one crop, in the ratios of {sizes}")
+    found = {
+        tuple(round(n * t / s) for n, t, s in zip(x.shape[2:], input_size, sizes[p]))
+        for p, x in features.items()
+    }
+    if len(found) > 1:
+        raise InputError(
+            f"features of { ({p: tuple(x.shape[2:]) for p, x in features.items()}) } stand for targets of {sorted(found)}: expected planes of one crop, in the ratios of {sizes}"
+        )
     return found.pop()
 
 # %% ../../nbs/api/models/unet3d.ipynb #44d6c065
 def plane_upsamplers(
-    name,                # of dinolab.models.upsample, "auto", or a module
-    channels:int,        # of the projected features
-    sizes:dict,          # plane -> z y x
-    size:tuple,          # target, z y x
-    guide_channels:int,  # of the raw volume
-)->nn.ModuleDict:
+    name,  # of dinolab.models.upsample, "auto", or a module
+    channels: int,  # of the projected features
+    sizes: dict,  # plane -> z y x
+    size: tuple,  # target, z y x
+    guide_channels: int,  # of the raw volume
+) -> nn.ModuleDict:
     "An upsampler for each plane."
-    made = {p: create_upsampler(name, channels, s, size, guide_channels=guide_channels) for p, s in sizes.items()}
+    made = {
+        p: create_upsampler(name, channels, s, size, guide_channels=guide_channels) for p, s in sizes.items()
+    }
     shared = next((m for m in made.values() if isinstance(m, NeighborhoodFilter)), None)
     return nn.ModuleDict({p: shared if isinstance(m, NeighborhoodFilter) else m for p, m in made.items()})
 
 # %% ../../nbs/api/models/unet3d.ipynb #df21446a
 class Lift(nn.Module):
     "Features of planes on their grids, b c z y x each -> b out Z Y X, their mean at the voxels of the target."
-    def __init__(self,
-        channels:int,        # of the features
-        out:int,             # of the result
-        sizes:dict,          # plane -> z y x
-        size:tuple,          # target, z y x
-        upsampler,           # of dinolab.models.upsample, "auto", or a module
-        guide_channels:int,  # of the raw volume
+
+    def __init__(
+        self,
+        channels: int,  # of the features
+        out: int,  # of the result
+        sizes: dict,  # plane -> z y x
+        size: tuple,  # target, z y x
+        upsampler,  # of dinolab.models.upsample, "auto", or a module
+        guide_channels: int,  # of the raw volume
     ):
         super().__init__()
         self.sizes, self.input_size = sizes, size
         self.project = nn.ModuleDict({p: nn.Conv3d(channels, out, 1) for p in sizes})
         self.upsample = plane_upsamplers(upsampler, out, sizes, size, guide_channels)
 
-    def lift(self,
-        features:dict,      # plane -> b c z y x
-        size:tuple,         # of the result, Z Y X
-        guide:Tensor=None,  # b g Z Y X, raw volume in 0..1
-        lean:bool=False,    # less memory for more time
-    )->Tensor:              # b out Z Y X
+    def lift(
+        self,
+        features: dict,  # plane -> b c z y x
+        size: tuple,  # of the result, Z Y X
+        guide: Tensor = None,  # b g Z Y X, raw volume in 0..1
+        lean: bool = False,  # less memory for more time
+    ) -> Tensor:  # b out Z Y X
         "Mean over the planes."
         codes = self._codes(guide) if len(features) > 1 else None
         return sum(self._plane(p, x, size, guide, codes, lean) for p, x in features.items()) / len(features)
@@ -179,46 +231,62 @@ class Lift(nn.Module):
         "Features of one plane at the voxels of the target."
         x = self.project[plane](x.to(self.project[plane].weight.dtype))
         given = (x, size, guide) if codes is None else (x, size, guide, codes)
-        return checkpoint(self.upsample[plane], *given, use_reentrant=False) if lean else self.upsample[plane](*given)
+        return (
+            checkpoint(self.upsample[plane], *given, use_reentrant=False)
+            if lean
+            else self.upsample[plane](*given)
+        )
 
 # %% ../../nbs/api/models/unet3d.ipynb #f74c3575
 class Surroundings(nn.Module):
     "Encoder of a view at a coarser scale: b g Z Y X -> b c, the part in its middle that the crop covers, at half the resolution of the view."
-    def __init__(self,
-        channels:int,  # of the view
-        out:int,       # of the result
-        scale:int,     # so many times as coarse as the crop
-        size:tuple,    # of the view, for which the poolings are planned
-        norm:str,      # instance, group or batch
+
+    def __init__(
+        self,
+        channels: int,  # of the view
+        out: int,  # of the result
+        scale: int,  # so many times as coarse as the crop
+        size: tuple,  # of the view, for which the poolings are planned
+        norm: str,  # instance, group or batch
     ):
         super().__init__()
         self.scale, self.step = scale, halvings(size, 2)[0]
         self.first, self.unet = nn.Conv3d(channels, out, 3, padding=1), UNet3D(out, 2, size=size, norm=norm)
 
-    def forward(self, view:Tensor)->Tensor:  # b g Z Y X -> b c z y x
-        x = self.unet(self.first(F.max_pool3d(view, (k := possible(self.step, view.shape[2:])), k, ceil_mode=True)))[0]
+    def forward(self, view: Tensor) -> Tensor:  # b g Z Y X -> b c z y x
+        x = self.unet(
+            self.first(F.max_pool3d(view, (k := possible(self.step, view.shape[2:])), k, ceil_mode=True))
+        )[0]
         keep = [max(1, round(n / self.scale)) for n in x.shape[2:]]
         return x[(..., *(slice((n - k) // 2, (n - k) // 2 + k) for n, k in zip(x.shape[2:], keep)))]
 
 # %% ../../nbs/api/models/unet3d.ipynb #d272c21f
 class LiftedUNet(Lift):
     "Lifted features, raw volume and surroundings through a U-Net to logits; `DINOv3UNet3D` makes the parts."
-    @property
-    def needs_guide(self)->bool: "Whether a forward pass needs the raw volume."; return self.raw is not None or any(getattr(u, "needs_guide", False) for u in self.upsample.values())
 
-    def forward(self,
-        features,             # b c z y x, or plane -> b c z y x
-        guide:Tensor=None,    # b g Z Y X, raw volume in 0..1 on the target grid
-        context:Tensor=None,  # b g Z Y X, the surroundings, coarser
-        size:tuple=None,      # of the result, Z Y X; None: what the features stand for
-    ):                        # b n Z Y X, or in training with deep supervision a list, finest first
+    @property
+    def needs_guide(self) -> bool:
+        "Whether a forward pass needs the raw volume."
+        return self.raw is not None or any(getattr(u, "needs_guide", False) for u in self.upsample.values())
+
+    def forward(
+        self,
+        features,  # b c z y x, or plane -> b c z y x
+        guide: Tensor = None,  # b g Z Y X, raw volume in 0..1 on the target grid
+        context: Tensor = None,  # b g Z Y X, the surroundings, coarser
+        size: tuple = None,  # of the result, Z Y X; None: what the features stand for
+    ):  # b n Z Y X, or in training with deep supervision a list, finest first
         "Logits."
         features = by_plane(features, self.sizes, self.config["input_channels"])
         self._check(guide, context)
         size = target_size(features, self.sizes, self.input_size) if size is None else _three(size, "size")
-        if guide is not None and guide.shape[2:] != size: raise InputError(f"guide of {tuple(guide.shape[2:])} voxels for a target of {size}: expected the raw volume on the target grid")
+        if guide is not None and guide.shape[2:] != size:
+            raise InputError(
+                f"guide of {tuple(guide.shape[2:])} voxels for a target of {size}: expected the raw volume on the target grid"
+            )
         x = self.lift(features, size, guide, self.unet.gradient_checkpointing and self.training)
-        if self.raw is not None: x = x + self.raw(guide[:, :self.raw.in_channels])
+        if self.raw is not None:
+            x = x + self.raw(guide[:, : self.raw.in_channels])
         maps = self.unet(x, None if self.context is None else self.context(context))
         maps[0] = torch.cat([maps[0], x], 1)
         out = [head(m) for head, m in zip(self.heads, maps)]
@@ -226,52 +294,91 @@ class LiftedUNet(Lift):
 
     def _check(self, guide, context):
         "What is missing, or there without use, is said."
-        if guide is None and self.needs_guide: raise InputError(f"upsampler {self.config['upsampler']} needs the raw volume: pass guide= (b g z y x, in 0..1, on the target grid)")
-        if (context is None) != (self.context is None): raise InputError(f"context {'missing' if context is None else 'given'}: expected it {'with' if self.context is not None else 'without'} context_channels={self.config['context_channels']}")
+        if guide is None and self.needs_guide:
+            raise InputError(
+                f"upsampler {self.config['upsampler']} needs the raw volume: pass guide= (b g z y x, in 0..1, on the target grid)"
+            )
+        if (context is None) != (self.context is None):
+            raise InputError(
+                f"context {'missing' if context is None else 'given'}: expected it {'with' if self.context is not None else 'without'} context_channels={self.config['context_channels']}"
+            )
 
 # %% ../../nbs/api/models/unet3d.ipynb #28c40d9e
 class DINOv3UNet3D(LiftedUNet):
     "3D U-Net on features: of one tensor, or of several planes each on its own grid."
-    def __init__(self,
-        input_channels:int,        # of the features; several ViT layers are concatenated
-        num_classes:int,           # logits
-        input_size:tuple,          # target, voxels z y x
+
+    def __init__(
+        self,
+        input_channels: int,  # of the features; several ViT layers are concatenated
+        num_classes: int,  # logits
+        input_size: tuple,  # target, voxels z y x
         *,
-        learn_upsampling:bool=False,   # features come on their own grids; False: at input_size
+        learn_upsampling: bool = False,  # features come on their own grids; False: at input_size
         dinov3_feature_size=None,  # z y x of the features, or plane -> z y x
-        upsampler="transpose",     # a name of dinolab.models.upsample, "auto", or a module
-        base_channels:int=32,      # after the projection and at the finest level
-        levels:int=4,              # resolutions of the U-Net
-        norm:str="instance",       # instance, group or batch
-        dropout:float=0.,          # in the coarsest block
-        deep_supervision:bool=False,       # in training, logits of all resolutions as a list
-        gradient_checkpointing:bool=False, # less memory for more time
-        guide_channels:int=1,      # of the raw volume, for guided upsamplers
-        raw_channels:int=0,        # the first so many channels of the guide also enter the U-Net
-        context_channels:int=0,    # of a view at a coarser scale; 0: none
-        context_scale:int=4,       # so many times as coarse
+        upsampler="transpose",  # a name of dinolab.models.upsample, "auto", or a module
+        base_channels: int = 32,  # after the projection and at the finest level
+        levels: int = 4,  # resolutions of the U-Net
+        norm: str = "instance",  # instance, group or batch
+        dropout: float = 0.0,  # in the coarsest block
+        deep_supervision: bool = False,  # in training, logits of all resolutions as a list
+        gradient_checkpointing: bool = False,  # less memory for more time
+        guide_channels: int = 1,  # of the raw volume, for guided upsamplers
+        raw_channels: int = 0,  # the first so many channels of the guide also enter the U-Net
+        context_channels: int = 0,  # of a view at a coarser scale; 0: none
+        context_scale: int = 4,  # so many times as coarse
     ):
         config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        if learn_upsampling and dinov3_feature_size is None: raise InputError("learn_upsampling=True without dinov3_feature_size: expected the z y x of the features, or plane -> z y x")
-        sizes, size = plane_sizes(dinov3_feature_size if learn_upsampling else input_size), _three(input_size, "input_size")
-        super().__init__(input_channels, base_channels, sizes, size, upsampler if learn_upsampling else "interpolate", guide_channels)
-        self.num_classes, self.config = num_classes, config | dict(input_size=size, dinov3_feature_size=sizes if learn_upsampling else None)
+        if learn_upsampling and dinov3_feature_size is None:
+            raise InputError(
+                "learn_upsampling=True without dinov3_feature_size: expected the z y x of the features, or plane -> z y x"
+            )
+        sizes, size = (
+            plane_sizes(dinov3_feature_size if learn_upsampling else input_size),
+            _three(input_size, "input_size"),
+        )
+        super().__init__(
+            input_channels,
+            base_channels,
+            sizes,
+            size,
+            upsampler if learn_upsampling else "interpolate",
+            guide_channels,
+        )
+        self.num_classes, self.config = (
+            num_classes,
+            config | dict(input_size=size, dinov3_feature_size=sizes if learn_upsampling else None),
+        )
         self.raw = nn.Conv3d(raw_channels, base_channels, 3, padding=1) if raw_channels else None
-        self.context = Surroundings(context_channels, base_channels, context_scale, size, norm) if context_channels else None
-        self.unet = UNet3D(base_channels, levels, size=size, norm=norm, dropout=dropout, bottom_channels=base_channels if context_channels else 0, gradient_checkpointing=gradient_checkpointing)
-        self.heads = nn.ModuleList(nn.Conv3d(w + base_channels * (i == 0), num_classes, 1) for i, w in enumerate(self.unet.widths[:-1 if deep_supervision else 1]))
+        self.context = (
+            Surroundings(context_channels, base_channels, context_scale, size, norm)
+            if context_channels
+            else None
+        )
+        self.unet = UNet3D(
+            base_channels,
+            levels,
+            size=size,
+            norm=norm,
+            dropout=dropout,
+            bottom_channels=base_channels if context_channels else 0,
+            gradient_checkpointing=gradient_checkpointing,
+        )
+        self.heads = nn.ModuleList(
+            nn.Conv3d(w + base_channels * (i == 0), num_classes, 1)
+            for i, w in enumerate(self.unet.widths[: -1 if deep_supervision else 1])
+        )
 
     @classmethod
-    def from_config(cls, config:dict)->"DINOv3UNet3D":
+    def from_config(cls, config: dict) -> "DINOv3UNet3D":
         "The network that has this `config`."
         return cls(**config)
 
 # %% ../../nbs/api/models/unet3d.ipynb #ae517bf7
 @torch.no_grad()
 def standardise(
-    model:nn.Module,  # with project: plane -> 1³ convolution
-    mean:dict,        # plane -> c
-    std:dict,         # plane -> c
+    model: nn.Module,  # with project: plane -> 1³ convolution
+    mean: dict,  # plane -> c
+    std: dict,  # plane -> c
 ):
     "Make the projection expect features as they are and see them standardised."
     for p, conv in model.project.items():
@@ -280,47 +387,72 @@ def standardise(
 
 # %% ../../nbs/api/models/unet3d.ipynb #3980b326
 def load_filter(
-    model:DINOv3UNet3D,  # with upsampler neighborhood
-    trained,             # NeighborhoodFilter of three dimensions, or the file of its weights
+    model: DINOv3UNet3D,  # with upsampler neighborhood
+    trained,  # NeighborhoodFilter of three dimensions, or the file of its weights
 ):
     "Start the upsampler from a trained filter."
     own = next((u for u in model.upsample.values() if isinstance(u, NeighborhoodFilter)), None)
-    if own is None: raise InputError(f"a trained filter for upsampler {model.config['upsampler']}: expected upsampler neighborhood")
-    state = trained.state_dict() if isinstance(trained, nn.Module) else torch.load(trained, map_location="cpu", weights_only=True)
-    try: own.load_state_dict(state)
-    except RuntimeError as e: raise InputError(f"the trained filter does not fit ({' '.join(str(e).split())[:150]}): expected one with config {own.config}") from None
+    if own is None:
+        raise InputError(
+            f"a trained filter for upsampler {model.config['upsampler']}: expected upsampler neighborhood"
+        )
+    state = (
+        trained.state_dict()
+        if isinstance(trained, nn.Module)
+        else torch.load(trained, map_location="cpu", weights_only=True)
+    )
+    try:
+        own.load_state_dict(state)
+    except RuntimeError as e:
+        raise InputError(
+            f"the trained filter does not fit ({' '.join(str(e).split())[:150]}): expected one with config {own.config}"
+        ) from None
 
 # %% ../../nbs/api/models/unet3d.ipynb #8ffec4b9
 class VoxelLinear(nn.Module):
     "A linear probe: logits on the patch grids, interpolated to the target and averaged over planes."
+
     needs_guide = False
-    def __init__(self,
-        input_channels:int,        # of the features
-        num_classes:int,           # logits
-        input_size:tuple,          # target, voxels z y x
+
+    def __init__(
+        self,
+        input_channels: int,  # of the features
+        num_classes: int,  # logits
+        input_size: tuple,  # target, voxels z y x
         dinov3_feature_size=None,  # z y x of the features, or plane -> z y x; None: as the target
     ):
         super().__init__()
-        self.sizes, self.input_size = plane_sizes(dinov3_feature_size or input_size), _three(input_size, "input_size")
-        self.config = dict(input_channels=input_channels, num_classes=num_classes, input_size=self.input_size, dinov3_feature_size=self.sizes)
+        self.sizes, self.input_size = (
+            plane_sizes(dinov3_feature_size or input_size),
+            _three(input_size, "input_size"),
+        )
+        self.config = dict(
+            input_channels=input_channels,
+            num_classes=num_classes,
+            input_size=self.input_size,
+            dinov3_feature_size=self.sizes,
+        )
         self.project = nn.ModuleDict({p: nn.Conv3d(input_channels, num_classes, 1) for p in self.sizes})
 
-    def forward(self,
-        features,             # plane -> b c z y x, or one array
-        guide:Tensor=None,    # b g Z Y X, not used
-        context:Tensor=None,  # b g Z Y X, not used
-        size:tuple=None,      # of the result; None: input_size
-    )->Tensor:                # b n Z Y X, logits
+    def forward(
+        self,
+        features,  # plane -> b c z y x, or one array
+        guide: Tensor = None,  # b g Z Y X, not used
+        context: Tensor = None,  # b g Z Y X, not used
+        size: tuple = None,  # of the result; None: input_size
+    ) -> Tensor:  # b n Z Y X, logits
         "Logits of all planes, averaged."
         features = by_plane(features, self.sizes, self.config["input_channels"])
         size = target_size(features, self.sizes, self.input_size) if size is None else _three(size, "size")
-        return sum(resize(self.project[p](f.to(self.project[p].weight.dtype)), size) for p, f in features.items()) / len(features)
+        return sum(
+            resize(self.project[p](f.to(self.project[p].weight.dtype)), size) for p, f in features.items()
+        ) / len(features)
 
 # %% ../../nbs/api/models/unet3d.ipynb #71f1f673
 def feature_bytes(
-    channels:int,    # of the features
-    sizes,           # z y x, or plane -> z y x
-    itemsize:int=2,  # bytes per number; stores hold float16
-)->int:
+    channels: int,  # of the features
+    sizes,  # z y x, or plane -> z y x
+    itemsize: int = 2,  # bytes per number; stores hold float16
+) -> int:
     "Memory of the features of one crop."
     return channels * itemsize * sum(math.prod(s) for s in plane_sizes(sizes).values())

@@ -22,40 +22,48 @@ from .heads import BatchNorm, Segmenter, WithImage, covered, fit_logits
 # %% ../../nbs/api/models/unet3plus.ipynb #361cee0a
 @lru_cache(64)
 def shifted_matrices(
-    cells:int,    # of one axis
-    pixels:int,   # that are kept
-    covered:int,  # pixels that the cells cover
-    dtype:torch.dtype,
-    device:str,
-)->Tensor:        # pixels x 3 cells
+    cells: int,  # of one axis
+    pixels: int,  # that are kept
+    covered: int,  # pixels that the cells cover
+    dtype: torch.dtype,
+    device: str,
+) -> Tensor:  # pixels x 3 cells
     "Bilinear upsampling of one axis, for the taps at -1, 0 and 1 beside each other; zero where a tap falls outside what is kept."
     with torch.inference_mode(False):  # a tensor made in inference mode cannot be used in training
-        m = F.interpolate(torch.eye(cells, dtype=torch.float64)[:, None], size=covered, mode="linear", align_corners=False)[:, 0].T
+        m = F.interpolate(
+            torch.eye(cells, dtype=torch.float64)[:, None], size=covered, mode="linear", align_corners=False
+        )[:, 0].T
         m = F.pad(m[:pixels], (0, 0, 1, 1))
-        return torch.cat([m[k:k + pixels] for k in range(3)], 1).to(device, dtype)
+        return torch.cat([m[k : k + pixels] for k in range(3)], 1).to(device, dtype)
 
 # %% ../../nbs/api/models/unet3plus.ipynb #8618d88f
 def upsampled_conv(
-    x:Tensor,          # b c h w
-    weight:Tensor,     # o c 3 3
-    bias:Tensor,       # o
-    size:tuple,        # height and width that are kept, pixels
-    cover:tuple=None,  # height and width that the cells cover, pixels; None: size
-)->Tensor:             # b o *size
+    x: Tensor,  # b c h w
+    weight: Tensor,  # o c 3 3
+    bias: Tensor,  # o
+    size: tuple,  # height and width that are kept, pixels
+    cover: tuple = None,  # height and width that the cells cover, pixels; None: size
+) -> Tensor:  # b o *size
     "conv2d(interpolate(x, cover)[..., :size], weight, bias, padding=1) without the upsampled x; equal up to rounding, gradients too."
     (b, _, h, w), o = x.shape, len(weight)
-    taps = F.conv2d(x, weight.permute(2, 0, 3, 1).reshape(9 * o, -1, 1, 1), F.pad(bias[None, :, None], (1, 1, 0, 0, 1, 1)).reshape(-1))
-    rows, columns = (shifted_matrices(n, s, c, taps.dtype, str(x.device)) for n, s, c in zip((h, w), size, cover or size))
+    taps = F.conv2d(
+        x,
+        weight.permute(2, 0, 3, 1).reshape(9 * o, -1, 1, 1),
+        F.pad(bias[None, :, None], (1, 1, 0, 0, 1, 1)).reshape(-1),
+    )
+    rows, columns = (
+        shifted_matrices(n, s, c, taps.dtype, str(x.device)) for n, s, c in zip((h, w), size, cover or size)
+    )
     wide = taps.view(b, 3, o, 3, h, w).permute(0, 2, 1, 4, 3, 5).reshape(b, o, 3 * h, 3 * w) @ columns.T
     return rows @ wide
 
 # %% ../../nbs/api/models/unet3plus.ipynb #f13a25e7
 def multiplications(
-    channels:int,  # of the map
-    out:int,       # of the result
-    cells:tuple,   # height and width of the map
-    size:tuple,    # pixels
-)->tuple:          # of the plain order, of upsampled_conv
+    channels: int,  # of the map
+    out: int,  # of the result
+    cells: tuple,  # height and width of the map
+    size: tuple,  # pixels
+) -> tuple:  # of the plain order, of upsampled_conv
     "Products for one image."
     (h, w), (y, x) = cells, size
     return 9 * channels * out * y * x, 9 * channels * out * h * w + 3 * h * out * x * (3 * w + y)
@@ -63,91 +71,119 @@ def multiplications(
 # %% ../../nbs/api/models/unet3plus.ipynb #edec01f9
 class UpsampledConv(nn.Conv2d):
     "A 3x3 convolution at a finer resolution than that of its map."
-    paper_order = False  # upsample first: the oracle
-    def __init__(self,
-        channels:int,  # of the map
-        out:int,       # of the result
-    ): super().__init__(channels, out, 3, padding=1)
 
-    def forward(self,
-        x:Tensor,         # b c h w
-        size:tuple=None,  # pixels of the result; None: those of x
-        ratio:int=1,      # pixels per cell of x
-    )->Tensor:            # b o *size
-        if ratio == 1: return super().forward(x)
+    paper_order = False  # upsample first: the oracle
+
+    def __init__(
+        self,
+        channels: int,  # of the map
+        out: int,  # of the result
+    ):
+        super().__init__(channels, out, 3, padding=1)
+
+    def forward(
+        self,
+        x: Tensor,  # b c h w
+        size: tuple = None,  # pixels of the result; None: those of x
+        ratio: int = 1,  # pixels per cell of x
+    ) -> Tensor:  # b o *size
+        if ratio == 1:
+            return super().forward(x)
         cover = covered(x.shape[2:], ratio)
         before, after = multiplications(self.in_channels, self.out_channels, x.shape[2:], size)
-        if after < before and not self.paper_order: return upsampled_conv(x, self.weight, self.bias, size, cover)
-        return super().forward(F.interpolate(x, size=cover, mode="bilinear", align_corners=False)[..., :size[0], :size[1]])
+        if after < before and not self.paper_order:
+            return upsampled_conv(x, self.weight, self.bias, size, cover)
+        return super().forward(
+            F.interpolate(x, size=cover, mode="bilinear", align_corners=False)[..., : size[0], : size[1]]
+        )
+
 
 def set_paper_order(
-    model:nn.Module,  # with such convolutions
-    on:bool=True,     # upsample first, or the fast order
-)->nn.Module:         # the same
+    model: nn.Module,  # with such convolutions
+    on: bool = True,  # upsample first, or the fast order
+) -> nn.Module:  # the same
     "Choose the order of all convolutions after upsampling."
     for m in model.modules():
-        if isinstance(m, UpsampledConv): m.paper_order = on
+        if isinstance(m, UpsampledConv):
+            m.paper_order = on
     return model
 
 # %% ../../nbs/api/models/unet3plus.ipynb #34551fe4
 class Branch(nn.Module):
     "Convolution, batch norm, ReLU at the resolution of a node: b c h w -> b o *size."
-    def __init__(self,
-        channels:int,  # of the map
-        out:int,       # of the result
+
+    def __init__(
+        self,
+        channels: int,  # of the map
+        out: int,  # of the result
     ):
         super().__init__()
         self.conv, self.norm = UpsampledConv(channels, out), BatchNorm(out)
 
-    def forward(self, x:Tensor, size:tuple=None, ratio:int=1)->Tensor: return F.relu(self.norm(self.conv(x, size, ratio)))  # b c h w -> b o *size
+    def forward(self, x: Tensor, size: tuple = None, ratio: int = 1) -> Tensor:  # b c h w -> b o *size
+        return F.relu(self.norm(self.conv(x, size, ratio)))
 
 # %% ../../nbs/api/models/unet3plus.ipynb #4b975c66
 def check_pyramid(
-    spec:FeatureSpec,  # of a backbone
-    name:str="the backbone",  # for the error
+    spec: FeatureSpec,  # of a backbone
+    name: str = "the backbone",  # for the error
 ):
     "Raise `InputError` where the maps are no pyramid."
     if len(spec) < 2 or any(b <= a or b % a for a, b in zip(spec.strides, spec.strides[1:])):
-        raise InputError(f"{name} gives maps of strides {', '.join(map(str, spec.strides))}: expected a pyramid of two or more, such as 4, 8, 16, 32; take a convolutional backbone, or create_segmentation_model for one of a single stride")
+        raise InputError(
+            f"{name} gives maps of strides {', '.join(map(str, spec.strides))}: expected a pyramid of two or more, such as 4, 8, 16, 32; take a convolutional backbone, or create_segmentation_model for one of a single stride"
+        )
+
 
 def pooled(
-    maps:list,      # fine to coarse
-    strides:tuple,  # pixels per cell
-)->dict:            # (k, i), k <= i: map k at the resolution of map i; not the coarsest
+    maps: list,  # fine to coarse
+    strides: tuple,  # pixels per cell
+) -> dict:  # (k, i), k <= i: map k at the resolution of map i; not the coarsest
     "Max-pooled maps, each made from the one before."
     down = {(k, k): m for k, m in enumerate(maps)}
     for k in range(len(maps)):
-        for i in range(k + 1, len(maps) - 1): down[k, i] = F.max_pool2d(down[k, i - 1], strides[i] // strides[i - 1], ceil_mode=True)
+        for i in range(k + 1, len(maps) - 1):
+            down[k, i] = F.max_pool2d(down[k, i - 1], strides[i] // strides[i - 1], ceil_mode=True)
     return down
 
 # %% ../../nbs/api/models/unet3plus.ipynb #291bca13
 class FullDecoder(nn.Module):
     "Every node sees all finer maps of the encoder, its own, and all coarser nodes (Huang et al. 2020, equation 1): maps -> nodes, finest first."
-    def __init__(self,
-        spec:FeatureSpec,     # of the encoder
-        cat_channels:int=64,  # of each branch
+
+    def __init__(
+        self,
+        spec: FeatureSpec,  # of the encoder
+        cat_channels: int = 64,  # of each branch
     ):
         super().__init__()
         self.strides, levels, wide = spec.strides, len(spec), cat_channels * len(spec)
         channels = lambda i, k: spec.channels[k] if k <= i or k == levels - 1 else wide
-        self.branches = nn.ModuleList(nn.ModuleList(Branch(channels(i, k), cat_channels) for k in range(levels)) for i in range(levels - 1))
+        self.branches = nn.ModuleList(
+            nn.ModuleList(Branch(channels(i, k), cat_channels) for k in range(levels))
+            for i in range(levels - 1)
+        )
         self.fuse = nn.ModuleList(Branch(wide, wide) for _ in range(levels - 1))
         self.channels = (wide,) * (levels - 1) + (spec.channels[-1],)
 
-    def forward(self, maps:list)->list:
+    def forward(self, maps: list) -> list:
         nodes, down = {len(maps) - 1: maps[-1]}, pooled(maps, self.strides)
         for i in reversed(range(len(maps) - 1)):
             size = maps[i].shape[2:]
-            seen = [b(down[k, i]) if k <= i else b(nodes[k], size, self.strides[k] // self.strides[i]) for k, b in enumerate(self.branches[i])]
+            seen = [
+                b(down[k, i]) if k <= i else b(nodes[k], size, self.strides[k] // self.strides[i])
+                for k, b in enumerate(self.branches[i])
+            ]
             nodes[i] = self.fuse[i](torch.cat(seen, 1))
         return [nodes[i] for i in range(len(maps))]
 
 # %% ../../nbs/api/models/unet3plus.ipynb #88057ccc
 class SimpleDecoder(nn.Module):
     "Top-down path of `cat_channels` (D_i from E_i + upsampled D_{i+1}), then all nodes fused at the finest: maps -> nodes, the fused one in place of the finest."
-    def __init__(self,
-        spec:FeatureSpec,     # of the encoder
-        cat_channels:int=64,  # of each node
+
+    def __init__(
+        self,
+        spec: FeatureSpec,  # of the encoder
+        cat_channels: int = 64,  # of each node
     ):
         super().__init__()
         self.strides = spec.strides
@@ -157,41 +193,58 @@ class SimpleDecoder(nn.Module):
         self.norm = BatchNorm(cat_channels)
         self.channels = (cat_channels,) * len(spec)
 
-    def forward(self, maps:list)->list:
+    def forward(self, maps: list) -> list:
         nodes = [self.smooth[-1](self.lateral[-1](maps[-1]))]
         for i in reversed(range(len(maps) - 1)):
-            up = F.interpolate(nodes[0], size=covered(nodes[0].shape[2:], self.strides[i + 1] // self.strides[i]), mode="bilinear", align_corners=False)
+            up = F.interpolate(
+                nodes[0],
+                size=covered(nodes[0].shape[2:], self.strides[i + 1] // self.strides[i]),
+                mode="bilinear",
+                align_corners=False,
+            )
             h, w = maps[i].shape[2:]
             nodes.insert(0, self.smooth[i](self.lateral[i](maps[i]) + up[..., :h, :w]))
         size = nodes[0].shape[2:]
-        joined = sum(conv(n, size, s // self.strides[0]) for conv, n, s in zip(self.join, nodes, self.strides))
+        joined = sum(
+            conv(n, size, s // self.strides[0]) for conv, n, s in zip(self.join, nodes, self.strides)
+        )
         return [F.relu(self.norm(joined)), *nodes[1:]]
 
 # %% ../../nbs/api/models/unet3plus.ipynb #0093c270
 class Presence(nn.Module):
     "Which foreground classes an image has, from its coarsest map: b c h w -> logits b n - 1 (b 1 for one class)."
-    def __init__(self,
-        channels:int,     # of the map
-        num_classes:int,  # of the segmentation; the first of two or more is the background
+
+    def __init__(
+        self,
+        channels: int,  # of the map
+        num_classes: int,  # of the segmentation; the first of two or more is the background
     ):
         super().__init__()
-        self.layers = nn.Sequential(nn.Dropout(0.5), nn.Conv2d(channels, max(1, num_classes - 1), 1), nn.AdaptiveMaxPool2d(1), nn.Flatten())
+        self.layers = nn.Sequential(
+            nn.Dropout(0.5),
+            nn.Conv2d(channels, max(1, num_classes - 1), 1),
+            nn.AdaptiveMaxPool2d(1),
+            nn.Flatten(),
+        )
 
-    def forward(self, x:Tensor)->Tensor: return self.layers(x)  # b c h w -> b n-1, logits
+    def forward(self, x: Tensor) -> Tensor:  # b c h w -> b n-1, logits
+        return self.layers(x)
+
 
 def gate(
-    logits:Tensor,    # b n h w
-    presence:Tensor,  # b n - 1, or b 1 for one class; logits
-)->Tensor:            # b n h w
+    logits: Tensor,  # b n h w
+    presence: Tensor,  # b n - 1, or b 1 for one class; logits
+) -> Tensor:  # b n h w
     "Logits with the log-probability of presence added to each foreground class."
     shift = F.logsigmoid(presence.detach().float())
     return logits + F.pad(shift, (logits.shape[1] - shift.shape[1], 0))[..., None, None].to(logits.dtype)
 
+
 def presence_loss(
-    presence:Tensor,   # b n, logits
-    target:Tensor,     # b h w, integers
-    mask:Tensor=None,  # b h w; None: all pixels count
-)->Tensor:             # scalar
+    presence: Tensor,  # b n, logits
+    target: Tensor,  # b h w, integers
+    mask: Tensor = None,  # b h w; None: all pixels count
+) -> Tensor:  # scalar
     "Binary cross-entropy of whether each foreground class is in an image."
     known = target if mask is None else torch.where(mask.bool(), target, 0)
     there = torch.stack([(known == c + 1).flatten(1).any(1) for c in range(presence.shape[1])], 1)
@@ -200,31 +253,40 @@ def presence_loss(
 # %% ../../nbs/api/models/unet3plus.ipynb #e5d84e03
 DECODERS = dict(full=FullDecoder, simple=SimpleDecoder)
 
+
 class Judged(NamedTuple):
     "What a network with the classification-guided module gives in training."
-    logits:object    # b n h w, or a list of such
-    presence:Tensor  # b n, logits
+
+    logits: object  # b n h w, or a list of such
+    presence: Tensor  # b n, logits
+
 
 class UNet3PlusHead(nn.Module):
     "Decoder and logits: maps -> logits at the finest stride; in training a list with deep supervision, and `Judged` with cgm."
-    def __init__(self,
-        spec:FeatureSpec,       # of the maps: a pyramid
-        num_classes:int,        # logits
+
+    def __init__(
+        self,
+        spec: FeatureSpec,  # of the maps: a pyramid
+        num_classes: int,  # logits
         *,
-        cat_channels:int=64,    # of each branch
-        decoder:str="full",     # full or simple
-        deep_supervision:bool=False,  # logits of all nodes in training
-        cgm:bool=False,         # classification-guided module
+        cat_channels: int = 64,  # of each branch
+        decoder: str = "full",  # full or simple
+        deep_supervision: bool = False,  # logits of all nodes in training
+        cgm: bool = False,  # classification-guided module
     ):
         super().__init__()
         check_pyramid(spec)
-        if cat_channels < 1: raise InputError(f"cat_channels={cat_channels}: expected 1 or more")
+        if cat_channels < 1:
+            raise InputError(f"cat_channels={cat_channels}: expected 1 or more")
         self.decoder = pick(DECODERS, decoder, "decoder")(spec, cat_channels)
-        self.classify = nn.ModuleList(nn.Conv2d(c, num_classes, 3, padding=1) for c in self.decoder.channels[:len(spec) if deep_supervision else 1])
+        self.classify = nn.ModuleList(
+            nn.Conv2d(c, num_classes, 3, padding=1)
+            for c in self.decoder.channels[: len(spec) if deep_supervision else 1]
+        )
         self.presence = Presence(spec.channels[-1], num_classes) if cgm else None
         self.stride = spec.strides[0]
 
-    def forward(self, maps:list):
+    def forward(self, maps: list):
         nodes = self.decoder(maps)
         logits = [f(n) for f, n in zip(self.classify if self.training else self.classify[:1], nodes)]
         if self.presence is not None:
@@ -236,48 +298,92 @@ class UNet3PlusHead(nn.Module):
 # %% ../../nbs/api/models/unet3plus.ipynb #b4a1e231
 class UNet3Plus(Segmenter):
     "Image b c h w in 0..1 to logits b n h w; in training a list with deep supervision, and `Judged` with cgm."
-    def __init__(self,
-        backbone="convnext_tiny",      # any timm model with a pyramid of maps, or a Backbone
-        num_classes:int=3,             # logits
+
+    def __init__(
+        self,
+        backbone="convnext_tiny",  # any timm model with a pyramid of maps, or a Backbone
+        num_classes: int = 3,  # logits
         *,
-        weights=None,                  # of the backbone: None (random), "pretrained", file or folder
-        cat_channels:int=64,           # of each branch: cost grows with its square
-        deep_supervision:bool=False,   # logits of all nodes in training
-        decoder:str="full",            # full: every node sees all scales; simple: a top-down path and one aggregation
-        freeze_backbone:bool=False,    # train the decoder only
-        cgm:bool=False,                # classification-guided module
-        stem:int=0,                    # channels of a level of stride 1; 0: none
-        in_channels:int=3,             # of the image
+        weights=None,  # of the backbone: None (random), "pretrained", file or folder
+        cat_channels: int = 64,  # of each branch: cost grows with its square
+        deep_supervision: bool = False,  # logits of all nodes in training
+        decoder: str = "full",  # full: every node sees all scales; simple: a top-down path and one aggregation
+        freeze_backbone: bool = False,  # train the decoder only
+        cgm: bool = False,  # classification-guided module
+        stem: int = 0,  # channels of a level of stride 1; 0: none
+        in_channels: int = 3,  # of the image
     ):
-        net = backbone if isinstance(backbone, nn.Module) else create_backbone(backbone, weights=weights, in_channels=in_channels)
+        net = (
+            backbone
+            if isinstance(backbone, nn.Module)
+            else create_backbone(backbone, weights=weights, in_channels=in_channels)
+        )
         check_pyramid(net.spec, backbone if isinstance(backbone, str) else "the backbone")
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1: raise InputError(f"num_classes={num_classes!r}: expected a whole number of 1 or more")
-        if freeze_backbone: net.requires_grad_(False)
+        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+            raise InputError(f"num_classes={num_classes!r}: expected a whole number of 1 or more")
+        if freeze_backbone:
+            net.requires_grad_(False)
         neck = WithImage(net.spec, None, in_channels, stem) if stem else None
         spec = net.spec if neck is None else neck.spec
-        super().__init__(net, UNet3PlusHead(spec, num_classes, cat_channels=cat_channels, decoder=decoder, deep_supervision=deep_supervision, cgm=cgm), neck)
+        super().__init__(
+            net,
+            UNet3PlusHead(
+                spec,
+                num_classes,
+                cat_channels=cat_channels,
+                decoder=decoder,
+                deep_supervision=deep_supervision,
+                cgm=cgm,
+            ),
+            neck,
+        )
         self.to(memory_format=torch.channels_last)  # never slower, where it was measured
-        self.config = dict(num_classes=num_classes, cat_channels=cat_channels, deep_supervision=deep_supervision, decoder=decoder, freeze_backbone=freeze_backbone, cgm=cgm, stem=stem, in_channels=in_channels)
+        self.config = dict(
+            num_classes=num_classes,
+            cat_channels=cat_channels,
+            deep_supervision=deep_supervision,
+            decoder=decoder,
+            freeze_backbone=freeze_backbone,
+            cgm=cgm,
+            stem=stem,
+            in_channels=in_channels,
+        )
 
-    def forward(self,
-        image:Tensor,  # b c h w in 0..1
+    def forward(
+        self,
+        image: Tensor,  # b c h w in 0..1
     ):
         maps = self.features(image)
         found = self.head(maps if self.neck is None else self.neck(maps, image))
         fit = lambda l, stride: fit_logits(l, covered(l.shape[2:], stride), image.shape[2:])
-        all_of = lambda x: [fit(l, s) for l, s in zip(x, self.spec.strides)] if isinstance(x, list) else fit(x, self.spec.strides[0])
+        all_of = lambda x: (
+            [fit(l, s) for l, s in zip(x, self.spec.strides)]
+            if isinstance(x, list)
+            else fit(x, self.spec.strides[0])
+        )
         return Judged(all_of(found.logits), found.presence) if isinstance(found, Judged) else all_of(found)
 
 # %% ../../nbs/api/models/unet3plus.ipynb #3a6ee5fa
 def level_rows(
-    model:UNet3Plus,
-    size:tuple=(256, 256),  # of an image, pixels
-)->list:                    # a dict per level, for format_table
+    model: UNet3Plus,
+    size: tuple = (256, 256),  # of an image, pixels
+) -> list:  # a dict per level, for format_table
     "What each level of the encoder gives and what its decoder node is made of."
+
     def row(i):
         deepest, full = i == len(model.spec) - 1, isinstance(model.head.decoder, FullDecoder)
-        finer, coarser = [f"E{k + 1} pooled" for k in range(i)], [f"D{k + 1} up" for k in range(i + 1, len(model.spec))]
+        finer, coarser = (
+            [f"E{k + 1} pooled" for k in range(i)],
+            [f"D{k + 1} up" for k in range(i + 1, len(model.spec))],
+        )
         sees = [] if deepest else [*finer, f"E{i + 1}", *coarser] if full else [f"E{i + 1}", *coarser[:1]]
-        return {"level": i + 1, "stride": model.spec.strides[i], f"cells at {size[0]} x {size[1]}": " x ".join(map(str, model.spec.sizes(*size)[i])), "encoder": model.spec.channels[i],
-                "decoder": model.head.decoder.channels[i], "the node sees": ", ".join(sees) or f"E{i + 1}"}
+        return {
+            "level": i + 1,
+            "stride": model.spec.strides[i],
+            f"cells at {size[0]} x {size[1]}": " x ".join(map(str, model.spec.sizes(*size)[i])),
+            "encoder": model.spec.channels[i],
+            "decoder": model.head.decoder.channels[i],
+            "the node sees": ", ".join(sees) or f"E{i + 1}",
+        }
+
     return [row(i) for i in range(len(model.spec))]

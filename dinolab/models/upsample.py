@@ -21,34 +21,45 @@ from ..core.errors import InputError, pick
 LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}  # spatial axes -> mode of F.interpolate
 POOL = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 
+
 def resize(
-    x:Tensor,    # b c *s
-    size:tuple,  # wanted
-)->Tensor:       # b c *size
+    x: Tensor,  # b c *s
+    size: tuple,  # wanted
+) -> Tensor:  # b c *size
     "Linear where an axis grows, mean where it shrinks."
     size = tuple(size)
-    if x.shape[2:] == size: return x
+    if x.shape[2:] == size:
+        return x
     smaller = tuple(map(min, x.shape[2:], size))
-    if x.shape[2:] != smaller: x = POOL[len(size)](x, smaller)
-    return x if x.shape[2:] == size else F.interpolate(x, size=size, mode=LINEAR[len(size)], align_corners=False)
+    if x.shape[2:] != smaller:
+        x = POOL[len(size)](x, smaller)
+    return (
+        x if x.shape[2:] == size else F.interpolate(x, size=size, mode=LINEAR[len(size)], align_corners=False)
+    )
 
 # %% ../../nbs/api/models/upsample.ipynb #51f2af12
 class Interpolate(nn.Module):
     "Linear interpolation: no parameters, no guide."
+
     needs_guide = False
-    def __init__(self,
-        in_channels:int,  # of the features
+
+    def __init__(
+        self,
+        in_channels: int,  # of the features
     ):
         super().__init__()
         self.out_channels = in_channels
 
-    def forward(self, x:Tensor, size:tuple, guide:Tensor=None)->Tensor: return resize(x, size)  # b c *small, guide (b g *size, not used) -> b c *size
+    def forward(
+        self, x: Tensor, size: tuple, guide: Tensor = None
+    ) -> Tensor:  # b c *small, guide (b g *size, not used) -> b c *size
+        return resize(x, size)
 
 # %% ../../nbs/api/models/upsample.ipynb #69411372
 def cell_tables(
-    n:int,     # coarse cells of an axis
-    size:int,  # fine voxels of the axis, at least as many
-)->tuple:      # members (n m: fine voxels of each cell, the last repeated), place (size: cell · m + position), offset (n m: from the cell's centre, cells), real (n m)
+    n: int,  # coarse cells of an axis
+    size: int,  # fine voxels of the axis, at least as many
+) -> tuple:  # members (n m: fine voxels of each cell, the last repeated), place (size: cell · m + position), offset (n m: from the cell's centre, cells), real (n m)
     "Which fine voxels lie in which cell of an axis."
     centre = (torch.arange(size, dtype=torch.float64) + 0.5) * n / size - 0.5  # in cells
     cell = centre.round().long().clamp(0, n - 1)
@@ -62,45 +73,58 @@ def cell_tables(
 
 # %% ../../nbs/api/models/upsample.ipynb #a0f06518
 def to_cells(
-    x:Tensor,      # b c *fine
-    members:list,  # per axis: n m
-)->Tensor:         # b n1..nd m1..md c
+    x: Tensor,  # b c *fine
+    members: list,  # per axis: n m
+) -> Tensor:  # b n1..nd m1..md c
     "Fine voxels grouped by their cells."
     for a, t in enumerate(members):
-        whole = t.numel() == x.shape[2 + 2 * a] and bool((t.flatten() == torch.arange(t.numel(), device=t.device)).all())
-        x = x.unflatten(2 + 2 * a, t.shape) if whole else x.index_select(2 + 2 * a, t.flatten()).unflatten(2 + 2 * a, t.shape)
+        whole = t.numel() == x.shape[2 + 2 * a] and bool(
+            (t.flatten() == torch.arange(t.numel(), device=t.device)).all()
+        )
+        x = (
+            x.unflatten(2 + 2 * a, t.shape)
+            if whole
+            else x.index_select(2 + 2 * a, t.flatten()).unflatten(2 + 2 * a, t.shape)
+        )
     d = len(members)
     return x.permute(0, *range(2, 2 + 2 * d, 2), *range(3, 2 + 2 * d, 2), 1)
 
 # %% ../../nbs/api/models/upsample.ipynb #6a5a167f
 def from_cells(
-    x:Tensor,    # b n1..nd m1..md c
-    places:list, # per axis: index of each fine voxel in n · m
-)->Tensor:       # b c *fine
+    x: Tensor,  # b n1..nd m1..md c
+    places: list,  # per axis: index of each fine voxel in n · m
+) -> Tensor:  # b c *fine
     "The inverse of `to_cells`."
     d = len(places)
     x = x.permute(0, -1, *(i for a in range(d) for i in (1 + a, 1 + d + a)))
     for a, p in enumerate(places):
         x = x.flatten(2 + a, 3 + a)
-        if len(p) != x.shape[2 + a] or not bool((p == torch.arange(len(p), device=p.device)).all()): x = x.index_select(2 + a, p)
+        if len(p) != x.shape[2 + a] or not bool((p == torch.arange(len(p), device=p.device)).all()):
+            x = x.index_select(2 + a, p)
     return x
 
 # %% ../../nbs/api/models/upsample.ipynb #f7e281d2
 def windows(
-    x:Tensor,      # b c *coarse
-    window:tuple,  # cells per axis, odd
-)->Tensor:         # b n1..nd W c, W the product of the window
+    x: Tensor,  # b c *coarse
+    window: tuple,  # cells per axis, odd
+) -> Tensor:  # b n1..nd W c, W the product of the window
     "The cells around each cell; outside the grid the nearest one."
     d = len(window)
-    index = [(torch.arange(n, device=x.device)[:, None] + torch.arange(w, device=x.device) - w // 2).clamp(0, n - 1) for n, w in zip(x.shape[2:], window)]
-    for a, i in enumerate(index): x = x.index_select(2 + 2 * a, i.flatten()).unflatten(2 + 2 * a, i.shape)
+    index = [
+        (torch.arange(n, device=x.device)[:, None] + torch.arange(w, device=x.device) - w // 2).clamp(
+            0, n - 1
+        )
+        for n, w in zip(x.shape[2:], window)
+    ]
+    for a, i in enumerate(index):
+        x = x.index_select(2 + 2 * a, i.flatten()).unflatten(2 + 2 * a, i.shape)
     return x.permute(0, *range(2, 2 + 2 * d, 2), *range(3, 2 + 2 * d, 2), 1).flatten(1 + d, 2 * d)
 
 # %% ../../nbs/api/models/upsample.ipynb #b65ce777
 def window_distance(
-    offset:Tensor,  # n m, of fine voxels from their cell
-    window:int,     # cells, odd
-)->Tensor:          # n m window; infinite where the cell is outside the grid
+    offset: Tensor,  # n m, of fine voxels from their cell
+    window: int,  # cells, odd
+) -> Tensor:  # n m window; infinite where the cell is outside the grid
     "Distance, in cells, of each fine voxel from each cell of its window along one axis."
     n = len(offset)
     step = torch.arange(window, device=offset.device) - window // 2
@@ -110,8 +134,8 @@ def window_distance(
 
 # %% ../../nbs/api/models/upsample.ipynb #a0bb0838
 def sum_axes(
-    parts:list,  # per axis: n m w
-)->Tensor:       # *n P W: cells n1..nd, positions, window
+    parts: list,  # per axis: n m w
+) -> Tensor:  # *n P W: cells n1..nd, positions, window
     "A quantity that adds up over the axes, for every cell, position and window cell."
     d, total = len(parts), 0
     for a, p in enumerate(parts):
@@ -123,13 +147,17 @@ def sum_axes(
 # %% ../../nbs/api/models/upsample.ipynb #c5dba20c
 class Tile:
     "A box of coarse cells with the cells around it and the fine voxels they hold."
-    def __init__(self,
-        tables:list,    # per axis, from cell_tables
-        box:tuple,      # per axis: first and last + 1 cell
-        reach:tuple,    # per axis: cells around
+
+    def __init__(
+        self,
+        tables: list,  # per axis, from cell_tables
+        box: tuple,  # per axis: first and last + 1 cell
+        reach: tuple,  # per axis: cells around
     ):
         self.box = box
-        self.cells = tuple(slice(max(0, a - r), min(len(t[0]), b + r)) for t, (a, b), r in zip(tables, box, reach))
+        self.cells = tuple(
+            slice(max(0, a - r), min(len(t[0]), b + r)) for t, (a, b), r in zip(tables, box, reach)
+        )
         self.inner = tuple(slice(a - c.start, b - c.start) for (a, b), c in zip(box, self.cells))
         of = lambda t, a, b: slice(int(t[0][a, 0]), int(t[0][b - 1, -1]) + 1)
         self.fine = tuple(of(t, c.start, c.stop) for t, c in zip(tables, self.cells))
@@ -140,49 +168,61 @@ class Tile:
 
 # %% ../../nbs/api/models/upsample.ipynb #a92a7cdd
 def tiles(
-    tables:list,    # per axis, from cell_tables
-    reach:tuple,    # per axis: cells around
-    per_cell:int,   # bytes of scratch per cell
-    budget:int,     # bytes of scratch
-)->list:            # of Tile
+    tables: list,  # per axis, from cell_tables
+    reach: tuple,  # per axis: cells around
+    per_cell: int,  # bytes of scratch per cell
+    budget: int,  # bytes of scratch
+) -> list:  # of Tile
     "Boxes of cells, as few and as even as the budget allows."
     shape = [len(t[0]) for t in tables]
     size = list(shape)
-    while math.prod(size) * per_cell > budget and max(size) > 1: size[size.index(max(size))] = -(-max(size) // 2)
+    while math.prod(size) * per_cell > budget and max(size) > 1:
+        size[size.index(max(size))] = -(-max(size) // 2)
     cuts = [[(a, min(a + s, n)) for a in range(0, n, s)] for n, s in zip(shape, size)]
     boxes = [()]
-    for axis in cuts: boxes = [(*b, c) for b in boxes for c in axis]
+    for axis in cuts:
+        boxes = [(*b, c) for b in boxes for c in axis]
     return [Tile(tables, b, reach) for b in boxes]
 
 # %% ../../nbs/api/models/upsample.ipynb #f8e48e48
 class GuidedTile(nn.Module):
     "Weighted means of the coarse cells around each fine voxel of a tile; subclasses say how much each weighs."
+
     needs_guide = True
     halo = 0  # fine voxels of the guide that `encode` sees around a tile
 
-    def encode(self, guide:Tensor)->Tensor:  # b g *s -> b e *s
+    def encode(self, guide: Tensor) -> Tensor:  # b g *s -> b e *s
         "What says which voxels are alike, from at most `halo` voxels around."
         raise NotImplementedError
 
-    def weigh(self, fine:Tensor, coarse:Tensor, distance:list)->Tensor:  # b cells P e, b cells W e -> b cells P W
+    def weigh(
+        self, fine: Tensor, coarse: Tensor, distance: list
+    ) -> Tensor:  # b cells P e, b cells W e -> b cells P W
         "Weight of each cell of the window for each fine voxel."
         raise NotImplementedError
 
-    def scratch(self)->int: "Numbers per fine voxel that `encode` and `weigh` hold at once."; return 1
+    def scratch(self) -> int:
+        "Numbers per fine voxel that `encode` and `weigh` hold at once."
+        return 1
 
     def _codes(self, guide, tile):
         "The encoding of the fine voxels of a tile, from those and a halo."
-        view = [slice(max(0, f.start - self.halo), min(n, f.stop + self.halo)) for f, n in zip(tile.fine, guide.shape[2:])]
+        view = [
+            slice(max(0, f.start - self.halo), min(n, f.stop + self.halo))
+            for f, n in zip(tile.fine, guide.shape[2:])
+        ]
         own = [slice(f.start - v.start, f.stop - v.start) for f, v in zip(tile.fine, view)]
         return self.encode(guide[(..., *view)])[(..., *own)]
 
     def _tile(self, x, guide, codes, tables, window, tile):
         "The fine voxels of one box of cells."
         d = len(window)
-        fine = to_cells(self._codes(guide, tile) if codes is None else codes[(..., *tile.fine)], tile.members)  # b cells positions e
+        fine = to_cells(
+            self._codes(guide, tile) if codes is None else codes[(..., *tile.fine)], tile.members
+        )  # b cells positions e
         real = sum_axes([r[..., None].float() for r in tile.real])[..., 0] > d - 0.5  # cells P
-        fine = fine.flatten(1 + d, 2 * d)                                      # b cells P e
-        coarse = (fine * real[..., None]).sum(-2) / real.sum(-1)[..., None]    # b cells e, mean over the cell
+        fine = fine.flatten(1 + d, 2 * d)  # b cells P e
+        coarse = (fine * real[..., None]).sum(-2) / real.sum(-1)[..., None]  # b cells e, mean over the cell
         inner = (slice(None), *tile.inner)
         distance = [window_distance(t[2], w)[slice(*b)] for t, w, b in zip(tables, window, tile.box)]
         weights = self.weigh(fine[inner], windows(coarse.movedim(-1, 1), window)[inner], distance)
@@ -193,96 +233,136 @@ class GuidedTile(nn.Module):
 # %% ../../nbs/api/models/upsample.ipynb #defa904b
 class Guided(GuidedTile):
     "Weighted means of the coarse cells around each fine voxel, tile by tile."
-    def __init__(self,
-        in_channels:int,         # of the features
-        window:int=3,            # cells per axis that grows, odd
-        budget:int=2**26,        # bytes of scratch per tile
+
+    def __init__(
+        self,
+        in_channels: int,  # of the features
+        window: int = 3,  # cells per axis that grows, odd
+        budget: int = 2**26,  # bytes of scratch per tile
     ):
         super().__init__()
-        if window < 3 or window % 2 == 0: raise InputError(f"window {window}: expected an odd number of cells, 3 or more")
+        if window < 3 or window % 2 == 0:
+            raise InputError(f"window {window}: expected an odd number of cells, 3 or more")
         self.out_channels, self.window, self.budget = in_channels, window, budget
 
-    def forward(self,
-        x:Tensor,      # b c *small
-        size:tuple,    # of the result
-        guide:Tensor=None,  # b g *size, in 0..1
-        codes:Tensor=None,  # b e *size: encode(guide), where several features share a guide
-    )->Tensor:         # b c *size, dtype of x
+    def forward(
+        self,
+        x: Tensor,  # b c *small
+        size: tuple,  # of the result
+        guide: Tensor = None,  # b g *size, in 0..1
+        codes: Tensor = None,  # b e *size: encode(guide), where several features share a guide
+    ) -> Tensor:  # b c *size, dtype of x
         "The features at the voxels of the guide."
         size = tuple(size)
-        if guide is None: raise InputError(f"{type(self).__name__} needs the raw image as guide: expected b g {size}; pass guide=, or choose transpose or interpolate")
-        if guide.shape[2:] != size or len(guide) != len(x): raise InputError(f"guide {tuple(guide.shape)} for a target of {size}, batch {len(x)}: expected the image on the target grid")
+        if guide is None:
+            raise InputError(
+                f"{type(self).__name__} needs the raw image as guide: expected b g {size}; pass guide=, or choose transpose or interpolate"
+            )
+        if guide.shape[2:] != size or len(guide) != len(x):
+            raise InputError(
+                f"guide {tuple(guide.shape)} for a target of {size}, batch {len(x)}: expected the image on the target grid"
+            )
         x = resize(x, tuple(map(min, x.shape[2:], size)))
-        if x.shape[2:] == size: return x
+        if x.shape[2:] == size:
+            return x
         window = tuple(1 if n == s else self.window for n, s in zip(x.shape[2:], size))
         tables = [tuple(t.to(x.device) for t in cell_tables(n, s)) for n, s in zip(x.shape[2:], size)]
         positions = math.prod(t[0].shape[1] for t in tables)
-        per_cell = 4 * len(x) * (positions * (x.shape[1] + self.scratch() + 4 * math.prod(window)) + math.prod(window) * x.shape[1])
+        per_cell = (
+            4
+            * len(x)
+            * (
+                positions * (x.shape[1] + self.scratch() + 4 * math.prod(window))
+                + math.prod(window) * x.shape[1]
+            )
+        )
         boxes = tiles(tables, tuple(w // 2 for w in window), per_cell, self.budget)
-        if len(boxes) == 1: return self._tile(x, guide, codes, tables, window, boxes[0])
+        if len(boxes) == 1:
+            return self._tile(x, guide, codes, tables, window, boxes[0])
         out = x.new_empty(*x.shape[:2], *size)
-        for t in boxes: out[(..., *t.out)] = self._tile(x, guide, codes, tables, window, t)
+        for t in boxes:
+            out[(..., *t.out)] = self._tile(x, guide, codes, tables, window, t)
         return out
 
 # %% ../../nbs/api/models/upsample.ipynb #7876a705
 class JointBilateral(Guided):
     "Joint bilateral upsampling (Kopf et al. 2007): no training; weights from distance and from the image."
-    def __init__(self,
-        in_channels:int,        # of the features
-        spatial:float=0.6,      # standard deviation, cells
-        intensity:float=0.1,    # standard deviation, of guides in 0..1
-        window:int=3,           # cells per axis that grows, odd
-        budget:int=2**26,       # bytes of scratch per tile
+
+    def __init__(
+        self,
+        in_channels: int,  # of the features
+        spatial: float = 0.6,  # standard deviation, cells
+        intensity: float = 0.1,  # standard deviation, of guides in 0..1
+        window: int = 3,  # cells per axis that grows, odd
+        budget: int = 2**26,  # bytes of scratch per tile
     ):
         super().__init__(in_channels, window, budget)
-        if min(spatial, intensity) <= 0: raise InputError(f"joint bilateral with spatial {spatial}, intensity {intensity}: expected positive numbers")
+        if min(spatial, intensity) <= 0:
+            raise InputError(
+                f"joint bilateral with spatial {spatial}, intensity {intensity}: expected positive numbers"
+            )
         self.spatial, self.intensity = spatial, intensity
 
-    def encode(self, guide:Tensor)->Tensor:  # b g *s -> b g *s
+    def encode(self, guide: Tensor) -> Tensor:  # b g *s -> b g *s
         "The image itself."
         return guide.float()
 
-    def weigh(self, fine:Tensor, coarse:Tensor, distance:list)->Tensor:  # b cells P g, b cells W g -> b cells P W
+    def weigh(
+        self, fine: Tensor, coarse: Tensor, distance: list
+    ) -> Tensor:  # b cells P g, b cells W g -> b cells P W
         "Near and alike counts."
         near = -0.5 * sum_axes([torch.square(t / self.spatial) for t in distance])
-        alike = -0.5 * torch.square((fine[..., :, None, :] - coarse[..., None, :, :]) / self.intensity).sum(-1)
+        alike = -0.5 * torch.square((fine[..., :, None, :] - coarse[..., None, :, :]) / self.intensity).sum(
+            -1
+        )
         return torch.softmax(near + alike, -1)
 
 # %% ../../nbs/api/models/upsample.ipynb #8b93aa40
 def stages(
-    small:tuple,  # of the features
-    size:tuple,   # of the target
-)->list:          # sizes, the last is the target; one at least
+    small: tuple,  # of the features
+    size: tuple,  # of the target
+) -> list:  # sizes, the last is the target; one at least
     "Sizes between features and target: each at most twice the one before per axis, none above the target."
     plan = [tuple(size)]
-    while any(2 * n < s for n, s in zip(small, plan[0])): plan.insert(0, tuple(s if n >= s else max(n, -(-s // 2)) for n, s in zip(small, plan[0])))
+    while any(2 * n < s for n, s in zip(small, plan[0])):
+        plan.insert(0, tuple(s if n >= s else max(n, -(-s // 2)) for n, s in zip(small, plan[0])))
     return plan
 
 # %% ../../nbs/api/models/upsample.ipynb #6e58b85a
 class Transpose(nn.Module):
     "Learned upsampling in steps of at most two per axis: linear growth plus a convolution that starts at zero."
+
     needs_guide = False
-    def __init__(self,
-        in_channels:int,        # of the features
-        small:tuple,            # features, voxels per axis; other sizes are taken too
-        size:tuple,             # target, voxels per axis
+
+    def __init__(
+        self,
+        in_channels: int,  # of the features
+        small: tuple,  # features, voxels per axis; other sizes are taken too
+        size: tuple,  # target, voxels per axis
     ):
         super().__init__()
         conv = {2: nn.Conv2d, 3: nn.Conv3d}[len(size)]
+
         def stage():
             last = conv(in_channels, in_channels, 3, padding=1)
-            nn.init.zeros_(last.weight); nn.init.zeros_(last.bias)
-            return nn.Sequential(nn.GroupNorm(math.gcd(8, in_channels), in_channels), nn.LeakyReLU(0.01, inplace=True), last)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+            return nn.Sequential(
+                nn.GroupNorm(math.gcd(8, in_channels), in_channels), nn.LeakyReLU(0.01, inplace=True), last
+            )
+
         self.out_channels = in_channels
         self.steps = nn.ModuleList(stage() for _ in stages(small, size))
 
-    def forward(self,
-        x:Tensor,          # b c *small
-        size:tuple,        # of the result
-        guide:Tensor=None, # b g *size, not used
-    )->Tensor:             # b c *size
+    def forward(
+        self,
+        x: Tensor,  # b c *small
+        size: tuple,  # of the result
+        guide: Tensor = None,  # b g *size, not used
+    ) -> Tensor:  # b c *size
         "Fewer steps than were built use the last ones, more repeat the first."
-        if x.shape[2:] == tuple(size): return x
+        if x.shape[2:] == tuple(size):
+            return x
         plan = stages(x.shape[2:], size)
         used = [self.steps[max(0, i + len(self.steps) - len(plan))] for i in range(len(plan))]
         for step, s in zip(used, plan):
@@ -299,49 +379,65 @@ UPSAMPLERS = dict(
 
 # %% ../../nbs/api/models/upsample.ipynb #a0298c17
 def choose_upsampler(
-    small:tuple,           # features, voxels per axis
-    size:tuple,            # target, voxels per axis
-    guide:bool=True,       # whether there is an image on the target grid
-    channels:int=32,       # after projection
-    budget:int=2**31,      # bytes of activations in training
-)->str:                    # name in UPSAMPLERS
+    small: tuple,  # features, voxels per axis
+    size: tuple,  # target, voxels per axis
+    guide: bool = True,  # whether there is an image on the target grid
+    channels: int = 32,  # after projection
+    budget: int = 2**31,  # bytes of activations in training
+) -> str:  # name in UPSAMPLERS
     "The upsampler that suits factor and memory."
     factor = max(s / n for n, s in zip(small, size))
-    if factor <= 1: return "interpolate"
-    learned = sum(math.prod(s) for s in stages(small, size)) * channels * 4 * 4  # input, normalised, activated, output
-    if learned <= budget and (factor < 4 or not guide): return "transpose"
+    if factor <= 1:
+        return "interpolate"
+    learned = (
+        sum(math.prod(s) for s in stages(small, size)) * channels * 4 * 4
+    )  # input, normalised, activated, output
+    if learned <= budget and (factor < 4 or not guide):
+        return "transpose"
     return "neighborhood" if guide else "interpolate"
 
 # %% ../../nbs/api/models/upsample.ipynb #14506466
 def create_upsampler(
-    name,               # a name in UPSAMPLERS, "auto", or a module with the same call
-    channels:int,       # of the features
-    small:tuple,        # features, voxels per axis
-    size:tuple,         # target, voxels per axis
+    name,  # a name in UPSAMPLERS, "auto", or a module with the same call
+    channels: int,  # of the features
+    small: tuple,  # features, voxels per axis
+    size: tuple,  # target, voxels per axis
     *,
-    guide_channels:int=1,  # of the guide; 0: there is none
-    **options,          # of the upsampler
-)->nn.Module:           # forward(x, size, guide)
+    guide_channels: int = 1,  # of the guide; 0: there is none
+    **options,  # of the upsampler
+) -> nn.Module:  # forward(x, size, guide)
     "An upsampler by name."
-    if isinstance(name, nn.Module): return name
-    if len(small) != len(size) or min(small) < 1: raise InputError(f"features {tuple(small)}, target {tuple(size)}: expected two sizes with as many axes")
-    if name == "auto": name = choose_upsampler(small, size, guide_channels > 0, channels)
+    if isinstance(name, nn.Module):
+        return name
+    if len(small) != len(size) or min(small) < 1:
+        raise InputError(
+            f"features {tuple(small)}, target {tuple(size)}: expected two sizes with as many axes"
+        )
+    if name == "auto":
+        name = choose_upsampler(small, size, guide_channels > 0, channels)
     make = pick(UPSAMPLERS, name, "upsampler")
-    try: return make(channels, tuple(small), tuple(size), guide_channels, **options)
-    except TypeError as e: raise InputError(f"upsampler {name}: {e}") from None
+    try:
+        return make(channels, tuple(small), tuple(size), guide_channels, **options)
+    except TypeError as e:
+        raise InputError(f"upsampler {name}: {e}") from None
 
 # %% ../../nbs/api/models/upsample.ipynb #e46b4675
 @contextmanager
 def record_voxels(
-    model:nn.Module,  # watched
-    dims:int=3,       # spatial axes
-):                    # dict with the key voxels: the most of any result
+    model: nn.Module,  # watched
+    dims: int = 3,  # spatial axes
+):  # dict with the key voxels: the most of any result
     "The largest product of spatial sizes that any module returns, while the context is open."
     found = dict(voxels=0)
+
     def look(module, inputs, out):
         for t in out if isinstance(out, (list, tuple)) else out.values() if isinstance(out, dict) else [out]:
-            if isinstance(t, Tensor) and t.ndim == 2 + dims: found["voxels"] = max(found["voxels"], math.prod(t.shape[2:]))
+            if isinstance(t, Tensor) and t.ndim == 2 + dims:
+                found["voxels"] = max(found["voxels"], math.prod(t.shape[2:]))
+
     hooks = [m.register_forward_hook(look) for m in model.modules()]
-    try: yield found
+    try:
+        yield found
     finally:
-        for h in hooks: h.remove()
+        for h in hooks:
+            h.remove()

@@ -16,40 +16,65 @@ from ..core.errors import InputError, MissingError
 
 # %% ../../nbs/api/models/weights.ipynb #bca7b600
 def trained_names(
-    model:nn.Module,  # any network
-)->list:              # keys of its state dict
+    model: nn.Module,  # any network
+) -> list:  # keys of its state dict
     "What belongs into a checkpoint: all but frozen parameters of parts that have a `recipe`; of tensors with several names, the first."
-    elsewhere = {id(p) for m in model.modules() if getattr(m, "recipe", None) for p in m.parameters() if not p.requires_grad}
+    elsewhere = {
+        id(p)
+        for m in model.modules()
+        if getattr(m, "recipe", None)
+        for p in m.parameters()
+        if not p.requires_grad
+    }
     names, seen = [], set()
     for name, value in model.state_dict(keep_vars=True).items():
-        if id(value) in elsewhere or id(value) in seen: continue
+        if id(value) in elsewhere or id(value) in seen:
+            continue
         seen.add(id(value))
         names.append(name)
     return names
 
 # %% ../../nbs/api/models/weights.ipynb #4bda80d2
 def save_weights(
-    path,              # a new .safetensors file
-    model:nn.Module,   # with the weights
-    names:list=None,   # which; None: those of trained_names
-    about:dict=None,   # texts kept in the file
+    path,  # a new .safetensors file
+    model: nn.Module,  # with the weights
+    names: list = None,  # which; None: those of trained_names
+    about: dict = None,  # texts kept in the file
 ):
     "Write weights; the caller cares for names and half-written files."
     state = model.state_dict()
-    save_file({k: state[k].detach().contiguous() for k in (trained_names(model) if names is None else names)}, str(path), metadata=about)
+    save_file(
+        {k: state[k].detach().contiguous() for k in (trained_names(model) if names is None else names)},
+        str(path),
+        metadata=about,
+    )
 
 # %% ../../nbs/api/models/weights.ipynb #ab3bf7e2
 def load_weights(
-    path,             # a .safetensors file
-    model:nn.Module,  # of the same architecture
-    names:list=None,  # which must be there; None: those of trained_names
+    path,  # a .safetensors file
+    model: nn.Module,  # of the same architecture
+    names: list = None,  # which must be there; None: those of trained_names
 ):
     "Load weights into a model; `InputError` when the file is damaged or of another architecture."
-    if not Path(path).is_file(): raise MissingError(f"no weights at {str(path)!r}: expected a file model.safetensors of a checkpoint")
-    try: state = load_file(str(path))
-    except SafetensorError as e: raise InputError(f"{path} is damaged ({str(e).splitlines()[0]}): take another checkpoint of the run") from None
+    if not Path(path).is_file():
+        raise MissingError(f"no weights at {str(path)!r}: expected a file model.safetensors of a checkpoint")
+    try:
+        state = load_file(str(path))
+    except SafetensorError as e:
+        raise InputError(
+            f"{path} is damaged ({str(e).splitlines()[0]}): take another checkpoint of the run"
+        ) from None
     own = model.state_dict()
-    wrong = [f"{k} is missing" for k in (trained_names(model) if names is None else names) if k not in state] + [f"{k} is not in the network" for k in state if k not in own]
-    wrong += [f"{k} is {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in state if k in own and state[k].shape != own[k].shape]
-    if wrong: raise InputError(f"{path} is of another architecture ({', '.join(wrong[:2])}{f' and {len(wrong) - 2} more' if len(wrong) > 2 else ''}): build the network with the settings of its run")
+    wrong = [
+        f"{k} is missing" for k in (trained_names(model) if names is None else names) if k not in state
+    ] + [f"{k} is not in the network" for k in state if k not in own]
+    wrong += [
+        f"{k} is {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
+        for k in state
+        if k in own and state[k].shape != own[k].shape
+    ]
+    if wrong:
+        raise InputError(
+            f"{path} is of another architecture ({', '.join(wrong[:2])}{f' and {len(wrong) - 2} more' if len(wrong) > 2 else ''}): build the network with the settings of its run"
+        )
     model.load_state_dict(state, strict=False)

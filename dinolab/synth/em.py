@@ -24,79 +24,98 @@ from scipy.spatial import cKDTree
 from ..core.errors import InputError
 
 # %% ../../nbs/api/synth/em.ipynb #4793f93e
-EM_CLASSES = {0: ("extracellular", "#202020"), 1: ("cytosol", "#9a9a9a"), 2: ("nucleus", "#4c6ef5"), 3: ("mitochondrion", "#e8590c"),
-              4: ("ER", "#2f9e44"), 5: ("vesicle", "#15aabf"), 6: ("lipid droplet", "#fcc419"), 7: ("lysosome", "#ae3ec9"),
-              8: ("membrane", "#f06595")}
+EM_CLASSES = {
+    0: ("extracellular", "#202020"),
+    1: ("cytosol", "#9a9a9a"),
+    2: ("nucleus", "#4c6ef5"),
+    3: ("mitochondrion", "#e8590c"),
+    4: ("ER", "#2f9e44"),
+    5: ("vesicle", "#15aabf"),
+    6: ("lipid droplet", "#fcc419"),
+    7: ("lysosome", "#ae3ec9"),
+    8: ("membrane", "#f06595"),
+}
 LABELS = {name: value for value, (name, _) in EM_CLASSES.items()}
 
 # %% ../../nbs/api/synth/em.ipynb #f6c3f953
 class EMVolume(NamedTuple):
     "A volume and its truth, all z y x."
-    raw:np.ndarray        # z y x, uint8
-    labels:np.ndarray     # z y x, uint8, keys of `EM_CLASSES`
-    instances:np.ndarray  # z y x, uint16, 0 where nothing countable is
-    voxel_size:tuple      # nm
+
+    raw: np.ndarray  # z y x, uint8
+    labels: np.ndarray  # z y x, uint8, keys of `EM_CLASSES`
+    instances: np.ndarray  # z y x, uint16, 0 where nothing countable is
+    voxel_size: tuple  # nm
 
 # %% ../../nbs/api/synth/em.ipynb #4d048fee
 def class_histograms(
-    volume:EMVolume,
-)->np.ndarray:  # k 256: voxel counts, a row per class
+    volume: EMVolume,
+) -> np.ndarray:  # k 256: voxel counts, a row per class
     "Histogram of the grey values of each class."
     return np.stack([np.bincount(volume.raw[volume.labels == k], minlength=256) for k in EM_CLASSES])
 
 # %% ../../nbs/api/synth/em.ipynb #029b0256
 def threshold_baseline(
-    volume:EMVolume,     # where the intervals are fitted
-    test:EMVolume=None,  # where they are scored; the same volume if not given
-)->dict:                 # class name -> IoU; classes absent from either volume are left out
+    volume: EMVolume,  # where the intervals are fitted
+    test: EMVolume = None,  # where they are scored; the same volume if not given
+) -> dict:  # class name -> IoU; classes absent from either volume are left out
     "IoU of the best single interval of grey values per class."
     fit, scored, result = class_histograms(volume), class_histograms(test or volume), {}
-    def iou(inside, chosen, size): return inside / np.maximum(size + chosen - inside, 1)
+
+    def iou(inside, chosen, size):
+        return inside / np.maximum(size + chosen - inside, 1)
+
     total = np.r_[0, fit.sum(0).cumsum()]
     for value, (name, _) in EM_CLASSES.items():
-        if not fit[value].any() or not scored[value].any(): continue
+        if not fit[value].any() or not scored[value].any():
+            continue
         own = np.r_[0, fit[value].cumsum()]
         scores = np.triu(iou(own - own[:, None], total - total[:, None], own[-1]))
         low, high = np.unravel_index(scores.argmax(), scores.shape)
-        result[name] = float(iou(scored[value, low:high].sum(), scored[:, low:high].sum(), scored[value].sum()))
+        result[name] = float(
+            iou(scored[value, low:high].sum(), scored[:, low:high].sum(), scored[value].sum())
+        )
     return result
 
 # %% ../../nbs/api/synth/em.ipynb #951ec87c
 def keyed(
-    seed:int,  # of the volume
-    *words,    # what is drawn: anything with a stable text
-)->np.random.Generator:
+    seed: int,  # of the volume
+    *words,  # what is drawn: anything with a stable text
+) -> np.random.Generator:
     "A random generator that depends on `seed` and `words` only."
     return np.random.Generator(np.random.PCG64([seed, *(crc32(str(w).encode()) for w in words)]))
 
 # %% ../../nbs/api/synth/em.ipynb #4f4a67f2
 def spline_weights(
-    x,              # nm, increasing coordinates along one axis
-    spacing:float,  # nm between lattice points
-)->tuple:           # index of the first lattice point used, sparse matrix (coordinates, lattice points)
+    x,  # nm, increasing coordinates along one axis
+    spacing: float,  # nm between lattice points
+) -> tuple:  # index of the first lattice point used, sparse matrix (coordinates, lattice points)
     "Cubic B-spline weights from lattice points to coordinates."
     u = np.asarray(x) / spacing
     whole = np.floor(u).astype(int)
     f, first = u - whole, whole.min() - 1
-    weights = np.stack([(1 - f)**3, 3*f**3 - 6*f**2 + 4, -3*f**3 + 3*f**2 + 3*f + 1, f**3], 1) / 6
+    weights = np.stack([(1 - f) ** 3, 3 * f**3 - 6 * f**2 + 4, -3 * f**3 + 3 * f**2 + 3 * f + 1, f**3], 1) / 6
     columns = whole[:, None] - 1 - first + np.arange(4)
     rows = np.repeat(np.arange(len(u)), 4)
-    return first, sparse.csr_array((weights.ravel(), (rows, columns.ravel())), shape=(len(u), columns.max() + 1))
+    return first, sparse.csr_array(
+        (weights.ravel(), (rows, columns.ravel())), shape=(len(u), columns.max() + 1)
+    )
 
 # %% ../../nbs/api/synth/em.ipynb #19b4fc5e
 def smooth_noise(
-    seed:int,       # of the volume
-    name:str,       # of the field
-    spacing:float,  # nm, lattice spacing; blobs are about twice as large
-    axes:tuple,     # three arrays of coordinates z y x, nm
-    half,           # nm, half the size of the box along z y x
-)->np.ndarray:      # z y x, float64 on the grid of the axes, mean 0, standard deviation about 1
+    seed: int,  # of the volume
+    name: str,  # of the field
+    spacing: float,  # nm, lattice spacing; blobs are about twice as large
+    axes: tuple,  # three arrays of coordinates z y x, nm
+    half,  # nm, half the size of the box along z y x
+) -> np.ndarray:  # z y x, float64 on the grid of the axes, mean 0, standard deviation about 1
     "A smooth random field, the same at a point whatever the sampling."
     first, weights = zip(*(spline_weights(a, spacing) for a in axes))
     low = [-int(np.ceil(h / spacing)) - 2 for h in half]
     used = tuple(slice(f - l, f - l + w.shape[1]) for f, l, w in zip(first, low, weights))
-    size = [1 - 2*l for l in low[1:]]
-    values = np.stack([keyed(seed, name, first[0] + k).standard_normal(size)[used[1:]] for k in range(weights[0].shape[1])])
+    size = [1 - 2 * l for l in low[1:]]
+    values = np.stack(
+        [keyed(seed, name, first[0] + k).standard_normal(size)[used[1:]] for k in range(weights[0].shape[1])]
+    )
     for axis in (2, 1, 0):
         values = np.moveaxis(values, axis, 0)
         flat = weights[axis] @ values.reshape(len(values), -1)
@@ -107,121 +126,143 @@ def smooth_noise(
 @dataclass(frozen=True)
 class Body:
     "A flattened, bent capsule."
-    kind:str           # a key of `KINDS`
-    centre:np.ndarray  # nm, z y x
-    frame:np.ndarray   # 3 3, rows are unit vectors: along the axis, across, across and flattened
-    radius:float       # nm
-    length:float       # nm between the centres of the two end caps
-    flat:float         # thickness of the third direction relative to the second
-    bend:float         # 1/nm: the axis is offset by bend times the square of the position along it, between the caps
-    key:int            # names its random numbers
 
-    def local(self,
-        p,       # three arrays z y x, nm
-    )->tuple:    # distance to the surface (negative inside), along, across, flattened; nm
+    kind: str  # a key of `KINDS`
+    centre: np.ndarray  # nm, z y x
+    frame: np.ndarray  # 3 3, rows are unit vectors: along the axis, across, across and flattened
+    radius: float  # nm
+    length: float  # nm between the centres of the two end caps
+    flat: float  # thickness of the third direction relative to the second
+    bend: (
+        float  # 1/nm: the axis is offset by bend times the square of the position along it, between the caps
+    )
+    key: int  # names its random numbers
+
+    def local(
+        self,
+        p,  # three arrays z y x, nm
+    ) -> tuple:  # distance to the surface (negative inside), along, across, flattened; nm
         "The points in the coordinates of the body."
         t, a, c = (sum(f * (q - m) for f, q, m in zip(row, p, self.centre)) for row in self.frame)
         end = self.length / 2
         nearest = np.clip(t, -end, end)
         a = a - self.bend * nearest**2
-        return np.sqrt((t - nearest)**2 + a**2 + (c / self.flat)**2) - self.radius, t, a, c
+        return np.sqrt((t - nearest) ** 2 + a**2 + (c / self.flat) ** 2) - self.radius, t, a, c
 
-    def spine(self)->np.ndarray:  # point, z y x; nm
+    def spine(self) -> np.ndarray:  # point, z y x; nm
         "Points on the axis, at most a radius apart."
-        t = np.linspace(-0.5, 0.5, int(np.ceil(self.length / self.radius)) + 1) * self.length if self.length else np.zeros(1)
+        t = (
+            np.linspace(-0.5, 0.5, int(np.ceil(self.length / self.radius)) + 1) * self.length
+            if self.length
+            else np.zeros(1)
+        )
         return self.centre + t[:, None] * self.frame[0] + (self.bend * t**2)[:, None] * self.frame[1]
 
     @property
-    def reach(self)->float:
+    def reach(self) -> float:
         "Nothing of the body is farther from its centre, nm."
-        return self.length / 2 + self.radius + abs(self.bend) * (self.length / 2)**2
+        return self.length / 2 + self.radius + abs(self.bend) * (self.length / 2) ** 2
 
 # %% ../../nbs/api/synth/em.ipynb #af95f41b
 class Kind(NamedTuple):
     "A kind of body."
-    label:int      # value in `EM_CLASSES`
-    density:float  # tried for, per cubic micrometre
-    radius:tuple   # nm, smallest and largest
-    length:tuple   # nm, shortest and longest
-    flat:float     # thinnest flattening
 
-KINDS = {"mitochondrion": Kind(3, 7, (95, 150), (0, 520), 0.8), "lysosome": Kind(7, 3.5, (85, 145), (0, 150), 0.8),
-         "lipid droplet": Kind(6, 3, (55, 120), (0, 0), 0.93), "process": Kind(1, 2, (40, 85), (200, 900), 0.8),
-         "vesicle": Kind(5, 45, (24, 42), (0, 0), 0.93)}
+    label: int  # value in `EM_CLASSES`
+    density: float  # tried for, per cubic micrometre
+    radius: tuple  # nm, smallest and largest
+    length: tuple  # nm, shortest and longest
+    flat: float  # thinnest flattening
+
+
+KINDS = {
+    "mitochondrion": Kind(3, 7, (95, 150), (0, 520), 0.8),
+    "lysosome": Kind(7, 3.5, (85, 145), (0, 150), 0.8),
+    "lipid droplet": Kind(6, 3, (55, 120), (0, 0), 0.93),
+    "process": Kind(1, 2, (40, 85), (200, 900), 0.8),
+    "vesicle": Kind(5, 45, (24, 42), (0, 0), 0.93),
+}
 
 # %% ../../nbs/api/synth/em.ipynb #634ad5ae
 def draw_body(
-    rng:np.random.Generator,
-    kind:str,           # a key of KINDS
-    centre:np.ndarray,  # nm, z y x
-    size:float=1.,      # scales radius and length
-)->Body:
+    rng: np.random.Generator,
+    kind: str,  # a key of KINDS
+    centre: np.ndarray,  # nm, z y x
+    size: float = 1.0,  # scales radius and length
+) -> Body:
     "A body of random orientation, size and bend."
     k, (frame, _) = KINDS[kind], np.linalg.qr(rng.standard_normal((3, 3)))
     radius, length = rng.uniform(*k.radius) * size, rng.uniform(*k.length) * size
-    bend = rng.uniform(-0.25, 0.25) * length / (length / 2 + 1)**2
+    bend = rng.uniform(-0.25, 0.25) * length / (length / 2 + 1) ** 2
     return Body(kind, centre, frame, radius, length, rng.uniform(k.flat, 1), bend, int(rng.integers(2**31)))
 
 # %% ../../nbs/api/synth/em.ipynb #3accc304
 @dataclass
 class Scene:
     "What is where, in nanometres, before the warp."
-    seed:int
-    half:np.ndarray            # half of the box, nm, z y x
-    size:float                 # scale of organelles, 1 in boxes of 0.9 um and more
-    nucleus_centre:np.ndarray  # nm, z y x
-    cell_centre:np.ndarray     # nm, z y x
-    nucleolus:tuple            # centre and radius, or None
-    bodies:list
-    nucleus_radius:float = 1900.
-    cell_radius:float = 6000.
-    envelope:float = 44.       # thickness of the nuclear envelope, outwards from the nucleus
+
+    seed: int
+    half: np.ndarray  # half of the box, nm, z y x
+    size: float  # scale of organelles, 1 in boxes of 0.9 um and more
+    nucleus_centre: np.ndarray  # nm, z y x
+    cell_centre: np.ndarray  # nm, z y x
+    nucleolus: tuple  # centre and radius, or None
+    bodies: list
+    nucleus_radius: float = 1900.0
+    cell_radius: float = 6000.0
+    envelope: float = 44.0  # thickness of the nuclear envelope, outwards from the nucleus
 
     def nucleus(self, p):
         "Distance to the inner surface of the nuclear envelope, negative inside; `p` is three arrays or a point."
-        return np.sqrt(sum((q - c)**2 for q, c in zip(p, self.nucleus_centre))) - self.nucleus_radius
+        return np.sqrt(sum((q - c) ** 2 for q, c in zip(p, self.nucleus_centre))) - self.nucleus_radius
 
     def cell(self, p):
         "Distance to the plasma membrane, negative inside the cell."
-        return np.sqrt(sum((q - c)**2 for q, c in zip(p, self.cell_centre))) - self.cell_radius
+        return np.sqrt(sum((q - c) ** 2 for q, c in zip(p, self.cell_centre))) - self.cell_radius
 
 # %% ../../nbs/api/synth/em.ipynb #471fb227
 def empty_scene(
-    seed:int,
-    extent,   # nm, size of the box along z y x
-)->Scene:     # without bodies
+    seed: int,
+    extent,  # nm, size of the box along z y x
+) -> Scene:  # without bodies
     "Place nucleus, nucleolus and cell border."
     half, rng = np.asarray(extent, float) / 2, keyed(seed, "layout")
+
     def direction():
         d = rng.standard_normal(3) * half
         return d / np.linalg.norm(d)
+
     inward, others = direction(), [direction() for _ in range(12)]
     outward = min([*others, *(-d for d in others)], key=lambda d: abs(d @ inward - 0.5))
-    spread = lambda d: np.sqrt(((d * half)**2).sum() / 3)
+    spread = lambda d: np.sqrt(((d * half) ** 2).sum() / 3)
     scene = Scene(seed, half, float(np.clip(np.median(extent) / 900, 0.25, 1)), None, None, None, [])
     scene.nucleus_centre = -inward * (scene.nucleus_radius + 0.75 * spread(inward))
     scene.cell_centre = -outward * (scene.cell_radius - 1.15 * spread(outward))
     for attempt in range(60):
         centre, radius = rng.uniform(-1, 1, 3) * half, rng.uniform(100, 170) * scene.size * 0.99**attempt
-        if scene.nucleolus is None and scene.nucleus(centre) < -0.8 * radius - 50 * scene.size: scene.nucleolus = centre, radius
+        if scene.nucleolus is None and scene.nucleus(centre) < -0.8 * radius - 50 * scene.size:
+            scene.nucleolus = centre, radius
     return scene
 
 # %% ../../nbs/api/synth/em.ipynb #eeec7830
 class Crowd:
     "Spheres in a hash grid: all that could touch a point are in its cell or a neighbour."
-    def __init__(self,
-        cell:float,  # nm, at least the sum of the two largest radii and the gap
+
+    def __init__(
+        self,
+        cell: float,  # nm, at least the sum of the two largest radii and the gap
     ):
         self.cell, self.cells = cell, defaultdict(list)
 
-    def add(self,
-        points:np.ndarray,  # n 3, z y x, nm
-        radius:float,       # nm
+    def add(
+        self,
+        points: np.ndarray,  # n 3, z y x, nm
+        radius: float,  # nm
     ):
         "Put a sphere at each point."
-        for p in points: self.cells[tuple(np.floor(p / self.cell).astype(int))].append((*p, radius))
+        for p in points:
+            self.cells[tuple(np.floor(p / self.cell).astype(int))].append((*p, radius))
 
-    def near(self, points:np.ndarray)->np.ndarray:  # n 3 -> m 4, z y x and radius of each
+    def near(self, points: np.ndarray) -> np.ndarray:  # n 3 -> m 4, z y x and radius of each
         "Spheres that could touch one at any of the points."
         around = np.indices((3, 3, 3)).reshape(3, -1).T - 1
         keys = {tuple(k) for p in points for k in (np.floor(p / self.cell).astype(int) + around).tolist()}
@@ -229,38 +270,48 @@ class Crowd:
 
 # %% ../../nbs/api/synth/em.ipynb #9ee33cbd
 def fits(
-    scene:Scene,
-    body:Body,
-    crowd:Crowd,  # what is there already
-)->bool:
+    scene: Scene,
+    body: Body,
+    crowd: Crowd,  # what is there already
+) -> bool:
     "Whether `body` has room, with a gap to everything else."
     spine, r, s = body.spine().T, body.radius, scene.size
-    if body.kind == "process": free = scene.cell(spine) > r + 60*s
-    else: free = (scene.nucleus(spine) > scene.envelope + r + 22*s) & (scene.cell(spine) < -r - 45*s)
-    if not free.all(): return False
+    if body.kind == "process":
+        free = scene.cell(spine) > r + 60 * s
+    else:
+        free = (scene.nucleus(spine) > scene.envelope + r + 22 * s) & (scene.cell(spine) < -r - 45 * s)
+    if not free.all():
+        return False
     spheres, gap = crowd.near(spine.T), 14 if body.kind == "vesicle" else 24
     apart = np.linalg.norm(spine.T[:, None] - spheres[:, :3], axis=-1) - spheres[:, 3] - r
     return bool((apart > gap).all())
 
 # %% ../../nbs/api/synth/em.ipynb #a13eeaf7
 def make_scene(
-    seed:int,
-    extent,   # nm, size of the box along z y x
-)->Scene:
+    seed: int,
+    extent,  # nm, size of the box along z y x
+) -> Scene:
     "The whole scene: `empty_scene` filled with bodies that do not touch."
     scene = empty_scene(seed, extent)
     size = scene.size
     crowd = Crowd(300 * size + 24)
+
     def add(rng, kind, margin, attempts, near=None):
         for attempt in range(attempts):
-            centre = rng.uniform(-1, 1, 3) * (scene.half + margin) if near is None else near + rng.standard_normal(3) * 90 * size
+            centre = (
+                rng.uniform(-1, 1, 3) * (scene.half + margin)
+                if near is None
+                else near + rng.standard_normal(3) * 90 * size
+            )
             body = draw_body(rng, kind, centre, size * 0.97**attempt)
             if fits(scene, body, crowd):
                 crowd.add(body.spine(), body.radius)
                 scene.bodies.append(body)
                 return body
+
     rngs = {kind: keyed(seed, "place", kind) for kind in KINDS}
-    for kind, rng in rngs.items(): add(rng, kind, 0, 40)
+    for kind, rng in rngs.items():
+        add(rng, kind, 0, 40)
     volume = np.prod(2 * scene.half + 200 * size) / 1e9 / size**3
     for kind, rng in rngs.items():
         last = None
@@ -272,85 +323,112 @@ def make_scene(
 # %% ../../nbs/api/synth/em.ipynb #89fc005b
 def bell(
     x,  # in standard deviations
-):      # 1 at 0, 0 beyond 4
+):  # 1 at 0, 0 beyond 4
     "A bell close to a Gaussian, without `exp`."
     y = np.maximum(1 - x * x / 16, 0)
-    for _ in range(3): y *= y
+    for _ in range(3):
+        y *= y
     return y
 
 # %% ../../nbs/api/synth/em.ipynb #1b2030f7
 class Slab:
     "Fine samples of a scene, to be painted."
-    def __init__(self,
-        scene:Scene,
-        axes:tuple,  # three arrays of coordinates z y x, nm
-        step:float,  # nm between samples, averaged over the axes
+
+    def __init__(
+        self,
+        scene: Scene,
+        axes: tuple,  # three arrays of coordinates z y x, nm
+        step: float,  # nm between samples, averaged over the axes
     ):
         self.scene, self.axes, self.step, self.fields = scene, axes, step, {}
         self.shape, s = tuple(map(len, axes)), scene.size
-        self.shift = [s * (36 * self.noise(f"warp {i}", 310*s) + 4 * self.noise(f"wiggle {i}", 110*s)) for i in range(3)]
+        self.shift = [
+            s * (36 * self.noise(f"warp {i}", 310 * s) + 4 * self.noise(f"wiggle {i}", 110 * s))
+            for i in range(3)
+        ]
         self.p = [g + d for g, d in zip(np.meshgrid(*axes, indexing="ij", sparse=True), self.shift)]
-        self.tone, self.code, self.clear = np.zeros(self.shape), np.zeros(self.shape, "u4"), np.full(self.shape, np.inf)
+        self.tone, self.code, self.clear = (
+            np.zeros(self.shape),
+            np.zeros(self.shape, "u4"),
+            np.full(self.shape, np.inf),
+        )
 
-    def noise(self, name:str, spacing:float)->np.ndarray:  # z y x
+    def noise(self, name: str, spacing: float) -> np.ndarray:  # z y x
         "The field `name` on the samples; zero where they cannot show it."
-        if spacing < 0.8 * self.step: return np.zeros(self.shape)
+        if spacing < 0.8 * self.step:
+            return np.zeros(self.shape)
         return smooth_noise(self.scene.seed, name, spacing, self.axes, self.scene.half)
 
-    def texture(self, name:str)->np.ndarray:  # z y x
+    def texture(self, name: str) -> np.ndarray:  # z y x
         "One of the textures that several things share, computed once."
         spacing = dict(grain=15, fibre=30, lump=60, patch=85)[name]
-        if name not in self.fields: self.fields[name] = self.noise(name, spacing)
+        if name not in self.fields:
+            self.fields[name] = self.noise(name, spacing)
         return self.fields[name]
 
     def cover(self, d):
         "Part of a sample inside the surface at distance `d`."
         return np.clip(0.5 - d / self.step, 0, 1)
 
-    def line(self, d, width:float=4.5):
+    def line(self, d, width: float = 4.5):
         "Profile of a membrane: bell of this standard deviation in nm, never narrower than the samples show."
-        w = np.sqrt(width**2 + (0.4 * self.step)**2)
+        w = np.sqrt(width**2 + (0.4 * self.step) ** 2)
         return width / w * bell(d / w)
 
 # %% ../../nbs/api/synth/em.ipynb #ea2fece0
-TONES = dict(extracellular=0.80, cytosol=0.68, nucleus=0.61, chromatin=0.40, nucleolus=0.33, mitochondrion=0.49, lysosome=0.385, lumen=0.75,
-             lipid=0.32, core=0.36)
+TONES = dict(
+    extracellular=0.80,
+    cytosol=0.68,
+    nucleus=0.61,
+    chromatin=0.40,
+    nucleolus=0.33,
+    mitochondrion=0.49,
+    lysosome=0.385,
+    lumen=0.75,
+    lipid=0.32,
+    core=0.36,
+)
+
 
 def mix(a, b, weight):
     "From `a` (weight 0) to `b` (weight 1)."
     return a + (b - a) * weight
 
+
 def ramp(x):
     "A soft step: 0 below 0, 1 above 1."
     x = np.clip(x, 0, 1)
-    return x * x * (3 - 2*x)
+    return x * x * (3 - 2 * x)
 
 # %% ../../nbs/api/synth/em.ipynb #2ce8ca62
 def paint_cell(
-    slab:Slab,
+    slab: Slab,
 ):
     "Cytosol, extracellular space and the plasma membrane between them."
     size, fibre, patch = slab.scene.size, slab.texture("fibre"), slab.texture("patch")
     slab.cell = slab.scene.cell(slab.p) + 22 * size * slab.noise("ruffle", 150 * size)
     ribosomes = np.clip(slab.texture("grain") - 0.9 + 0.35 * patch, 0, 1.6)
     slab.cytosol = TONES["cytosol"] - 0.17 * ribosomes + 0.018 * fibre + 0.012 * patch
-    slab.tone[:] = mix(TONES["extracellular"] + 0.012 * fibre, slab.cytosol, slab.cover(slab.cell)) - 0.55 * slab.line(slab.cell)
+    slab.tone[:] = mix(
+        TONES["extracellular"] + 0.012 * fibre, slab.cytosol, slab.cover(slab.cell)
+    ) - 0.55 * slab.line(slab.cell)
     slab.code[:] = np.where(slab.cell < 0, LABELS["cytosol"] << 16, 0)
     slab.code[np.abs(slab.cell) < 10] = LABELS["membrane"] << 16
     slab.clear[:] = np.abs(slab.cell)
 
 # %% ../../nbs/api/synth/em.ipynb #16385510
 def pores(
-    slab:Slab,
-    d:np.ndarray,  # z y x, nm, distance to the nucleus
-)->np.ndarray:     # likewise, 0..1
+    slab: Slab,
+    d: np.ndarray,  # z y x, nm, distance to the nucleus
+) -> np.ndarray:  # likewise, 0..1
     "Weight of the nuclear pores, cylinders of about 80 nm across the envelope."
     scene, weight = slab.scene, np.zeros(slab.shape)
     band = (d > -60) & (d < scene.envelope + 30)
-    if not band.any(): return weight
-    rng, n = keyed(scene.seed, "pores"), int(4 * np.pi * (scene.nucleus_radius / 240)**2)
+    if not band.any():
+        return weight
+    rng, n = keyed(scene.seed, "pores"), int(4 * np.pi * (scene.nucleus_radius / 240) ** 2)
     i = np.arange(n) + 0.5
-    polar, turn = np.arccos(1 - 2*i / n), np.pi * (1 + 5**0.5) * i
+    polar, turn = np.arccos(1 - 2 * i / n), np.pi * (1 + 5**0.5) * i
     sphere = np.stack([np.cos(polar), np.sin(polar) * np.cos(turn), np.sin(polar) * np.sin(turn)], 1)
     rotation, _ = np.linalg.qr(rng.standard_normal((3, 3)))
     sphere = (sphere + rng.normal(0, 30 / scene.nucleus_radius, sphere.shape)) @ rotation
@@ -362,29 +440,31 @@ def pores(
 
 # %% ../../nbs/api/synth/em.ipynb #95e73d6a
 def nucleoplasm(
-    slab:Slab,
-    d:np.ndarray,     # z y x, nm, distance to the nucleus
-    pore:np.ndarray,  # z y x, 0..1, weight of the pores
-)->np.ndarray:        # z y x, tone inside the nucleus
+    slab: Slab,
+    d: np.ndarray,  # z y x, nm, distance to the nucleus
+    pore: np.ndarray,  # z y x, 0..1, weight of the pores
+) -> np.ndarray:  # z y x, tone inside the nucleus
     "Chromatin and nucleolus."
     grain, fibre, patch = map(slab.texture, ("grain", "fibre", "patch"))
-    rim = (1 - pore) / (1 + (np.minimum(d, 0) / 65)**2)
+    rim = (1 - pore) / (1 + (np.minimum(d, 0) / 65) ** 2)
     clumps = ramp((0.9 * patch + 0.35 * fibre + 1.5 * rim - 0.75) / 0.6)
     tone = mix(TONES["nucleus"], TONES["chromatin"], clumps) + 0.022 * grain + 0.03 * fibre
-    if slab.scene.nucleolus is None: return tone
+    if slab.scene.nucleolus is None:
+        return tone
     centre, radius = slab.scene.nucleolus
-    surface = np.sqrt(sum((q - c)**2 for q, c in zip(slab.p, centre))) - radius + 0.13 * radius * patch
+    surface = np.sqrt(sum((q - c) ** 2 for q, c in zip(slab.p, centre))) - radius + 0.13 * radius * patch
     return mix(tone, TONES["nucleolus"] + 0.035 * grain + 0.03 * fibre, ramp(0.5 - surface / 24))
 
 # %% ../../nbs/api/synth/em.ipynb #2193f4b7
 def paint_nucleus(
-    slab:Slab,
+    slab: Slab,
 ):
     "Nucleus and envelope."
     scene, width = slab.scene, slab.scene.envelope
     slab.nucleus = d = scene.nucleus(slab.p)
     slab.clear[:] = np.minimum(slab.clear, d - width)
-    if d.min() > width + 80: return
+    if d.min() > width + 80:
+        return
     pore = pores(slab, d)
     slab.tone[:] = mix(slab.tone, nucleoplasm(slab, d, pore), slab.cover(d))
     gap = ramp((width / 2 - np.abs(d - width / 2)) / 8 + 0.5)
@@ -396,18 +476,24 @@ def paint_nucleus(
 
 # %% ../../nbs/api/synth/em.ipynb #30c4bea9
 def cristae(
-    rng:np.random.Generator,
-    radius:float,       # nm, of the body
-    t, a, c,            # nm, coordinates of the body: along, across, across
-    shake:np.ndarray,   # z y x, standard normal field
-    line,               # profile of a membrane, as the slab draws it
-)->np.ndarray:          # z y x, amount of stain, 0 to about 1
+    rng: np.random.Generator,
+    radius: float,  # nm, of the body
+    t,
+    a,
+    c,  # nm, coordinates of the body: along, across, across
+    shake: np.ndarray,  # z y x, standard normal field
+    line,  # profile of a membrane, as the slab draws it
+) -> np.ndarray:  # z y x, amount of stain, 0 to about 1
     "Parallel sheets of double membrane across a mitochondrion."
     gap, tilt, cup = rng.uniform(34, 44), rng.uniform(-0.4, 0.4), rng.uniform(-0.25, 0.25)
     n = 128  # more sheets than any body has
-    jitter, side, reach = rng.normal(0, 0.08 * gap, n), rng.uniform(0, 2*np.pi, n), rng.uniform(-1.2, -0.2, n)
+    jitter, side, reach = (
+        rng.normal(0, 0.08 * gap, n),
+        rng.uniform(0, 2 * np.pi, n),
+        rng.uniform(-1.2, -0.2, n),
+    )
     reach[rng.random(n) < 0.05] = 9
-    w = t * np.cos(tilt) + a * np.sin(tilt) + cup * (a*a + c*c) / radius + 7 * shake
+    w = t * np.cos(tilt) + a * np.sin(tilt) + cup * (a * a + c * c) / radius + 7 * shake
     sheet = np.floor(w / gap)
     k = np.clip(sheet.astype(int) + n // 2, 0, n - 1)
     offset = w - (sheet + 0.5) * gap - jitter[k]
@@ -416,12 +502,15 @@ def cristae(
 
 # %% ../../nbs/api/synth/em.ipynb #b008788c
 def paint_mitochondrion(
-    slab:Slab,
-    body:Body,
-    roi:tuple,         # slices of the slab around the body
-    tone:np.ndarray,   # z y x, what is there
-    d, t, a, c,        # nm, from the body's local method
-)->np.ndarray:         # z y x, new tone
+    slab: Slab,
+    body: Body,
+    roi: tuple,  # slices of the slab around the body
+    tone: np.ndarray,  # z y x, what is there
+    d,
+    t,
+    a,
+    c,  # nm, from the body's local method
+) -> np.ndarray:  # z y x, new tone
     "Double membrane, matrix, cristae."
     rng = keyed(slab.scene.seed, "mitochondrion", body.key)
     grain, fibre, lump = (slab.texture(name)[roi] for name in ("grain", "fibre", "lump"))
@@ -435,56 +524,72 @@ def paint_lysosome(slab, body, roi, tone, d, t, a, c):
     "One membrane, dark lumpy content; arguments of `paint_mitochondrion`."
     base = TONES["lysosome"] + keyed(slab.scene.seed, "lysosome", body.key).normal(0, 0.02)
     grain, fibre, lump = (slab.texture(name)[roi] for name in ("grain", "fibre", "lump"))
-    return mix(tone, base + 0.03 * grain + 0.06 * fibre + 0.05 * lump, slab.cover(d)) - 0.36 * slab.line(d + 2)
+    return mix(tone, base + 0.03 * grain + 0.06 * fibre + 0.05 * lump, slab.cover(d)) - 0.36 * slab.line(
+        d + 2
+    )
 
 # %% ../../nbs/api/synth/em.ipynb #385dfb60
 def paint_lipid(slab, body, roi, tone, d, t, a, c):
     "Homogeneous, no membrane; arguments of `paint_mitochondrion`."
-    return mix(tone, TONES["lipid"] + keyed(slab.scene.seed, "lipid", body.key).uniform(-0.1, 0.12), slab.cover(d))
+    return mix(
+        tone, TONES["lipid"] + keyed(slab.scene.seed, "lipid", body.key).uniform(-0.1, 0.12), slab.cover(d)
+    )
+
 
 def paint_vesicle(slab, body, roi, tone, d, t, a, c):
     "Membrane and light lumen, sometimes a dense core; arguments of `paint_mitochondrion`."
     tone = mix(tone, TONES["lumen"], slab.cover(d))
-    if keyed(slab.scene.seed, "vesicle", body.key).random() < 0.2: tone = mix(tone, TONES["core"], ramp(0.5 - (d + 0.55 * body.radius) / 8))
+    if keyed(slab.scene.seed, "vesicle", body.key).random() < 0.2:
+        tone = mix(tone, TONES["core"], ramp(0.5 - (d + 0.55 * body.radius) / 8))
     return tone - 0.5 * slab.line(d + 2)
+
 
 def paint_process(slab, body, roi, tone, d, t, a, c):
     "Cytosol in a membrane; arguments of `paint_mitochondrion`."
     return mix(tone, slab.cytosol[roi], slab.cover(d)) - 0.55 * slab.line(d)
 
-PAINT = {"mitochondrion": paint_mitochondrion, "lysosome": paint_lysosome, "lipid droplet": paint_lipid, "vesicle": paint_vesicle,
-         "process": paint_process}
+
+PAINT = {
+    "mitochondrion": paint_mitochondrion,
+    "lysosome": paint_lysosome,
+    "lipid droplet": paint_lipid,
+    "vesicle": paint_vesicle,
+    "process": paint_process,
+}
 
 # %% ../../nbs/api/synth/em.ipynb #cec1d251
 def around(
-    slab:Slab,
-    body:Body,
-    warp:float,  # nm, largest shift along one axis
-)->tuple:        # three slices, possibly empty
+    slab: Slab,
+    body: Body,
+    warp: float,  # nm, largest shift along one axis
+) -> tuple:  # three slices, possibly empty
     "The part of the slab that `body` can touch."
     r = body.reach + warp + 40 + 2 * slab.step
     return tuple(slice(*np.searchsorted(axis, [c - r, c + r])) for axis, c in zip(slab.axes, body.centre))
 
 # %% ../../nbs/api/synth/em.ipynb #4b732723
 def paint_bodies(
-    slab:Slab,
+    slab: Slab,
 ):
     "All bodies of the scene; their instance numbers start at 2, after the nucleus."
     warp = max(np.abs(s).max() for s in slab.shift)
     for number, body in enumerate(slab.scene.bodies, 2):
         roi = around(slab, body, warp)
-        if any(r.start == r.stop for r in roi): continue
+        if any(r.start == r.stop for r in roi):
+            continue
         d, *own = body.local([q[roi] for q in slab.p])
         slab.tone[roi] = PAINT[body.kind](slab, body, roi, slab.tone[roi], d, *own)
         slab.clear[roi] = np.minimum(slab.clear[roi], d)
         label, code = KINDS[body.kind].label << 16, slab.code[roi]
-        if body.kind == "process": code[d < 0], code[np.abs(d) < 10] = label, LABELS["membrane"] << 16
-        else: code[d < 2] = label | number
+        if body.kind == "process":
+            code[d < 0], code[np.abs(d) < 10] = label, LABELS["membrane"] << 16
+        else:
+            code[d < 2] = label | number
 
 # %% ../../nbs/api/synth/em.ipynb #26b228c2
 def er_distance(
-    slab:Slab,
-)->np.ndarray:  # z y x, nm, negative inside
+    slab: Slab,
+) -> np.ndarray:  # z y x, nm, negative inside
     "Distance to the surface of the ER: sheets and tubules, clear of everything else."
     outside = slab.nucleus - slab.scene.envelope
     height = outside + 34 * slab.noise("er wave", 210)
@@ -492,42 +597,46 @@ def er_distance(
     ends = keyed(slab.scene.seed, "er ends").normal(0, 0.45, 128)[np.clip(sheet.astype(int), 0, 127)]
     here = slab.noise("er where", 250) + 1 / (1 + np.maximum(outside, 0) / 350) - 0.6 + ends
     sheets = np.maximum(np.abs(height - (sheet + 0.5) * 98) - 16, -110 * here)
-    tubules = 150 * np.sqrt(slab.noise("er tubule a", 190)**2 + slab.noise("er tubule b", 190)**2) - 20
+    tubules = 150 * np.sqrt(slab.noise("er tubule a", 190) ** 2 + slab.noise("er tubule b", 190) ** 2) - 20
     d = np.maximum(np.minimum(sheets, tubules), 13 - slab.clear)
     return np.where((slab.cell < 0) & (outside > 0), d, np.inf)
 
 # %% ../../nbs/api/synth/em.ipynb #164815c9
 def paint_er(
-    slab:Slab,
+    slab: Slab,
 ):
     "Lumen, membrane and ribosomes of the ER."
     d = er_distance(slab)
     slab.tone[:] = mix(slab.tone, TONES["lumen"], slab.cover(d)) - 0.42 * slab.line(d + 2)
-    slab.tone -= 0.16 * np.clip(slab.texture("grain") - 0.3, 0, 1.4) * slab.line(d - 13, 6) * (slab.clear > 20)
+    slab.tone -= (
+        0.16 * np.clip(slab.texture("grain") - 0.3, 0, 1.4) * slab.line(d - 13, 6) * (slab.clear > 20)
+    )
     slab.code[d < 2] = LABELS["ER"] << 16
 
 # %% ../../nbs/api/synth/em.ipynb #b609fa5d
 def subdivision(
-    voxel_size,   # nm, z y x
-)->np.ndarray:    # 3, samples per voxel along z y x
+    voxel_size,  # nm, z y x
+) -> np.ndarray:  # 3, samples per voxel along z y x
     "How finely a voxel is sampled: about 8 nm, at most eight samples."
     n = np.maximum(1, np.round(np.asarray(voxel_size) / 8)).astype(int)
-    while n.prod() > 8: n[n.argmax()] -= 1
+    while n.prod() > 8:
+        n[n.argmax()] -= 1
     return n
 
 # %% ../../nbs/api/synth/em.ipynb #9e5e603c
 def split_voxels(
-    x:np.ndarray,  # fine samples, z y x
-    n,             # samples per voxel along z y x
-)->np.ndarray:     # sample, z y x of voxels
+    x: np.ndarray,  # fine samples, z y x
+    n,  # samples per voxel along z y x
+) -> np.ndarray:  # sample, z y x of voxels
     "Bring the samples of each voxel to the front."
     z, y, x_ = np.array(x.shape) // n
     return x.reshape(z, n[0], y, n[1], x_, n[2]).transpose(1, 3, 5, 0, 2, 4).reshape(-1, z, y, x_)
 
+
 def majority(
-    codes:np.ndarray,      # n *s, the samples of each voxel
-    eligible=True,         # n *s, boolean: which samples may win; True: all
-)->np.ndarray:             # *s
+    codes: np.ndarray,  # n *s, the samples of each voxel
+    eligible=True,  # n *s, boolean: which samples may win; True: all
+) -> np.ndarray:  # *s
     "The most frequent eligible code of each voxel; the smallest one in a tie."
     best, votes = codes[0].copy(), np.zeros(codes.shape[1:], int)
     for code, may in zip(codes, np.broadcast_to(eligible, codes.shape)):
@@ -538,42 +647,51 @@ def majority(
 
 # %% ../../nbs/api/synth/em.ipynb #f5d40fca
 def render(
-    scene:Scene,
-    shape:tuple,      # voxels, z y x
-    voxel_size,       # nm, z y x
-    depth:int=None,   # voxels per slab along z; chosen for bounded memory if not given
-)->tuple:             # tone (float32), code (uint32); z y x
+    scene: Scene,
+    shape: tuple,  # voxels, z y x
+    voxel_size,  # nm, z y x
+    depth: int = None,  # voxels per slab along z; chosen for bounded memory if not given
+) -> tuple:  # tone (float32), code (uint32); z y x
     "Paint the scene on voxels, slab by slab."
     n = subdivision(voxel_size)
     axes = [(np.arange(s * k) + 0.5) * v / k - s * v / 2 for s, k, v in zip(shape, n, voxel_size)]
-    step, depth = float(np.mean(voxel_size / n)), depth or max(1, int(2**19 // (shape[1] * shape[2] * n.prod())))
+    step, depth = (
+        float(np.mean(voxel_size / n)),
+        depth or max(1, int(2**19 // (shape[1] * shape[2] * n.prod()))),
+    )
     tone, code = np.empty(shape, np.float32), np.empty(shape, np.uint32)
     for z in range(0, shape[0], depth):
         rows = slice(z, min(z + depth, shape[0]))
-        slab = Slab(scene, (axes[0][rows.start * n[0]:rows.stop * n[0]], *axes[1:]), step)
-        for paint in (paint_cell, paint_nucleus, paint_bodies, paint_er): paint(slab)
+        slab = Slab(scene, (axes[0][rows.start * n[0] : rows.stop * n[0]], *axes[1:]), step)
+        for paint in (paint_cell, paint_nucleus, paint_bodies, paint_er):
+            paint(slab)
         codes = split_voxels(slab.code, n)
-        tone[rows], code[rows] = split_voxels(slab.tone, n).mean(0), majority(codes, codes >> 16 == majority(codes >> 16))
+        tone[rows], code[rows] = (
+            split_voxels(slab.tone, n).mean(0),
+            majority(codes, codes >> 16 == majority(codes >> 16)),
+        )
     return tone, code
 
 # %% ../../nbs/api/synth/em.ipynb #94cf5e17
 def drift_walk(
-    rng:np.random.Generator,
-    slices:int,
-)->np.ndarray:  # n 2: contrast and brightness of each slice; standard deviation about 1
+    rng: np.random.Generator,
+    slices: int,
+) -> np.ndarray:  # n 2: contrast and brightness of each slice; standard deviation about 1
     "A slow random walk that returns to zero."
     walk = rng.standard_normal((slices, 2))
-    for i in range(1, slices): walk[i] = 0.85 * walk[i - 1] + 0.53 * walk[i]
+    for i in range(1, slices):
+        walk[i] = 0.85 * walk[i - 1] + 0.53 * walk[i]
     return walk
 
+
 def expose(
-    tone:np.ndarray,   # z y x, 0 black to 1 white
-    voxel_size,        # nm, z y x
-    seed:int=0,
-    blur:float=6.,     # nm, standard deviation of the beam; a fifth more along z
-    electrons:float=220.,  # per white voxel; inf for no noise
-    drift:float=0.02,  # standard deviation of the brightness between slices, of full scale
-)->np.ndarray:         # uint8, z y x
+    tone: np.ndarray,  # z y x, 0 black to 1 white
+    voxel_size,  # nm, z y x
+    seed: int = 0,
+    blur: float = 6.0,  # nm, standard deviation of the beam; a fifth more along z
+    electrons: float = 220.0,  # per white voxel; inf for no noise
+    drift: float = 0.02,  # standard deviation of the brightness between slices, of full scale
+) -> np.ndarray:  # uint8, z y x
     "Blur, drift and shot noise."
     sigma = blur * np.array([1.2, 1, 1]) / voxel_size
     tone = ndimage.gaussian_filter(tone, np.where(sigma < 0.1, 0, sigma), mode="nearest")
@@ -587,36 +705,53 @@ def expose(
 
 # %% ../../nbs/api/synth/em.ipynb #ee39e251
 def check_request(
-    shape,       # voxels, z y x
+    shape,  # voxels, z y x
     voxel_size,  # nm, z y x
-    seed,        # not negative
-)->tuple:        # shape, voxel_size (array), seed
+    seed,  # not negative
+) -> tuple:  # shape, voxel_size (array), seed
     "The request in plain types, or `InputError`."
-    try: sizes = tuple(map(operator.index, shape))
-    except TypeError: sizes = ()
-    if len(sizes) != 3 or min(sizes) < 1: raise InputError(f"shape: got {shape!r}, expected three integers of at least 1 (z y x), e.g. (128, 128, 128)")
-    try: voxels = np.array([float(v) for v in voxel_size])
-    except (TypeError, ValueError): voxels = np.zeros(0)
+    try:
+        sizes = tuple(map(operator.index, shape))
+    except TypeError:
+        sizes = ()
+    if len(sizes) != 3 or min(sizes) < 1:
+        raise InputError(
+            f"shape: got {shape!r}, expected three integers of at least 1 (z y x), e.g. (128, 128, 128)"
+        )
+    try:
+        voxels = np.array([float(v) for v in voxel_size])
+    except (TypeError, ValueError):
+        voxels = np.zeros(0)
     if len(voxels) != 3 or not ((voxels >= 1) & (voxels <= 200)).all():
-        raise InputError(f"voxel_size: got {voxel_size!r}, expected three numbers from 1 to 200 (nm, z y x), e.g. (8, 8, 8)")
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0: raise InputError(f"seed: got {seed!r}, expected an integer of at least 0")
+        raise InputError(
+            f"voxel_size: got {voxel_size!r}, expected three numbers from 1 to 200 (nm, z y x), e.g. (8, 8, 8)"
+        )
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise InputError(f"seed: got {seed!r}, expected an integer of at least 0")
     volume = np.prod(sizes * voxels / 1000)
-    if volume > 800: raise InputError(f"the box of {sizes} voxels has {volume:.0f} cubic micrometres, expected at most 800: ask for fewer or smaller voxels")
+    if volume > 800:
+        raise InputError(
+            f"the box of {sizes} voxels has {volume:.0f} cubic micrometres, expected at most 800: ask for fewer or smaller voxels"
+        )
     return sizes, voxels, int(seed)
 
 # %% ../../nbs/api/synth/em.ipynb #e686481b
 def em_volume(
-    shape:tuple=(128, 128, 128),    # voxels, z y x
+    shape: tuple = (128, 128, 128),  # voxels, z y x
     *,
-    seed:int=0,                     # another seed, another scene
-    voxel_size:tuple=(8, 8, 8),     # nm, z y x, 1 to 200; the same seed and box give the same scene
-    blur:float=6.,                  # nm, standard deviation of the beam, 0 to 100
-    electrons:float=220.,           # per white voxel, at least 1; fewer make it noisier, inf removes the noise
-    drift:float=0.02,               # brightness between slices, standard deviation as part of full scale, 0 to 1
-)->EMVolume:
+    seed: int = 0,  # another seed, another scene
+    voxel_size: tuple = (8, 8, 8),  # nm, z y x, 1 to 200; the same seed and box give the same scene
+    blur: float = 6.0,  # nm, standard deviation of the beam, 0 to 100
+    electrons: float = 220.0,  # per white voxel, at least 1; fewer make it noisier, inf removes the noise
+    drift: float = 0.02,  # brightness between slices, standard deviation as part of full scale, 0 to 1
+) -> EMVolume:
     "A synthetic electron-microscopy volume of a piece of a cell, with semantic and instance truth."
     shape, voxels, seed = check_request(shape, voxel_size, seed)
-    for name, value, low, high in (("blur", blur, 0, 100), ("electrons", electrons, 1, np.inf), ("drift", drift, 0, 1)):
+    for name, value, low, high in (
+        ("blur", blur, 0, 100),
+        ("electrons", electrons, 1, np.inf),
+        ("drift", drift, 0, 1),
+    ):
         if not isinstance(value, (int, float, np.number)) or not low <= value <= high:
             raise InputError(f"{name}: got {value!r}, expected a number from {low} to {high}")
     tone, code = render(make_scene(seed, shape * voxels), shape, voxels)
@@ -624,4 +759,6 @@ def em_volume(
     seen = np.bincount(instances.ravel()) > 0
     seen[0] = False
     instances = np.where(seen, seen.cumsum(), 0).astype(np.uint16)[instances]
-    return EMVolume(expose(tone, voxels, seed, blur, electrons, drift), labels, instances, tuple(voxels.tolist()))
+    return EMVolume(
+        expose(tone, voxels, seed, blur, electrons, drift), labels, instances, tuple(voxels.tolist())
+    )

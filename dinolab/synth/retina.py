@@ -14,22 +14,30 @@ from scipy.ndimage import distance_transform_edt, gaussian_filter
 from ..core.errors import InputError
 
 # %% ../../nbs/api/synth/retina.ipynb #777d1271
-RETINA_CLASSES = {0: ("retina", "#202020"), 1: ("disc", "#ffd43b"), 2: ("vessel", "#4dabf7"), 3: ("exudate", "#69db7c"), 4: ("haemorrhage", "#f06595")}
+RETINA_CLASSES = {
+    0: ("retina", "#202020"),
+    1: ("disc", "#ffd43b"),
+    2: ("vessel", "#4dabf7"),
+    3: ("exudate", "#69db7c"),
+    4: ("haemorrhage", "#f06595"),
+}
+
 
 class Retina(NamedTuple):
     "A picture and its truth."
-    image:np.ndarray   # h w 3, uint8
-    labels:np.ndarray  # h w, uint8, keys of RETINA_CLASSES
+
+    image: np.ndarray  # h w 3, uint8
+    labels: np.ndarray  # h w, uint8, keys of RETINA_CLASSES
 
 # %% ../../nbs/api/synth/retina.ipynb #976b33df
 def walk(
-    rng:np.random.Generator,
-    start:tuple,     # y x, pixels
-    angle:float,     # direction, radians
-    width:float,     # at the start, pixels
-    length:int,      # steps of one pixel
-    depth:int=2,     # of branching
-)->list:             # (points n 2, widths n)
+    rng: np.random.Generator,
+    start: tuple,  # y x, pixels
+    angle: float,  # direction, radians
+    width: float,  # at the start, pixels
+    length: int,  # steps of one pixel
+    depth: int = 2,  # of branching
+) -> list:  # (points n 2, widths n)
     "A vessel and its branches."
     turn = gaussian_filter(rng.standard_normal(length), 25) * 0.35
     angles = angle + np.cumsum(turn)
@@ -38,13 +46,21 @@ def walk(
     found = [(points, widths)]
     for _ in range(int(rng.integers(1, 4)) if depth else 0):
         i = int(rng.integers(length // 6, length))
-        found += walk(rng, points[i], angles[i] + rng.choice([-1, 1]) * rng.uniform(0.4, 0.9), widths[i] * 0.75, max(30, int((length - i) * rng.uniform(0.6, 1))), depth - 1)
+        found += walk(
+            rng,
+            points[i],
+            angles[i] + rng.choice([-1, 1]) * rng.uniform(0.4, 0.9),
+            widths[i] * 0.75,
+            max(30, int((length - i) * rng.uniform(0.6, 1))),
+            depth - 1,
+        )
     return found
 
+
 def draw(
-    vessels:list,   # from walk
-    shape:tuple,    # h w
-)->np.ndarray:      # h w, boolean
+    vessels: list,  # from walk
+    shape: tuple,  # h w
+) -> np.ndarray:  # h w, boolean
     "Pixels within half a width of the lines."
     on = np.zeros(shape, bool)
     for low, high in ((0, 1.6), (1.6, 2.4), (2.4, 3.4), (3.4, 99)):
@@ -53,51 +69,69 @@ def draw(
             y, x = np.round(points[(widths > low) & (widths <= high)]).astype(int).T
             inside = (y >= 0) & (y < shape[0]) & (x >= 0) & (x < shape[1])
             line[y[inside], x[inside]] = False
-        if not line.all(): on |= distance_transform_edt(line) <= dict(zip((1.6, 2.4, 3.4, 99), (0.5, 1, 1.5, 2.1)))[high]
+        if not line.all():
+            on |= distance_transform_edt(line) <= dict(zip((1.6, 2.4, 3.4, 99), (0.5, 1, 1.5, 2.1)))[high]
     return on
 
 # %% ../../nbs/api/synth/retina.ipynb #3eb90ffa
 def spots(
-    rng:np.random.Generator,
-    shape:tuple,    # h w
-    count:int,      # about
-    radius:tuple,   # least and largest, pixels
-)->np.ndarray:      # h w, boolean
+    rng: np.random.Generator,
+    shape: tuple,  # h w
+    count: int,  # about
+    radius: tuple,  # least and largest, pixels
+) -> np.ndarray:  # h w, boolean
     "Blobs with wavy borders."
-    yy, xx = np.mgrid[:shape[0], :shape[1]]
+    yy, xx = np.mgrid[: shape[0], : shape[1]]
     on = np.zeros(shape, bool)
     for _ in range(rng.poisson(count)):
-        (y, x), r, phase = rng.uniform(0, 1, 2) * shape, np.exp(rng.uniform(*np.log(radius))), rng.uniform(0, 6.28)
+        (y, x), r, phase = (
+            rng.uniform(0, 1, 2) * shape,
+            np.exp(rng.uniform(*np.log(radius))),
+            rng.uniform(0, 6.28),
+        )
         a = np.arctan2(yy - y, xx - x)
         on |= np.hypot(yy - y, xx - x) < r * (1 + 0.25 * np.sin(3 * a + phase))
     return on
 
 # %% ../../nbs/api/synth/retina.ipynb #99721e36
 def retina_image(
-    shape:tuple=(192, 192),  # h w, pixels
-    seed:int=0,              # of everything
-)->Retina:
+    shape: tuple = (192, 192),  # h w, pixels
+    seed: int = 0,  # of everything
+) -> Retina:
     "A synthetic photograph of a retina, with labels."
-    if len(shape) != 2 or min(shape) < 64: raise InputError(f"shape {tuple(shape)}: expected height and width of 64 pixels or more")
+    if len(shape) != 2 or min(shape) < 64:
+        raise InputError(f"shape {tuple(shape)}: expected height and width of 64 pixels or more")
     rng, (h, w) = np.random.default_rng([seed, *shape]), shape
     yy, xx = np.mgrid[:h, :w]
     y, x, r = h * rng.uniform(0.3, 0.7), w * rng.uniform(0.2, 0.8), min(shape) * rng.uniform(0.09, 0.13)
     disc = np.hypot((yy - y) / 1.1, xx - x) < r
     around = rng.uniform(0, 6.28) + np.arange(6) * 6.28 / 6 + rng.normal(0, 0.25, 6)
-    vessels = draw([part for a in around for part in walk(rng, (y, x), a, rng.uniform(2.4, 4.2), int(0.9 * max(shape)))], shape)
+    vessels = draw(
+        [part for a in around for part in walk(rng, (y, x), a, rng.uniform(2.4, 4.2), int(0.9 * max(shape)))],
+        shape,
+    )
     exudate, haemorrhage = spots(rng, shape, 6, (1.5, 9)), spots(rng, shape, 5, (2, 10))
     labels = np.zeros(shape, np.uint8)
-    for value, on in ((4, haemorrhage), (3, exudate), (1, disc), (2, vessels)): labels[on] = value
+    for value, on in ((4, haemorrhage), (3, exudate), (1, disc), (2, vessels)):
+        labels[on] = value
     return Retina(_photograph(rng, labels, disc, vessels), labels)
+
 
 def _photograph(rng, labels, disc, vessels):
     "Reflectance under uneven light, blurred a little, with noise."
     shape = labels.shape
-    tone = np.full(shape, 0.55) + 0.05 * gaussian_filter(rng.standard_normal(shape), 6) / 0.05 + 0.03 * gaussian_filter(rng.standard_normal(shape), 1.5) / 0.19
-    for value, level in ((1, 0.85), (3, 0.85), (4, 0.36)): tone[labels == value] += level - 0.55
+    tone = (
+        np.full(shape, 0.55)
+        + 0.05 * gaussian_filter(rng.standard_normal(shape), 6) / 0.05
+        + 0.03 * gaussian_filter(rng.standard_normal(shape), 1.5) / 0.19
+    )
+    for value, level in ((1, 0.85), (3, 0.85), (4, 0.36)):
+        tone[labels == value] += level - 0.55
     tone[vessels] = 0.38 + 0.4 * (tone[vessels] - 0.55)
-    yy, xx = np.mgrid[-1:1:shape[0] * 1j, -1:1:shape[1] * 1j]
-    light = 1 - 0.45 * (np.square(yy - rng.uniform(-0.4, 0.4)) + np.square(xx - rng.uniform(-0.4, 0.4))).clip(0, 1.4)
+    yy, xx = np.mgrid[-1 : 1 : shape[0] * 1j, -1 : 1 : shape[1] * 1j]
+    light = 1 - 0.45 * (np.square(yy - rng.uniform(-0.4, 0.4)) + np.square(xx - rng.uniform(-0.4, 0.4))).clip(
+        0, 1.4
+    )
     colour = np.array([1.1, 0.75, 0.42]) * (1 + rng.uniform(-0.08, 0.08, 3))
     image = gaussian_filter(tone * light, 0.6)[..., None] * colour + rng.normal(0, 0.025, (*shape, 3))
     return np.round(image.clip(0, 1) * 255).astype(np.uint8)

@@ -26,53 +26,70 @@ from ..core.show import rgb_table
 # %% ../../nbs/api/synth/spacecraft.ipynb #b8a478ca
 SPACECRAFT_CLASSES = {0: ("background", "#000000"), 1: ("body", "#ff0000"), 2: ("panel", "#0000ff")}
 
+
 class Scene(NamedTuple):
     "A picture of a spacecraft and its truth."
-    image:np.ndarray   # h w 3, uint8
-    labels:np.ndarray  # h w, uint8, keys of SPACECRAFT_CLASSES
-    satellite:str      # key of SATELLITES
+
+    image: np.ndarray  # h w 3, uint8
+    labels: np.ndarray  # h w, uint8, keys of SPACECRAFT_CLASSES
+    satellite: str  # key of SATELLITES
+
 
 def mask_colours(
-    labels:np.ndarray,  # h w, keys of SPACECRAFT_CLASSES
-)->np.ndarray:          # h w 3, uint8
+    labels: np.ndarray,  # h w, keys of SPACECRAFT_CLASSES
+) -> np.ndarray:  # h w 3, uint8
     "Labels in the colours of the challenge."
     labels = np.asarray(labels)
     if not np.isin(labels, list(SPACECRAFT_CLASSES)).all():
-        raise InputError(f"labels {np.unique(labels).tolist()[:8]}: expected {', '.join(map(str, SPACECRAFT_CLASSES))} only; use the labels of a scene")
+        raise InputError(
+            f"labels {np.unique(labels).tolist()[:8]}: expected {', '.join(map(str, SPACECRAFT_CLASSES))} only; use the labels of a scene"
+        )
     return rgb_table(colour for _, colour in SPACECRAFT_CLASSES.values())[labels.astype(int)]
 
 # %% ../../nbs/api/synth/spacecraft.ipynb #3230d76a
 def lathe(
-    radii,            # of the rings, bottom to top
-    heights,          # of the rings, increasing
-    sides:int,        # corners of a ring
-    hollow:bool=False,# no caps; walls are seen from both sides
-)->list:              # faces: n 3, corners counter-clockwise seen from outside
+    radii,  # of the rings, bottom to top
+    heights,  # of the rings, increasing
+    sides: int,  # corners of a ring
+    hollow: bool = False,  # no caps; walls are seen from both sides
+) -> list:  # faces: n 3, corners counter-clockwise seen from outside
     "Faces of a solid of revolution around the third axis."
     around = (np.arange(sides) + 0.5) * 2 * np.pi / sides
-    rings = [np.stack([r * np.cos(around), r * np.sin(around), np.full(sides, h)], 1) for r, h in zip(radii, heights)]
+    rings = [
+        np.stack([r * np.cos(around), r * np.sin(around), np.full(sides, h)], 1)
+        for r, h in zip(radii, heights)
+    ]
     faces = []
     for low, high, r0, r1 in zip(rings, rings[1:], radii, radii[1:]):
         quads = np.stack([low, np.roll(low, -1, 0), np.roll(high, -1, 0), high], 1)
         faces += list(quads[:, [0, 2, 3] if r0 == 0 else [0, 1, 2] if r1 == 0 else [0, 1, 2, 3]])
-    if hollow: return faces + [f[::-1] for f in faces]
+    if hollow:
+        return faces + [f[::-1] for f in faces]
     return faces + [rings[0][::-1]] * (radii[0] > 0) + [rings[-1]] * (radii[-1] > 0)
+
 
 _bowl = np.linspace(0, 1, 4)
 SHAPES = dict(
-    box=lathe([0.5**0.5] * 2, [-0.5, 0.5], 4), cylinder=lathe([0.5] * 2, [-0.5, 0.5], 16), drum=lathe([0.5] * 2, [-0.5, 0.5], 10),
-    cone=lathe([0.5, 0], [-0.5, 0.5], 16), frustum=lathe([0.5, 0.24], [-0.5, 0.5], 16), dish=lathe(_bowl / 2, _bowl**2 - 0.5, 16, hollow=True))
+    box=lathe([0.5**0.5] * 2, [-0.5, 0.5], 4),
+    cylinder=lathe([0.5] * 2, [-0.5, 0.5], 16),
+    drum=lathe([0.5] * 2, [-0.5, 0.5], 10),
+    cone=lathe([0.5, 0], [-0.5, 0.5], 16),
+    frustum=lathe([0.5, 0.24], [-0.5, 0.5], 16),
+    dish=lathe(_bowl / 2, _bowl**2 - 0.5, 16, hollow=True),
+)
 
 # %% ../../nbs/api/synth/spacecraft.ipynb #a19cf636
 class Material(NamedTuple):
     "How a surface looks."
-    colour:tuple         # r g b, share of light that comes back
-    gloss:float          # strength of the mirrored sun
-    sharpness:float      # exponent of the mirrored sun
-    crumple:float        # slope of the creases of foil
-    pitch:float          # between lines, radii of the satellite
-    line:tuple           # r g b of the lines
-    label:int = 1        # class
+
+    colour: tuple  # r g b, share of light that comes back
+    gloss: float  # strength of the mirrored sun
+    sharpness: float  # exponent of the mirrored sun
+    crumple: float  # slope of the creases of foil
+    pitch: float  # between lines, radii of the satellite
+    line: tuple  # r g b of the lines
+    label: int = 1  # class
+
 
 MATERIALS = dict(
     white=Material((0.72, 0.72, 0.70), 0.15, 12, 0.03, 0.22, (0.42, 0.42, 0.42)),
@@ -81,92 +98,174 @@ MATERIALS = dict(
     silver=Material((0.50, 0.50, 0.52), 1.6, 18, 0.18, 0.30, (0.25, 0.25, 0.27)),
     black=Material((0.035, 0.035, 0.04), 0.7, 12, 0.15, 0.28, (0.02, 0.02, 0.02)),
     panel=Material((0.018, 0.03, 0.11), 1.3, 90, 0.015, 0.055, (0.20, 0.21, 0.24), 2),
-    back=Material((0.34, 0.33, 0.30), 0.2, 15, 0.05, 0.165, (0.16, 0.15, 0.14), 2))
+    back=Material((0.34, 0.33, 0.30), 0.2, 15, 0.05, 0.165, (0.16, 0.15, 0.14), 2),
+)
 
 # %% ../../nbs/api/synth/spacecraft.ipynb #2b1b9c1f
 class Part(NamedTuple):
     "One solid of a satellite."
-    shape:str            # key of SHAPES
-    material:str         # key of MATERIALS
-    centre:tuple         # x y z, metres
-    size:tuple           # x y z, metres
-    turn:tuple = (0, 0, 0) # degrees about x, then y, then z
+
+    shape: str  # key of SHAPES
+    material: str  # key of MATERIALS
+    centre: tuple  # x y z, metres
+    size: tuple  # x y z, metres
+    turn: tuple = (0, 0, 0)  # degrees about x, then y, then z
+
 
 def wing(
-    angle:float,      # of the boom around z, degrees
-    start:float,      # distance of its root from the z axis, metres
-    panels:int,       # in a row
-    size:tuple,       # of a panel: along the boom, across, metres
-    tilt:float=0,     # about the boom, degrees
-    z:float=0,        # height of the root, metres
-    boom:float=0.4,   # length before the first panel, metres
-)->list:              # of parts
+    angle: float,  # of the boom around z, degrees
+    start: float,  # distance of its root from the z axis, metres
+    panels: int,  # in a row
+    size: tuple,  # of a panel: along the boom, across, metres
+    tilt: float = 0,  # about the boom, degrees
+    z: float = 0,  # height of the root, metres
+    boom: float = 0.4,  # length before the first panel, metres
+) -> list:  # of parts
     "A boom and a row of solar panels."
     along = np.array([np.cos(np.deg2rad(angle)), np.sin(np.deg2rad(angle)), 0])
-    def at(distance): return tuple(along * distance + (0, 0, z))
+
+    def at(distance):
+        return tuple(along * distance + (0, 0, z))
+
     reach = boom + panels * size[0] * 1.04
-    row = [Part("box", "panel", at(start + boom + (i + 0.5) * size[0] * 1.04), (size[0], size[1], 0.05), (tilt, 0, angle)) for i in range(panels)]
-    return [Part("box", "grey", at(start + reach / 2 - 0.1), (reach + 0.1, 0.07, 0.035), (tilt, 0, angle)), *row]
+    row = [
+        Part(
+            "box",
+            "panel",
+            at(start + boom + (i + 0.5) * size[0] * 1.04),
+            (size[0], size[1], 0.05),
+            (tilt, 0, angle),
+        )
+        for i in range(panels)
+    ]
+    return [
+        Part("box", "grey", at(start + reach / 2 - 0.1), (reach + 0.1, 0.07, 0.035), (tilt, 0, angle)),
+        *row,
+    ]
+
 
 def wings(
     angles,  # of the booms around z, degrees
-    *how,    # as in wing
+    *how,  # as in wing
     **more,  # as in wing
-)->list:     # of parts
+) -> list:  # of parts
     "Equal wings in several directions."
     return [part for a in angles for part in wing(a, *how, **more)]
 
 # %% ../../nbs/api/synth/spacecraft.ipynb #b684f95b
 SATELLITES = dict(
-    bus=[Part("box", "gold", (0, 0, 0), (1.8, 1.6, 2.2)), Part("box", "white", (0, 0, 1.16), (1.5, 1.3, 0.12)), Part("cylinder", "grey", (0, 0, -1.25), (0.6, 0.6, 0.3)),
-         Part("dish", "white", (0.3, 0.9, 0.4), (1.1, 1.1, 0.25), (-90, 0, 0)), *wings((0, 180), 0.9, 3, (1.3, 1.7), 25)],
-    cubesat=[Part("box", "grey", (0, 0, 0), (1, 1.0, 3)), Part("box", "panel", (0, 0.52, 0), (0.92, 2.8, 0.04), (-90, 0, 0)), Part("box", "black", (0, 0, 1.53), (0.7, 0.7, 0.08)),
-             Part("cylinder", "silver", (0, 0, 1.6), (0.5, 0.5, 0.3)), Part("box", "gold", (0, -0.55, -0.6), (0.6, 0.12, 0.8)),
-             *[Part("box", "grey", (x, y, -1.45), (1.5 if y == 0 else 0.03, 1.5 if x == 0 else 0.03, 0.03)) for x, y in ((1.2, 0), (-1.2, 0), (0, 1.2), (0, -1.2))],
-             *wings((0, 180), 0.5, 1, (1.0, 2.8), 90, boom=0.06)],
-    relay=[Part("box", "silver", (0, 0, 0), (1.7, 1.5, 2.6)), *wings((0, 180), 0.85, 4, (1.35, 1.9), -15), Part("dish", "white", (0, 1.6, 0.6), (2.0, 2.0, 0.4), (-60, 0, 0)),
-           Part("dish", "gold", (0, -1.6, 0.6), (2.0, 2.0, 0.4), (60, 0, 0)), Part("box", "grey", (0, 0, 0.35), (0.1, 2.8, 0.1)),
-           Part("cone", "white", (0, 0, 1.6), (0.5, 0.5, 0.7), (180, 0, 0)),
-           Part("box", "black", (0, 0.76, -0.5), (1.2, 0.04, 1.2))],
-    mapper=[Part("box", "gold", (0, 0, 0), (1.4, 1.4, 3.0)), Part("box", "white", (0.95, 0, 0), (0.12, 1.5, 5.2)), Part("box", "grey", (0.78, 0, 0), (0.3, 0.3, 3.8)),
-            Part("cylinder", "silver", (0, 0, -1.75), (0.9, 0.9, 0.5)), *wing(180, 0.7, 4, (0.95, 1.6), 35, z=0.5), Part("box", "grey", (0, 0.4, 2.3), (0.05, 0.05, 1.8))],
-    cross=[Part("drum", "white", (0, 0, 0), (1.9, 1.9, 1.3)), Part("cylinder", "gold", (0, 0, 0.85), (1.2, 1.2, 0.5)), Part("frustum", "black", (0, 0, -0.9), (0.9, 0.9, 0.6), (180, 0, 0)),
-           Part("dish", "grey", (0, 0, 1.35), (0.9, 0.9, 0.25)), *wings((45, 135, 225, 315), 0.9, 2, (1.1, 1.0), 12)])
+    bus=[
+        Part("box", "gold", (0, 0, 0), (1.8, 1.6, 2.2)),
+        Part("box", "white", (0, 0, 1.16), (1.5, 1.3, 0.12)),
+        Part("cylinder", "grey", (0, 0, -1.25), (0.6, 0.6, 0.3)),
+        Part("dish", "white", (0.3, 0.9, 0.4), (1.1, 1.1, 0.25), (-90, 0, 0)),
+        *wings((0, 180), 0.9, 3, (1.3, 1.7), 25),
+    ],
+    cubesat=[
+        Part("box", "grey", (0, 0, 0), (1, 1.0, 3)),
+        Part("box", "panel", (0, 0.52, 0), (0.92, 2.8, 0.04), (-90, 0, 0)),
+        Part("box", "black", (0, 0, 1.53), (0.7, 0.7, 0.08)),
+        Part("cylinder", "silver", (0, 0, 1.6), (0.5, 0.5, 0.3)),
+        Part("box", "gold", (0, -0.55, -0.6), (0.6, 0.12, 0.8)),
+        *[
+            Part("box", "grey", (x, y, -1.45), (1.5 if y == 0 else 0.03, 1.5 if x == 0 else 0.03, 0.03))
+            for x, y in ((1.2, 0), (-1.2, 0), (0, 1.2), (0, -1.2))
+        ],
+        *wings((0, 180), 0.5, 1, (1.0, 2.8), 90, boom=0.06),
+    ],
+    relay=[
+        Part("box", "silver", (0, 0, 0), (1.7, 1.5, 2.6)),
+        *wings((0, 180), 0.85, 4, (1.35, 1.9), -15),
+        Part("dish", "white", (0, 1.6, 0.6), (2.0, 2.0, 0.4), (-60, 0, 0)),
+        Part("dish", "gold", (0, -1.6, 0.6), (2.0, 2.0, 0.4), (60, 0, 0)),
+        Part("box", "grey", (0, 0, 0.35), (0.1, 2.8, 0.1)),
+        Part("cone", "white", (0, 0, 1.6), (0.5, 0.5, 0.7), (180, 0, 0)),
+        Part("box", "black", (0, 0.76, -0.5), (1.2, 0.04, 1.2)),
+    ],
+    mapper=[
+        Part("box", "gold", (0, 0, 0), (1.4, 1.4, 3.0)),
+        Part("box", "white", (0.95, 0, 0), (0.12, 1.5, 5.2)),
+        Part("box", "grey", (0.78, 0, 0), (0.3, 0.3, 3.8)),
+        Part("cylinder", "silver", (0, 0, -1.75), (0.9, 0.9, 0.5)),
+        *wing(180, 0.7, 4, (0.95, 1.6), 35, z=0.5),
+        Part("box", "grey", (0, 0.4, 2.3), (0.05, 0.05, 1.8)),
+    ],
+    cross=[
+        Part("drum", "white", (0, 0, 0), (1.9, 1.9, 1.3)),
+        Part("cylinder", "gold", (0, 0, 0.85), (1.2, 1.2, 0.5)),
+        Part("frustum", "black", (0, 0, -0.9), (0.9, 0.9, 0.6), (180, 0, 0)),
+        Part("dish", "grey", (0, 0, 1.35), (0.9, 0.9, 0.25)),
+        *wings((45, 135, 225, 315), 0.9, 2, (1.1, 1.0), 12),
+    ],
+)
 
 # %% ../../nbs/api/synth/spacecraft.ipynb #7e1602f1
 SATELLITES |= dict(
-    telescope=[Part("cylinder", "silver", (0, 0, 0.7), (1.7, 1.7, 4.0)), Part("cylinder", "white", (0, 0, -1.7), (2.2, 2.2, 1.3)), Part("cylinder", "black", (0, 0, 2.72), (1.5, 1.5, 0.06)),
-               Part("box", "silver", (0, 1.5, 3.2), (1.5, 0.06, 1.5), (35, 0, 0)), *wings((0, 180), 0.85, 1, (1.5, 3.8), 70, boom=0.9),
-               Part("dish", "white", (0, -1.7, -1.2), (0.8, 0.8, 0.2), (90, 0, 0)),
-               Part("box", "grey", (0, -1.35, -1.2), (0.06, 0.7, 0.06))],
-    probe=[Part("drum", "gold", (0, 0, 0), (2.0, 2.0, 1.0)), Part("dish", "white", (0, 0, 1.0), (3.0, 3.0, 0.7)), Part("cylinder", "grey", (0, 0, 0.6), (0.7, 0.7, 0.5)),
-           Part("cone", "grey", (0, 0, 1.25), (0.25, 0.25, 0.9)),
-           *wings((90, 210), 0.9, 2, (1.4, 1.2), 10), Part("box", "grey", (2.6, -1.5, 0), (4.4, 0.07, 0.07), (0, 0, -30)), Part("box", "black", (4.5, -2.6, 0), (0.3, 0.3, 0.3)),
-           Part("frustum", "black", (0, 0, -0.75), (0.8, 0.8, 0.5), (180, 0, 0))],
-    station=[Part("cylinder", "white", (0, -1.8, 0), (1.5, 1.5, 3.0), (90, 0, 0)), Part("cylinder", "silver", (0, 1.4, 0), (1.3, 1.3, 3.2), (90, 0, 0)),
-             Part("cylinder", "white", (0, -0.2, -1.3), (1.2, 1.2, 2.0)),
-             Part("frustum", "grey", (0, 3.2, 0), (1.2, 1.2, 0.5), (-90, 0, 0)), Part("box", "grey", (0, -0.2, 0.9), (8.4, 0.35, 0.35)),
-             Part("box", "white", (0, 0.6, 1.3), (1.2, 2.6, 0.06), (0, 60, 0)),
-             *[part._replace(centre=tuple(np.add(part.centre, (x, -0.2, 0.9)))) for x in (-3.6, -2.2, 2.2, 3.6) for part in wings((90, 270), 0.1, 1, (3.4, 1.1), 40)]],
-    spinner=[Part("drum", "panel", (0, 0, 0), (2.4, 2.4, 2.2)), Part("drum", "white", (0, 0, 1.16), (2.3, 2.3, 0.12)), Part("drum", "gold", (0, 0, -1.2), (2.1, 2.1, 0.2)),
-             Part("drum", "silver", (0, 0, 0), (2.46, 2.46, 0.35)),
-             Part("cylinder", "grey", (0, 0, 1.7), (0.5, 0.5, 1.0)), Part("dish", "white", (0.2, 0, 2.3), (1.3, 1.3, 0.35), (0, 50, 0)), Part("cone", "black", (0, 0, -1.6), (0.8, 0.8, 0.7)),
-             Part("box", "grey", (0, 0, 0.8), (4.4, 0.04, 0.04))],
-    capsule=[Part("frustum", "white", (0, 0, 1.25), (2.1, 2.1, 1.3)), Part("cylinder", "silver", (0, 0, -0.5), (2.1, 2.1, 2.2)), Part("frustum", "black", (0, 0, -1.85), (1.1, 1.1, 0.6)),
-             Part("cylinder", "grey", (0, 0, 2.0), (0.7, 0.7, 0.3)),
-             Part("box", "gold", (0, 1.05, -0.5), (0.8, 0.2, 1.2)), *[Part("drum", "panel", (s * 2.9, 0, -0.9), (2.6, 2.6, 0.05), (65 * s, 0, 0)) for s in (-1, 1)],
-             *[Part("box", "grey", (s * 1.4, 0, -0.9), (1.4, 0.09, 0.05), (65 * s, 0, 0)) for s in (-1, 1)]])
+    telescope=[
+        Part("cylinder", "silver", (0, 0, 0.7), (1.7, 1.7, 4.0)),
+        Part("cylinder", "white", (0, 0, -1.7), (2.2, 2.2, 1.3)),
+        Part("cylinder", "black", (0, 0, 2.72), (1.5, 1.5, 0.06)),
+        Part("box", "silver", (0, 1.5, 3.2), (1.5, 0.06, 1.5), (35, 0, 0)),
+        *wings((0, 180), 0.85, 1, (1.5, 3.8), 70, boom=0.9),
+        Part("dish", "white", (0, -1.7, -1.2), (0.8, 0.8, 0.2), (90, 0, 0)),
+        Part("box", "grey", (0, -1.35, -1.2), (0.06, 0.7, 0.06)),
+    ],
+    probe=[
+        Part("drum", "gold", (0, 0, 0), (2.0, 2.0, 1.0)),
+        Part("dish", "white", (0, 0, 1.0), (3.0, 3.0, 0.7)),
+        Part("cylinder", "grey", (0, 0, 0.6), (0.7, 0.7, 0.5)),
+        Part("cone", "grey", (0, 0, 1.25), (0.25, 0.25, 0.9)),
+        *wings((90, 210), 0.9, 2, (1.4, 1.2), 10),
+        Part("box", "grey", (2.6, -1.5, 0), (4.4, 0.07, 0.07), (0, 0, -30)),
+        Part("box", "black", (4.5, -2.6, 0), (0.3, 0.3, 0.3)),
+        Part("frustum", "black", (0, 0, -0.75), (0.8, 0.8, 0.5), (180, 0, 0)),
+    ],
+    station=[
+        Part("cylinder", "white", (0, -1.8, 0), (1.5, 1.5, 3.0), (90, 0, 0)),
+        Part("cylinder", "silver", (0, 1.4, 0), (1.3, 1.3, 3.2), (90, 0, 0)),
+        Part("cylinder", "white", (0, -0.2, -1.3), (1.2, 1.2, 2.0)),
+        Part("frustum", "grey", (0, 3.2, 0), (1.2, 1.2, 0.5), (-90, 0, 0)),
+        Part("box", "grey", (0, -0.2, 0.9), (8.4, 0.35, 0.35)),
+        Part("box", "white", (0, 0.6, 1.3), (1.2, 2.6, 0.06), (0, 60, 0)),
+        *[
+            part._replace(centre=tuple(np.add(part.centre, (x, -0.2, 0.9))))
+            for x in (-3.6, -2.2, 2.2, 3.6)
+            for part in wings((90, 270), 0.1, 1, (3.4, 1.1), 40)
+        ],
+    ],
+    spinner=[
+        Part("drum", "panel", (0, 0, 0), (2.4, 2.4, 2.2)),
+        Part("drum", "white", (0, 0, 1.16), (2.3, 2.3, 0.12)),
+        Part("drum", "gold", (0, 0, -1.2), (2.1, 2.1, 0.2)),
+        Part("drum", "silver", (0, 0, 0), (2.46, 2.46, 0.35)),
+        Part("cylinder", "grey", (0, 0, 1.7), (0.5, 0.5, 1.0)),
+        Part("dish", "white", (0.2, 0, 2.3), (1.3, 1.3, 0.35), (0, 50, 0)),
+        Part("cone", "black", (0, 0, -1.6), (0.8, 0.8, 0.7)),
+        Part("box", "grey", (0, 0, 0.8), (4.4, 0.04, 0.04)),
+    ],
+    capsule=[
+        Part("frustum", "white", (0, 0, 1.25), (2.1, 2.1, 1.3)),
+        Part("cylinder", "silver", (0, 0, -0.5), (2.1, 2.1, 2.2)),
+        Part("frustum", "black", (0, 0, -1.85), (1.1, 1.1, 0.6)),
+        Part("cylinder", "grey", (0, 0, 2.0), (0.7, 0.7, 0.3)),
+        Part("box", "gold", (0, 1.05, -0.5), (0.8, 0.2, 1.2)),
+        *[Part("drum", "panel", (s * 2.9, 0, -0.9), (2.6, 2.6, 0.05), (65 * s, 0, 0)) for s in (-1, 1)],
+        *[Part("box", "grey", (s * 1.4, 0, -0.9), (1.4, 0.09, 0.05), (65 * s, 0, 0)) for s in (-1, 1)],
+    ],
+)
 
 # %% ../../nbs/api/synth/spacecraft.ipynb #54ac7f3c
 class Mesh(NamedTuple):
     "Faces of a satellite."
-    corners:np.ndarray   # f k 3, float32, counter-clockwise seen from outside, the last repeated
-    material:np.ndarray  # f, index into MATERIALS
-    centre:tuple = (0, 0, 0)
+
+    corners: np.ndarray  # f k 3, float32, counter-clockwise seen from outside, the last repeated
+    material: np.ndarray  # f, index into MATERIALS
+    centre: tuple = (0, 0, 0)
+
 
 def build(
-    parts:list,  # of Part, as in SATELLITES
-)->Mesh:         # centred, of radius 1
+    parts: list,  # of Part, as in SATELLITES
+) -> Mesh:  # centred, of radius 1
     "Faces of all parts."
     faces, materials = [], []
     for part in parts:
@@ -180,25 +279,30 @@ def build(
     points = corners.reshape(-1, 3)
     corners = corners - (points.max(0) + points.min(0)) / 2
     radius = np.linalg.norm(corners, axis=-1).max()
-    return Mesh((corners / radius).astype(np.float32), np.array([list(MATERIALS).index(m) for m in materials]))
+    return Mesh(
+        (corners / radius).astype(np.float32), np.array([list(MATERIALS).index(m) for m in materials])
+    )
 
 # %% ../../nbs/api/synth/spacecraft.ipynb #57d35b50
 class Camera(NamedTuple):
     "A pinhole at the origin that looks along z."
-    focal:float         # picture = focal * x / z + centre
-    centre:tuple = (0, 0)  # x y, where the axis meets the picture
+
+    focal: float  # picture = focal * x / z + centre
+    centre: tuple = (0, 0)  # x y, where the axis meets the picture
+
 
 def grid(
-    shape:tuple,  # h w, pixels
-)->tuple:         # y (h), x (w), float32, middles of the pixels; the shorter side is -1..1
+    shape: tuple,  # h w, pixels
+) -> tuple:  # y (h), x (w), float32, middles of the pixels; the shorter side is -1..1
     "Places of rows and columns in the picture."
     return tuple(((2 * np.arange(n) + 1 - n) / min(shape)).astype(np.float32) for n in shape)
 
+
 def rasterise(
-    corners:np.ndarray,  # f k 3, before the camera
-    camera:Camera,       # the pinhole
-    shape:tuple,         # h w, pixels
-)->tuple:                # face (h w, int16, -1 for none), nearness (h w, float32, 1 / depth)
+    corners: np.ndarray,  # f k 3, before the camera
+    camera: Camera,  # the pinhole
+    shape: tuple,  # h w, pixels
+) -> tuple:  # face (h w, int16, -1 for none), nearness (h w, float32, 1 / depth)
     "The nearest face in each pixel."
     y, x = grid(shape)
     face, nearness = np.full(shape, -1, np.int16), np.zeros(shape, np.float32)
@@ -209,12 +313,16 @@ def rasterise(
     planes = normals / offsets[:, None] * np.float32([1 / camera.focal, 1 / camera.focal, 1])
     for i in np.flatnonzero(offsets < -1e-7):  # the others show their back
         points, (a, b, c) = screen[i], planes[i]
-        across, down = (slice(*np.searchsorted(line, (low, high))) for line, low, high in zip((x, y), points.min(0), points.max(0)))
+        across, down = (
+            slice(*np.searchsorted(line, (low, high)))
+            for line, low, high in zip((x, y), points.min(0), points.max(0))
+        )
         px, py = x[across], y[down, None]
         near = a * (px - camera.centre[0]) + (b * (py - camera.centre[1]) + c)
         seen = near > nearness[down, across]
         for (x0, y0), (x1, y1) in zip(points, points[order]):
-            if x0 != x1 or y0 != y1: seen &= (y1 - y0) * (px - x0) >= (x1 - x0) * (py - y0)
+            if x0 != x1 or y0 != y1:
+                seen &= (y1 - y0) * (px - x0) >= (x1 - x0) * (py - y0)
         np.copyto(nearness[down, across], near, where=seen)
         np.copyto(face[down, across], np.int16(i), where=seen)
     return face, nearness
@@ -222,120 +330,144 @@ def rasterise(
 # %% ../../nbs/api/synth/spacecraft.ipynb #8f7bbc0f
 LABEL_OF = np.array([m.label for m in MATERIALS.values()] + [0], np.uint8)  # of a material; the last for none
 
+
 def labels_of(
-    mesh:Mesh,         # whose faces are seen
-    face:np.ndarray,   # h w, from rasterise
-)->np.ndarray:         # h w, uint8
+    mesh: Mesh,  # whose faces are seen
+    face: np.ndarray,  # h w, from rasterise
+) -> np.ndarray:  # h w, uint8
     "Classes of the faces."
     return LABEL_OF[np.append(mesh.material, -1)[face]]
 
+
 def pose(
-    rng:np.random.Generator,
-    mesh:Mesh,          # around the origin
-    size:tuple=(0.16, 0.88),  # least and largest side of the outline, of the picture's shorter side
-)->tuple:               # mesh before the camera, the camera
+    rng: np.random.Generator,
+    mesh: Mesh,  # around the origin
+    size: tuple = (0.16, 0.88),  # least and largest side of the outline, of the picture's shorter side
+) -> tuple:  # mesh before the camera, the camera
     "Turn the satellite and choose a lens, until enough of it is seen."
     while True:
         distance, side = rng.uniform(2.5, 8), rng.uniform(*size)
-        turned = mesh.corners @ Rotation.from_quat(rng.standard_normal(4)).as_matrix().T.astype(np.float32) + np.float32([0, 0, distance])
+        turned = mesh.corners @ Rotation.from_quat(rng.standard_normal(4)).as_matrix().T.astype(
+            np.float32
+        ) + np.float32([0, 0, distance])
         outline = (turned[..., :2] / turned[..., 2:]).reshape(-1, 2)
         low, high = outline.min(0), outline.max(0)
         focal = 2 * side / (high - low).max()
         room = (0.97 - focal * (high - low) / 2).clip(0)
         camera = Camera(focal, tuple(rng.uniform(-room, room) - focal * (low + high) / 2))
         seen = labels_of(mesh, rasterise(turned, camera, (64, 64))[0])
-        if (seen > 0).mean() > 0.015 and (seen == 1).mean() > 0.002: return mesh._replace(corners=turned, centre=(0, 0, distance)), camera
+        if (seen > 0).mean() > 0.015 and (seen == 1).mean() > 0.002:
+            return mesh._replace(corners=turned, centre=(0, 0, distance)), camera
 
 # %% ../../nbs/api/synth/spacecraft.ipynb #1f5ade59
 def normals_of(
-    corners:np.ndarray,  # f k 3
-)->np.ndarray:           # f 3, of length 1
+    corners: np.ndarray,  # f k 3
+) -> np.ndarray:  # f 3, of length 1
     "Outward normals of the faces."
     normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     return normals / np.linalg.norm(normals, axis=1, keepdims=True)
 
+
 def in_sun(
-    mesh:Mesh,           # of radius 1
-    points:np.ndarray,   # n 3, on its faces
-    face:np.ndarray,     # n, the faces
-    sun:np.ndarray,      # 3, direction to the sun, of length 1
-    pixels:int=448,      # of the sun's map
-)->np.ndarray:           # n, boolean
+    mesh: Mesh,  # of radius 1
+    points: np.ndarray,  # n 3, on its faces
+    face: np.ndarray,  # n, the faces
+    sun: np.ndarray,  # 3, direction to the sun, of length 1
+    pixels: int = 448,  # of the sun's map
+) -> np.ndarray:  # n, boolean
     "Points that the sun sees."
     away, side = 60, np.cross(sun, np.eye(3)[np.abs(sun).argmin()])
     side = side / np.linalg.norm(side)
     axes = np.stack([side, np.cross(-sun, side), -sun]).astype(np.float32)
-    def from_sun(p): return (p - np.float32(mesh.centre)) @ axes.T + np.float32([0, 0, away])
+
+    def from_sun(p):
+        return (p - np.float32(mesh.centre)) @ axes.T + np.float32([0, 0, away])
+
     camera = Camera(away - 2)
     first, nearness = rasterise(from_sun(mesh.corners), camera, (pixels, pixels))
     points = from_sun(points)
-    column, row = ((camera.focal * points[:, :2] / points[:, 2:] + 1) * (pixels / 2)).astype(int).clip(0, pixels - 1).T
+    column, row = (
+        ((camera.focal * points[:, :2] / points[:, 2:] + 1) * (pixels / 2)).astype(int).clip(0, pixels - 1).T
+    )
     return (first[row, column] == face) | (1 / (points[:, 2] - 0.03) > nearness[row, column])
 
 # %% ../../nbs/api/synth/spacecraft.ipynb #3653e266
 def points_of(
-    face:np.ndarray,      # h w, from rasterise
-    nearness:np.ndarray,  # h w, from rasterise
-    camera:Camera,        # that saw them
-)->tuple:                 # points (n 3), their faces (n), of the pixels that show one
+    face: np.ndarray,  # h w, from rasterise
+    nearness: np.ndarray,  # h w, from rasterise
+    camera: Camera,  # that saw them
+) -> tuple:  # points (n 3), their faces (n), of the pixels that show one
     "Places in space of what the camera sees."
     y, x = grid(face.shape)
     rows, columns = np.nonzero(face >= 0)
     depth = 1 / nearness[rows, columns]
-    points = np.stack([(x[columns] - camera.centre[0]) / camera.focal, (y[rows] - camera.centre[1]) / camera.focal, np.ones_like(depth)], 1) * depth[:, None]
+    points = (
+        np.stack(
+            [
+                (x[columns] - camera.centre[0]) / camera.focal,
+                (y[rows] - camera.centre[1]) / camera.focal,
+                np.ones_like(depth),
+            ],
+            1,
+        )
+        * depth[:, None]
+    )
     return points, face[rows, columns]
 
 # %% ../../nbs/api/synth/spacecraft.ipynb #1b7c7b15
 def fractal(
-    rng:np.random.Generator,
-    slope:float=1.6,  # how fast amplitudes fall with frequency: more is smoother
-    size:int=256,     # of the tile, which repeats
-)->np.ndarray:        # size size, float32, mean 0, deviation 1
+    rng: np.random.Generator,
+    slope: float = 1.6,  # how fast amplitudes fall with frequency: more is smoother
+    size: int = 256,  # of the tile, which repeats
+) -> np.ndarray:  # size size, float32, mean 0, deviation 1
     "Noise with structure at all sizes."
     frequency = np.hypot(*np.meshgrid(np.fft.rfftfreq(size), np.fft.fftfreq(size)))
     frequency[0, 0] = np.inf
     noise = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((size, size))) / frequency**slope, s=(size, size))
     return (noise / noise.std()).astype(np.float32)
 
+
 def look_up(
-    tile:np.ndarray,  # size size, repeats
-    y:np.ndarray,     # any shape, in tiles
-    x:np.ndarray,     # likewise, in tiles
-)->np.ndarray:        # likewise, float32
+    tile: np.ndarray,  # size size, repeats
+    y: np.ndarray,  # any shape, in tiles
+    x: np.ndarray,  # likewise, in tiles
+) -> np.ndarray:  # likewise, float32
     "Values of a repeating tile, linear between its points."
     return map_coordinates(tile, [y * len(tile), x * len(tile)], order=1, mode="grid-wrap")
 
 # %% ../../nbs/api/synth/spacecraft.ipynb #beea09a1
 def face_coordinates(
-    corners:np.ndarray,  # f k 3
-    normals:np.ndarray,  # f 3
-    points:np.ndarray,   # n 3
-    face:np.ndarray,     # n
-)->tuple:                # along, across (n each, in radii), their directions (n 3 each)
+    corners: np.ndarray,  # f k 3
+    normals: np.ndarray,  # f 3
+    points: np.ndarray,  # n 3
+    face: np.ndarray,  # n
+) -> tuple:  # along, across (n each, in radii), their directions (n 3 each)
     "Places on the faces."
     edge = corners[:, 1] - corners[:, 0]
-    along = (edge / np.linalg.norm(edge, axis=1, keepdims=True))
+    along = edge / np.linalg.norm(edge, axis=1, keepdims=True)
     across = np.cross(normals, along)
     away = points - corners[face, 0]
     one, other = along[face], across[face]
     return np.einsum("nd,nd->n", away, one), np.einsum("nd,nd->n", away, other), one, other
 
+
 def lines(
-    place:np.ndarray,  # n, in radii
-    pitch:np.ndarray,  # n, between lines
-    pixel:np.ndarray,  # n, size of a pixel there
-    width:float=0.008, # of a line, in radii
-)->np.ndarray:         # n, 0..1, how much of the pixel the line takes
+    place: np.ndarray,  # n, in radii
+    pitch: np.ndarray,  # n, between lines
+    pixel: np.ndarray,  # n, size of a pixel there
+    width: float = 0.008,  # of a line, in radii
+) -> np.ndarray:  # n, 0..1, how much of the pixel the line takes
     "Lines at every multiple of the pitch."
     distance = np.abs((place / pitch + 0.5) % 1 - 0.5) * pitch
     return (distance < np.maximum(width, pixel) / 2) * np.minimum(1, width / pixel)
 
+
 def crumple(
-    tile:np.ndarray,     # size size, from fractal
-    along:np.ndarray,    # n, in radii
-    across:np.ndarray,   # n, in radii
-    face:np.ndarray,     # n; each has its own part of the tile
-)->tuple:                # slopes along and across (n each)
+    tile: np.ndarray,  # size size, from fractal
+    along: np.ndarray,  # n, in radii
+    across: np.ndarray,  # n, in radii
+    face: np.ndarray,  # n; each has its own part of the tile
+) -> tuple:  # slopes along and across (n each)
     "Creases of foil."
     slopes = np.stack(np.gradient(np.abs(tile)))
     slopes /= slopes.std()
@@ -344,18 +476,21 @@ def crumple(
 
 # %% ../../nbs/api/synth/spacecraft.ipynb #97b642b8
 def shade(
-    mesh:Mesh,           # before the camera
-    points:np.ndarray,   # n 3, seen on its faces
-    face:np.ndarray,     # n
-    pixel:float,         # size of a pixel at distance 1
-    sun:np.ndarray,      # 3, direction to the sun
-    ambient:np.ndarray,  # r g b, light from everywhere
-    tint:np.ndarray,     # materials 3, colour of each in this scene
-    tile:np.ndarray,     # size size, from fractal
-)->np.ndarray:           # n 3, radiance; 1 is a white face in full sun
+    mesh: Mesh,  # before the camera
+    points: np.ndarray,  # n 3, seen on its faces
+    face: np.ndarray,  # n
+    pixel: float,  # size of a pixel at distance 1
+    sun: np.ndarray,  # 3, direction to the sun
+    ambient: np.ndarray,  # r g b, light from everywhere
+    tint: np.ndarray,  # materials 3, colour of each in this scene
+    tile: np.ndarray,  # size size, from fractal
+) -> np.ndarray:  # n 3, radiance; 1 is a white face in full sun
     "Light from the satellite."
     kind, normals = mesh.material[face], normals_of(mesh.corners)
-    gloss, sharp, rough, pitch = (np.float32([getattr(m, key) for m in MATERIALS.values()])[kind] for key in ("gloss", "sharpness", "crumple", "pitch"))
+    gloss, sharp, rough, pitch = (
+        np.float32([getattr(m, key) for m in MATERIALS.values()])[kind]
+        for key in ("gloss", "sharpness", "crumple", "pitch")
+    )
     along, across, one, other = face_coordinates(mesh.corners, normals, points, face)
     seam = np.maximum(*(lines(place, pitch, pixel * points[:, 2]) for place in (along, across)))[:, None]
     colour = tint[kind] * (1 - seam) + np.float32([m.line for m in MATERIALS.values()])[kind] * seam
@@ -364,15 +499,17 @@ def shade(
     normal /= np.sqrt(np.einsum("nd,nd->n", normal, normal))[:, None]
     lit = in_sun(mesh, points, face, sun) & ((normals @ sun)[face] > 0)
     halfway = sun - points / np.sqrt(np.einsum("nd,nd->n", points, points))[:, None]
-    mirrored = np.einsum("nd,nd->n", normal, halfway).clip(0) / np.sqrt(np.einsum("nd,nd->n", halfway, halfway))
+    mirrored = np.einsum("nd,nd->n", normal, halfway).clip(0) / np.sqrt(
+        np.einsum("nd,nd->n", halfway, halfway)
+    )
     direct = (normal @ sun).clip(0) * lit
     return colour * (ambient + direct[:, None]) + (gloss * lit * mirrored**sharp)[:, None] * (0.35 + colour)
 
 # %% ../../nbs/api/synth/spacecraft.ipynb #e2c42f59
 def stars(
-    rng:np.random.Generator,
-    shape:tuple,   # h w, pixels
-)->np.ndarray:     # h w 3, radiance
+    rng: np.random.Generator,
+    shape: tuple,  # h w, pixels
+) -> np.ndarray:  # h w 3, radiance
     "Points of light."
     count, (y, x) = int(rng.integers(30, 240)), grid(shape)
     places, bright = rng.uniform(-1, 1, (count, 2)), 0.012 * rng.pareto(1.1, count).clip(0, 60)
@@ -382,12 +519,13 @@ def stars(
     picture[rows, columns] = bright[:, None] * colour
     return picture
 
+
 def earth(
-    rng:np.random.Generator,
-    shape:tuple,      # h w, pixels
-    sun:np.ndarray,   # 3, direction to the sun
-    depth:float,      # how far the limb is inside the picture, seen from its middle; beyond 1.5 there is no limb in it
-)->tuple:             # radiance (h w 3), how much it hides (h w, 0..1)
+    rng: np.random.Generator,
+    shape: tuple,  # h w, pixels
+    sun: np.ndarray,  # 3, direction to the sun
+    depth: float,  # how far the limb is inside the picture, seen from its middle; beyond 1.5 there is no limb in it
+) -> tuple:  # radiance (h w 3), how much it hides (h w, 0..1)
     "The limb or the surface of the Earth."
     radius, angle, turn = rng.uniform(3.5, 9), rng.uniform(0, 2 * np.pi), rng.uniform(0, 1, 2)
     away, scale = radius - depth, rng.uniform(0.18, 0.4)
@@ -397,10 +535,18 @@ def earth(
     up = np.sqrt((1 - out**2).clip(1e-4))
     slant = np.arcsin(out.clip(0, 0.9999)) / out.clip(1e-3) * radius * scale / 4  # even on the sphere
     tiles = [fractal(rng, slope) for slope in (1.75, 1.35)]
-    land, cloud = look_up(tiles[0], y * slant + turn[0], x * slant + turn[1]), look_up(tiles[1], y * slant * 1.35 + turn[1], x * slant + turn[0])
-    cover = ((cloud + rng.uniform(-0.5, 0.5)) / 1.1).clip(0, 1)[..., None]**0.8
-    shore, dry = ((land - 0.5) * 9).clip(0, 1)[..., None], ((land - 0.6 + 0.25 * cloud) / 1.2).clip(0, 1)[..., None]
-    ground = np.float32([0.012, 0.045, 0.13]) * (1 - shore) + shore * ([0.045, 0.075, 0.025] + dry * [0.19, 0.10, 0.045])
+    land, cloud = (
+        look_up(tiles[0], y * slant + turn[0], x * slant + turn[1]),
+        look_up(tiles[1], y * slant * 1.35 + turn[1], x * slant + turn[0]),
+    )
+    cover = ((cloud + rng.uniform(-0.5, 0.5)) / 1.1).clip(0, 1)[..., None] ** 0.8
+    shore, dry = (
+        ((land - 0.5) * 9).clip(0, 1)[..., None],
+        ((land - 0.6 + 0.25 * cloud) / 1.2).clip(0, 1)[..., None],
+    )
+    ground = np.float32([0.012, 0.045, 0.13]) * (1 - shore) + shore * (
+        [0.045, 0.075, 0.025] + dry * [0.19, 0.10, 0.045]
+    )
     day = (x * sun[0] + y * sun[1] - up * sun[2]).clip(0)[..., None]
     haze = np.exp(-up * 5)[..., None] * 0.9 + 0.08
     surface = (ground * (1 - cover) + 0.85 * cover) * day * (1 - haze) + haze * day**0.7 * [0.35, 0.58, 1.0]
@@ -410,67 +556,85 @@ def earth(
 
 # %% ../../nbs/api/synth/spacecraft.ipynb #002c1767
 def sensor(
-    rng:np.random.Generator,    # of the settings
-    noise:np.random.Generator,  # of the pixels
-    light:np.ndarray,           # h w 3, radiance
-)->np.ndarray:                  # h w 3, uint8
+    rng: np.random.Generator,  # of the settings
+    noise: np.random.Generator,  # of the pixels
+    light: np.ndarray,  # h w 3, radiance
+) -> np.ndarray:  # h w 3, uint8
     "What the camera makes of the light."
-    exposure, blur, quality = np.exp(rng.uniform(-0.45, 0.75)), rng.uniform(0.3, 0.8), int(rng.integers(70, 96))
+    exposure, blur, quality = (
+        np.exp(rng.uniform(-0.45, 0.75)),
+        rng.uniform(0.3, 0.8),
+        int(rng.integers(70, 96)),
+    )
     grain, reading = rng.uniform(0.004, 0.03), rng.uniform(0.004, 0.02)
     light = np.float32(light * exposure)
     over, far = (light - 1).clip(0, 6), min(light.shape[:2]) / 50
     light = gaussian_filter(light, (blur, blur, 0))
-    if over.any(): light = light + 0.12 * gaussian_filter(over, (far, far, 0))
+    if over.any():
+        light = light + 0.12 * gaussian_filter(over, (far, far, 0))
     light = light + grain * np.sqrt(light.clip(0, 1)) * noise.standard_normal(light.shape, np.float32)
-    picture = light.clip(0, 1)**(1 / 2.0) + reading * noise.standard_normal(light.shape, np.float32)
+    picture = light.clip(0, 1) ** (1 / 2.0) + reading * noise.standard_normal(light.shape, np.float32)
     pixels, file = Image.fromarray(np.round(picture.clip(0, 1) * 255).astype(np.uint8)), io.BytesIO()
     pixels.save(file, "jpeg", quality=quality)
     return np.array(Image.open(file))
 
 # %% ../../nbs/api/synth/spacecraft.ipynb #5439ba06
 def background(
-    rng:np.random.Generator,
-    shape:tuple,     # h w, pixels
-    sun:np.ndarray,  # 3, direction to the sun
-)->tuple:            # radiance (h w 3), light that comes back from the Earth (r g b)
+    rng: np.random.Generator,
+    shape: tuple,  # h w, pixels
+    sun: np.ndarray,  # 3, direction to the sun
+) -> tuple:  # radiance (h w 3), light that comes back from the Earth (r g b)
     "Stars, and in half of the scenes the Earth."
     kind, depth = rng.choice(["space", "limb", "surface"], p=[0.5, 0.32, 0.18]), rng.uniform(-0.6, 0.7)
-    if kind == "space": return stars(rng, shape), np.full(3, 0.006)
+    if kind == "space":
+        return stars(rng, shape), np.full(3, 0.006)
     light, hides = earth(rng, shape, sun, 2.5 if kind == "surface" else depth)
     return light + stars(rng, shape) * (1 - hides[..., None]), np.array([0.02, 0.027, 0.04])
 
 # %% ../../nbs/api/synth/spacecraft.ipynb #cbfde344
 def spacecraft_light(
-    rng:np.random.Generator,
-    mesh:Mesh,          # before the camera
-    camera:Camera,      # the pinhole
-    shape:tuple,        # h w, pixels
-)->np.ndarray:          # h w 3, radiance
+    rng: np.random.Generator,
+    mesh: Mesh,  # before the camera
+    camera: Camera,  # the pinhole
+    shape: tuple,  # h w, pixels
+) -> np.ndarray:  # h w 3, radiance
     "The satellite before its background."
     sun = rng.standard_normal(3)
-    sun *= np.sign(0.35 * np.linalg.norm(sun) - sun[2]) if sun[2] > 0 else 1  # rarely from behind the satellite
+    sun *= (
+        np.sign(0.35 * np.linalg.norm(sun) - sun[2]) if sun[2] > 0 else 1
+    )  # rarely from behind the satellite
     sun = np.float32(sun / np.linalg.norm(sun))
     behind, ambient = background(rng, shape, sun)
-    tint = np.float32([m.colour for m in MATERIALS.values()]) * rng.uniform(0.8, 1.2, (len(MATERIALS), 1)) * rng.uniform(0.88, 1.12, (len(MATERIALS), 3))
+    tint = (
+        np.float32([m.colour for m in MATERIALS.values()])
+        * rng.uniform(0.8, 1.2, (len(MATERIALS), 1))
+        * rng.uniform(0.88, 1.12, (len(MATERIALS), 3))
+    )
     face, nearness = rasterise(mesh.corners, camera, (2 * shape[0], 2 * shape[1]))
     points, seen = points_of(face, nearness, camera)
     fine = np.zeros((*face.shape, 4), np.float32)
     pixel = 1 / min(shape) / camera.focal  # of the fine picture, whose 2 units are twice as many pixels
-    fine[face >= 0, :3], fine[face >= 0, 3] = shade(mesh, points, seen, pixel, sun, ambient, tint, fractal(rng, 2.0)), 1
+    fine[face >= 0, :3], fine[face >= 0, 3] = (
+        shade(mesh, points, seen, pixel, sun, ambient, tint, fractal(rng, 2.0)),
+        1,
+    )
     mean = (fine[::2, ::2] + fine[1::2, ::2] + fine[::2, 1::2] + fine[1::2, 1::2]) / 4
     return mean[..., :3] + behind * (1 - mean[..., 3:])
 
 # %% ../../nbs/api/synth/spacecraft.ipynb #b083d073
 def spacecraft_image(
-    shape:tuple=(256, 256),  # h w, pixels
-    seed:int=0,              # of everything
-    satellite:str=None,      # key of SATELLITES; None: drawn from the seed
-)->Scene:
+    shape: tuple = (256, 256),  # h w, pixels
+    seed: int = 0,  # of everything
+    satellite: str = None,  # key of SATELLITES; None: drawn from the seed
+) -> Scene:
     "A synthetic picture of a spacecraft, with labels."
     whole = all(isinstance(n, (int, np.integer)) for n in shape)
     if len(shape) != 2 or not whole or not 16 <= min(shape) <= max(shape) <= 4096:
-        raise InputError(f"shape {tuple(shape)}: expected height and width, each a whole number from 16 to 4096 pixels")
-    if not isinstance(seed, (int, np.integer)) or seed < 0: raise InputError(f"seed {seed!r}: expected a whole number from 0")
+        raise InputError(
+            f"shape {tuple(shape)}: expected height and width, each a whole number from 16 to 4096 pixels"
+        )
+    if not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise InputError(f"seed {seed!r}: expected a whole number from 0")
     rng, noise = np.random.default_rng([seed, 0]), np.random.default_rng([seed, 1])
     drawn = str(rng.choice(list(SATELLITES)))
     satellite = drawn if satellite is None else satellite
@@ -482,23 +646,30 @@ def spacecraft_image(
 def _check_spark(folder, split_seeds, satellites, mask_format):
     "One line for what `write_spark` cannot do."
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"folder {str(folder)!r} is not empty: expected a new or an empty one; choose another, or remove it")
-    if mask_format not in ("jpg", "png"): raise InputError(f"mask_format {mask_format!r}: expected jpg or png")
+        raise InputError(
+            f"folder {str(folder)!r} is not empty: expected a new or an empty one; choose another, or remove it"
+        )
+    if mask_format not in ("jpg", "png"):
+        raise InputError(f"mask_format {mask_format!r}: expected jpg or png")
     seeds = [int(seed) for some in split_seeds.values() for seed in some]
     if len(set(seeds)) < len(seeds):
         twice = next(s for s in seeds if seeds.count(s) > 1)
-        raise InputError(f"seed {twice} stands twice in split_seeds: expected each seed once, in one split; remove one")
+        raise InputError(
+            f"seed {twice} stands twice in split_seeds: expected each seed once, in one split; remove one"
+        )
     for split, names in satellites.items():
         pick(split_seeds, split, "split in satellites")
-        for name in names or []: pick(SATELLITES, name, "satellite")
+        for name in names or []:
+            pick(SATELLITES, name, "satellite")
+
 
 def write_spark(
-    folder,                       # new or empty
-    split_seeds:dict,             # split -> seeds, one per picture
-    shape:tuple=(256, 256),       # h w, pixels
-    satellites:dict=None,         # split -> names, taken in turn; None, or no entry: drawn from the seeds
-    mask_format:str="jpg",        # as in the challenge, or png for exact colours
-)->dict:                          # split -> path of its table
+    folder,  # new or empty
+    split_seeds: dict,  # split -> seeds, one per picture
+    shape: tuple = (256, 256),  # h w, pixels
+    satellites: dict = None,  # split -> names, taken in turn; None, or no entry: drawn from the seeds
+    mask_format: str = "jpg",  # as in the challenge, or png for exact colours
+) -> dict:  # split -> path of its table
     "Write pictures in the layout of SPARK 2024, stream 1."
     folder, satellites, tables = Path(folder), satellites or {}, {}
     _check_spark(folder, split_seeds, satellites, mask_format)
@@ -507,11 +678,14 @@ def write_spark(
         for i, seed in enumerate(seeds):
             scene, name = spacecraft_image(shape, int(seed), names[i % len(names)]), f"img{int(seed):06d}"
             row = (scene.satellite, f"{name}.jpg", f"{name}_layer.{mask_format}")
-            for kind, file, pixels in zip(("images", "mask"), row[1:], (scene.image, mask_colours(scene.labels))):
-                path = folder/kind/scene.satellite/split/file
+            for kind, file, pixels in zip(
+                ("images", "mask"), row[1:], (scene.image, mask_colours(scene.labels))
+            ):
+                path = folder / kind / scene.satellite / split / file
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels).save(path, quality=90)
             rows.append(row)
-        tables[split] = folder/f"{split}.csv"
-        with atomic_write(tables[split]) as f: csv.writer(f, lineterminator="\n").writerows([("Class", "Image name", "Mask name"), *rows])
+        tables[split] = folder / f"{split}.csv"
+        with atomic_write(tables[split]) as f:
+            csv.writer(f, lineterminator="\n").writerows([("Class", "Image name", "Mask name"), *rows])
     return tables

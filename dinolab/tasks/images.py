@@ -28,7 +28,19 @@ from ..core.progress import progress
 from ..train.loop import TrainArgs, fit_run, load_checkpoint
 from ..features.extract import model_identity
 from ..models.heads import create_segmentation_model
-from ..data.images import Classes, ImageDataset, count_labels, folder_pictures, largest_label, list_images, manifest_classes, manifest_pictures, read_image, read_pair, table_pictures
+from dinolab.data.images import (
+    Classes,
+    ImageDataset,
+    count_labels,
+    folder_pictures,
+    largest_label,
+    list_images,
+    manifest_classes,
+    manifest_pictures,
+    read_image,
+    read_pair,
+    table_pictures,
+)
 from ..volumes.tiles import all_tiles, blend, sliding_window
 from ..train.losses import class_weights, make_loss
 from ..train.metrics import BoundaryF, ConfusionMatrix
@@ -41,313 +53,468 @@ from ..train.distributed import launched
 @dataclass
 class SegStep:
     "Loss of class labels."
-    loss:object  # from make_loss, which also weighs the outputs of deep supervision
 
-    def __call__(self, model, batch): return self.loss(model(batch["image"]), batch["target"], batch["mask"]), {}
+    loss: object  # from make_loss, which also weighs the outputs of deep supervision
+
+    def __call__(self, model, batch):
+        return self.loss(model(batch["image"]), batch["target"], batch["mask"]), {}
 
 # %% ../../nbs/api/tasks/images.ipynb #80ac0b07
 @torch.inference_mode()
 def tiled_logits(
-    model:nn.Module,     # image -> logits
-    image:Tensor,        # b c h w
-    tile:tuple,          # height and width
-    overlap:float=0.25,  # share of a tile that the next one covers
-)->Tensor:               # b n h w
+    model: nn.Module,  # image -> logits
+    image: Tensor,  # b c h w
+    tile: tuple,  # height and width
+    overlap: float = 0.25,  # share of a tile that the next one covers
+) -> Tensor:  # b n h w
     "Logits of a picture, tile by tile where it is larger than one."
-    return model(image).float() if all(n <= t for n, t in zip(image.shape[2:], tile)) else sliding_window(model, image, tile, overlap)
+    return (
+        model(image).float()
+        if all(n <= t for n, t in zip(image.shape[2:], tile))
+        else sliding_window(model, image, tile, overlap)
+    )
+
 
 @dataclass
 class PictureValidation:
     "Loss and scores of a network on whole pictures."
-    pictures:list        # of Picture
-    classes:Classes      # what is in the masks
-    step:SegStep         # its loss
-    tile:tuple           # pixels
-    channels:int=3       # of the images
-    white:float=None     # value that becomes 1
 
-    def __call__(self, model:nn.Module)->dict:
+    pictures: list  # of Picture
+    classes: Classes  # what is in the masks
+    step: SegStep  # its loss
+    tile: tuple  # pixels
+    channels: int = 3  # of the images
+    white: float = None  # value that becomes 1
+
+    def __call__(self, model: nn.Module) -> dict:
         device, losses, cm = next(model.parameters()).device, [], ConfusionMatrix(list(self.classes.names))
         for p in self.pictures:
-            image, label, valid = (torch.from_numpy(np.ascontiguousarray(a))[None].to(device) for a in read_pair(p, self.classes, self.channels, self.white))
-            if not valid.any(): continue
+            image, label, valid = (
+                torch.from_numpy(np.ascontiguousarray(a))[None].to(device)
+                for a in read_pair(p, self.classes, self.channels, self.white)
+            )
+            if not valid.any():
+                continue
             logits = tiled_logits(model, image, self.tile)
             losses.append(float(self.step.loss(logits, label.long(), valid)))
             cm.update(predicted_classes(logits), label, valid)
         return dict(loss=float(np.mean(losses)), mean_iou=cm.metrics()["mean_iou"])
 
 # %% ../../nbs/api/tasks/images.ipynb #1739e7a0
-NETWORK = ("head", "num_classes", "in_channels", "freeze_backbone", "neck", "stem", "upsampler", "hidden_size", "pool_scales", "norm", "gradient_checkpointing")
+NETWORK = (
+    "head",
+    "num_classes",
+    "in_channels",
+    "freeze_backbone",
+    "neck",
+    "stem",
+    "upsampler",
+    "hidden_size",
+    "pool_scales",
+    "norm",
+    "gradient_checkpointing",
+)
+
 
 def describe_backbone(
-    backbone:nn.Module,  # from create_backbone, untouched
-    seed:int,            # of random weights
-    trained:bool,        # whether the checkpoint holds all of it
-)->dict:
+    backbone: nn.Module,  # from create_backbone, untouched
+    seed: int,  # of random weights
+    trained: bool,  # whether the checkpoint holds all of it
+) -> dict:
     "From what a backbone can be made again."
-    if not getattr(backbone, "recipe", None): raise InputError("a backbone of your own making: expected one from create_backbone, so that a run can make it again")
+    if not getattr(backbone, "recipe", None):
+        raise InputError(
+            "a backbone of your own making: expected one from create_backbone, so that a run can make it again"
+        )
     return dict(recipe=backbone.recipe, seed=seed, kept=False, trained=trained) | model_identity(backbone)
+
 
 @dataclass
 class TrainedSegmenter:
     "A trained network with everything that prediction needs."
-    model:nn.Module   # with the best weights, in evaluation mode
-    about:dict        # model.json
-    run:Run           # where it came from
+
+    model: nn.Module  # with the best weights, in evaluation mode
+    about: dict  # model.json
+    run: Run  # where it came from
 
     @property
-    def classes(self)->Classes: "What the indices mean."; return Classes(**self.about["classes"])
+    def classes(self) -> Classes:
+        "What the indices mean."
+        return Classes(**self.about["classes"])
+
     @property
-    def tile(self)->tuple: "Pixels of a tile."; return tuple(self.about["crop"])
+    def tile(self) -> tuple:
+        "Pixels of a tile."
+        return tuple(self.about["crop"])
+
 
 def load_segmenter(
-    run,               # Run, or its folder
-    which:str="best",  # or last
+    run,  # Run, or its folder
+    which: str = "best",  # or last
     device="cpu",
-)->TrainedSegmenter:
+) -> TrainedSegmenter:
     "The network of a run."
     run = run if isinstance(run, Run) else Run.open(run)
-    if not (run.path/"model.json").exists(): raise MissingError(f"no model.json in {run.path}: expected a run of train_segmenter")
-    about = json.loads((run.path/"model.json").read_text())
-    if about["kind"] != "segmenter": raise InputError(f"{run.path} is a run of {about['kind']}: expected one of train_segmenter")
+    if not (run.path / "model.json").exists():
+        raise MissingError(f"no model.json in {run.path}: expected a run of train_segmenter")
+    about = json.loads((run.path / "model.json").read_text())
+    if about["kind"] != "segmenter":
+        raise InputError(f"{run.path} is a run of {about['kind']}: expected one of train_segmenter")
     model = build_segmenter(about, run.path)
     load_checkpoint(run, model, which)
     return TrainedSegmenter(model.to(device).eval(), about, run)
 
+
 def build_segmenter(
-    about:dict,   # model.json
-    folder:Path,  # of the run, for errors
-)->nn.Module:
+    about: dict,  # model.json
+    folder: Path,  # of the run, for errors
+) -> nn.Module:
     "The network of a run, without what was trained."
     known = about["backbone"]
     with torch.random.fork_rng():
-        backbone = create_backbone(**known["recipe"] | dict(weights=None)) if known["trained"] else remake_backbone(folder, about)
-        return create_segmentation_model(backbone, lora=about["lora"] and LoraSpec(**about["lora"]), **about["network"])
+        backbone = (
+            create_backbone(**known["recipe"] | dict(weights=None))
+            if known["trained"]
+            else remake_backbone(folder, about)
+        )
+        return create_segmentation_model(
+            backbone, lora=about["lora"] and LoraSpec(**about["lora"]), **about["network"]
+        )
 
 # %% ../../nbs/api/tasks/images.ipynb #b75bcf96
-def _pictures(s)->tuple:
+def _pictures(s) -> tuple:
     "Training and validation pictures."
     given = [k for k in ("manifest", "images", "table") if getattr(s, k) is not None]
-    if len(given) != 1: raise InputError(f"{', '.join(given) or 'no data'}: expected one of manifest, images (with masks) and table")
-    if s.images is not None: return hold_out(folder_pictures(s.images, s.masks), s.holdout)
-    find = (lambda split: manifest_pictures(s.manifest, split, s.root)) if s.manifest is not None else (lambda split: table_pictures(s.table, split))
-    if s.table is not None and not _has_splits(s.table): return hold_out(table_pictures(s.table), s.holdout)
+    if len(given) != 1:
+        raise InputError(
+            f"{', '.join(given) or 'no data'}: expected one of manifest, images (with masks) and table"
+        )
+    if s.images is not None:
+        return hold_out(folder_pictures(s.images, s.masks), s.holdout)
+    find = (
+        (lambda split: manifest_pictures(s.manifest, split, s.root))
+        if s.manifest is not None
+        else (lambda split: table_pictures(s.table, split))
+    )
+    if s.table is not None and not _has_splits(s.table):
+        return hold_out(table_pictures(s.table), s.holdout)
     return find(s.train_split), find(s.valid_split) if s.valid_split else []
 
-def _has_splits(table)->bool: return "split" in Path(table).open(encoding="utf-8-sig").readline().strip().split(",") if Path(table).is_file() else True
+
+def _has_splits(table) -> bool:
+    return (
+        "split" in Path(table).open(encoding="utf-8-sig").readline().strip().split(",")
+        if Path(table).is_file()
+        else True
+    )
+
 
 def find_classes(
-    classes,              # names, how many, or None: the manifest's, or as the masks say
-    manifest=None,        # with classes
-    pictures:Sequence=(), # whose largest label counts, where nothing else says
-    kind:str="auto",      # of the masks: labels, binary, colours
-    ignore:int=255,       # value that does not count
-)->Classes:
+    classes,  # names, how many, or None: the manifest's, or as the masks say
+    manifest=None,  # with classes
+    pictures: Sequence = (),  # whose largest label counts, where nothing else says
+    kind: str = "auto",  # of the masks: labels, binary, colours
+    ignore: int = 255,  # value that does not count
+) -> Classes:
     "What the masks hold."
-    if classes is None and manifest is not None: return manifest_classes(manifest, kind, ignore)
-    if classes is None: classes = 2 if kind == "binary" else max(2, 1 + largest_label(pictures, ignore))
-    names = ["foreground"] if classes == 1 else [f"class {i}" for i in range(classes)] if isinstance(classes, int) else list(classes)
+    if classes is None and manifest is not None:
+        return manifest_classes(manifest, kind, ignore)
+    if classes is None:
+        classes = 2 if kind == "binary" else max(2, 1 + largest_label(pictures, ignore))
+    names = (
+        ["foreground"]
+        if classes == 1
+        else [f"class {i}" for i in range(classes)]
+        if isinstance(classes, int)
+        else list(classes)
+    )
     return Classes(names if len(names) > 1 else ["background", *names], None, None, kind, ignore)
 
 # %% ../../nbs/api/tasks/images.ipynb #dc7abf7c
 def train_segmenter(
-    images=None,               # folder of pictures
-    masks=None,                # folder of their masks, with the same names up to the suffix
+    images=None,  # folder of pictures
+    masks=None,  # folder of their masks, with the same names up to the suffix
     *,
-    table=None,                # csv file instead, with the columns image, mask, and perhaps split
-    manifest=None,             # a data set instead, by name or path
-    root="data",               # folder of all data sets
-    train_split="train",       # of manifest or table
-    valid_split="valid",       # likewise; empty: no validation
-    holdout=0.2,               # share of the pictures of a folder for validation
-    classes=None,              # names, or how many; None: the manifest's, or as the masks say
-    mask_kind="auto",          # labels, binary (all but 0 is class 1), colours, or auto
-    ignore=255,                # value in masks that does not count
-    white=None,                # pixel value that becomes 1; None: by the type
-    in_channels=3,             # of the images; one channel is repeated
-    backbone="dinov3",         # family, timm name, or a Backbone
-    backbone_size="small",     # within a family
-    weights=None,              # None (random), pretrained, file or folder
-    layers=None,               # of the backbone; None: four
-    head="upernet",            # linear, upernet, segformer or dpt
-    hidden_size=None,          # channels of the head
-    pool_scales=None,          # of upernet
-    neck="auto",               # pyramid, none, or auto
-    stem=0,                    # channels of a full-resolution stem, for thin structures; 0: none
-    upsampler=None,            # of features to full resolution
-    norm="group",              # of the head: group or batch
-    freeze_backbone=False,     # train neck and head only
-    lora:LoraSpec=None,        # adapters in a frozen backbone
-    layer_decay=0.75,          # rate of a block, relative to the one above it, where the backbone is trained
+    table=None,  # csv file instead, with the columns image, mask, and perhaps split
+    manifest=None,  # a data set instead, by name or path
+    root="data",  # folder of all data sets
+    train_split="train",  # of manifest or table
+    valid_split="valid",  # likewise; empty: no validation
+    holdout=0.2,  # share of the pictures of a folder for validation
+    classes=None,  # names, or how many; None: the manifest's, or as the masks say
+    mask_kind="auto",  # labels, binary (all but 0 is class 1), colours, or auto
+    ignore=255,  # value in masks that does not count
+    white=None,  # pixel value that becomes 1; None: by the type
+    in_channels=3,  # of the images; one channel is repeated
+    backbone="dinov3",  # family, timm name, or a Backbone
+    backbone_size="small",  # within a family
+    weights=None,  # None (random), pretrained, file or folder
+    layers=None,  # of the backbone; None: four
+    head="upernet",  # linear, upernet, segformer or dpt
+    hidden_size=None,  # channels of the head
+    pool_scales=None,  # of upernet
+    neck="auto",  # pyramid, none, or auto
+    stem=0,  # channels of a full-resolution stem, for thin structures; 0: none
+    upsampler=None,  # of features to full resolution
+    norm="group",  # of the head: group or batch
+    freeze_backbone=False,  # train neck and head only
+    lora: LoraSpec = None,  # adapters in a frozen backbone
+    layer_decay=0.75,  # rate of a block, relative to the one above it, where the backbone is trained
     gradient_checkpointing=False,  # less memory for more time
-    crop=512,                  # pixels, one number or height and width
-    scale=(0.5, 2.),           # random zoom of the pictures, least and largest
-    crops_per_epoch=None,      # None: as many as pictures, eight batches at least
-    augment="em",              # em, turns, none, or settings of Augment
-    balance=1/3,               # share of crops centred on a class drawn evenly
-    loss="ce+dice",            # ce, dice, focal, tversky, boundary, joined by +
-    weighting="none",          # of classes: none, inverse, inverse_sqrt, effective
-    train:TrainArgs=TrainArgs(epochs=50, batch_size=4, monitor="mean_iou", mode="max"),  # of the loop
-    run=None,                  # a Run or its folder, to go on with; None: a new one
-    out="runs",                # folder of all runs
-)->TrainedSegmenter:           # with the best weights
+    crop=512,  # pixels, one number or height and width
+    scale=(0.5, 2.0),  # random zoom of the pictures, least and largest
+    crops_per_epoch=None,  # None: as many as pictures, eight batches at least
+    augment="em",  # em, turns, none, or settings of Augment
+    balance=1 / 3,  # share of crops centred on a class drawn evenly
+    loss="ce+dice",  # ce, dice, focal, tversky, boundary, joined by +
+    weighting="none",  # of classes: none, inverse, inverse_sqrt, effective
+    train: TrainArgs = TrainArgs(epochs=50, batch_size=4, monitor="mean_iou", mode="max"),  # of the loop
+    run=None,  # a Run or its folder, to go on with; None: a new one
+    out="runs",  # folder of all runs
+) -> TrainedSegmenter:  # with the best weights
     "Train a segmentation network on pictures and masks."
     return _train(SimpleNamespace(**locals()))
 
 # %% ../../nbs/api/tasks/images.ipynb #7a88aed3
-def _train(s)->TrainedSegmenter:
+def _train(s) -> TrainedSegmenter:
     "The order of things."
     train, valid = _pictures(s)
     known = find_classes(s.classes, s.manifest, train, s.mask_kind, s.ignore)
     counts = count_labels(train, known, s.in_channels, s.white)
     count_labels(valid, known, s.in_channels, s.white) if valid else None
     crop = (s.crop, s.crop) if isinstance(s.crop, int) else tuple(s.crop)
-    crops = ImageDataset(train, known, crop, length=s.crops_per_epoch or max(len(train), 8 * s.train.batch_size), channels=s.in_channels, white=s.white, scale=s.scale, augment=find_augment(s.augment), balance=s.balance)
+    crops = ImageDataset(
+        train,
+        known,
+        crop,
+        length=s.crops_per_epoch or max(len(train), 8 * s.train.batch_size),
+        channels=s.in_channels,
+        white=s.white,
+        scale=s.scale,
+        augment=find_augment(s.augment),
+        balance=s.balance,
+    )
     model, about = _network(s, known, crop)
     step = SegStep(make_loss(s.loss, class_weights(counts.sum(0), s.weighting)))
     run = run_of_settings("segmenter", s)
-    if launched()[0] == 0: write_json(run.path/"model.json", about)
+    if launched()[0] == 0:
+        write_json(run.path / "model.json", about)
     free = s.lora is None and not s.freeze_backbone
-    scales = {f"backbone.{k}": v for k, v in layer_scales(model.backbone, s.layer_decay).items()} if free else None
+    scales = (
+        {f"backbone.{k}": v for k, v in layer_scales(model.backbone, s.layer_decay).items()} if free else None
+    )
     args = s.train if valid else TrainArgs(**asdict(s.train) | dict(monitor="loss", mode="min"))
-    fit_run(run, model, step, crops, PictureValidation(valid, known, step, crop, s.in_channels, s.white) if valid else None, args, scales=scales)
+    fit_run(
+        run,
+        model,
+        step,
+        crops,
+        PictureValidation(valid, known, step, crop, s.in_channels, s.white) if valid else None,
+        args,
+        scales=scales,
+    )
     return load_segmenter(run, "best", next(model.parameters()).device)
 
-def _network(s, classes, crop)->tuple:
+
+def _network(s, classes, crop) -> tuple:
     "The network, from the seed, and its description."
     torch.manual_seed(s.train.seed)
-    net = s.backbone if isinstance(s.backbone, nn.Module) else create_backbone(s.backbone, s.backbone_size, weights=s.weights, layers=4 if s.layers is None else s.layers, in_channels=s.in_channels)
+    net = (
+        s.backbone
+        if isinstance(s.backbone, nn.Module)
+        else create_backbone(
+            s.backbone,
+            s.backbone_size,
+            weights=s.weights,
+            layers=4 if s.layers is None else s.layers,
+            in_channels=s.in_channels,
+        )
+    )
     about = describe_backbone(net, s.train.seed, s.lora is None and not s.freeze_backbone)
     network = {k: getattr(s, k, None) for k in NETWORK} | dict(num_classes=len(classes))
     model = create_segmentation_model(net, lora=s.lora, **network)
-    kept = dict(kind="segmenter", network=network, lora=s.lora and asdict(s.lora), backbone=about, classes=asdict(classes), crop=crop, in_channels=s.in_channels, white=s.white)
+    kept = dict(
+        kind="segmenter",
+        network=network,
+        lora=s.lora and asdict(s.lora),
+        backbone=about,
+        classes=asdict(classes),
+        crop=crop,
+        in_channels=s.in_channels,
+        white=s.white,
+    )
     return model, kept
-
-
 
 # %% ../../nbs/api/tasks/images.ipynb #184a7f54
 class BandPredictor:
     "Probabilities of regions of one picture, as a volume of one slice."
-    def __init__(self,
-        model:nn.Module,   # image -> logits
-        image:np.ndarray,  # c h w
+
+    def __init__(
+        self,
+        model: nn.Module,  # image -> logits
+        image: np.ndarray,  # c h w
     ):
         self.model, self.image, self.device = model.eval(), image, next(model.parameters()).device
 
     @torch.inference_mode()
-    def __call__(self, region:tuple)->np.ndarray:  # n 1 h w, float32
+    def __call__(self, region: tuple) -> np.ndarray:  # n 1 h w, float32
         "Probabilities of a region."
-        logits = self.model(torch.from_numpy(np.ascontiguousarray(self.image[(slice(None), *region[1:])]))[None].to(self.device)).float()
-        p = logits.softmax(1) if logits.shape[1] > 1 else torch.cat([1 - logits.sigmoid(), logits.sigmoid()], 1)
+        logits = self.model(
+            torch.from_numpy(np.ascontiguousarray(self.image[(slice(None), *region[1:])]))[None].to(
+                self.device
+            )
+        ).float()
+        p = (
+            logits.softmax(1)
+            if logits.shape[1] > 1
+            else torch.cat([1 - logits.sigmoid(), logits.sigmoid()], 1)
+        )
         return p.transpose(0, 1).cpu().numpy()
 
+
 def predict_picture(
-    model:nn.Module,       # image -> logits
-    image:np.ndarray,      # c h w in 0..1
-    tile:tuple,            # height and width
-    overlap:float=0.5,     # share of a tile that the next one covers
-    probabilities:bool=False,  # return them too
-    bar=None,              # moved by tiles
-)->tuple:                  # labels h w uint8; probabilities n h w, 8 bit, or None
+    model: nn.Module,  # image -> logits
+    image: np.ndarray,  # c h w in 0..1
+    tile: tuple,  # height and width
+    overlap: float = 0.5,  # share of a tile that the next one covers
+    probabilities: bool = False,  # return them too
+    bar=None,  # moved by tiles
+) -> tuple:  # labels h w uint8; probabilities n h w, 8 bit, or None
     "Segment one picture of any size."
     predict, shape = BandPredictor(model, image), (1, *image.shape[1:])
     tiles = all_tiles(shape, (1, *tile), overlap)
-    n = len(predict((slice(0, 1), slice(0, min(16, shape[1])), slice(0, min(16, shape[2])))))  # classes, from a corner
+    n = len(
+        predict((slice(0, 1), slice(0, min(16, shape[1])), slice(0, min(16, shape[2]))))
+    )  # classes, from a corner
     labels, kept = np.empty(shape[1:], np.uint8), []
     for y in range(0, shape[1], 8 * tile[0]):
         band = (slice(0, 1), slice(y, min(y + 8 * tile[0], shape[1])), slice(0, shape[2]))
         p = blend(predict, band, tiles, n, bar)[:, 0]
         labels[band[1]] = p.argmax(0)
-        if probabilities: kept.append(np.round(p * 255).astype(np.uint8))
+        if probabilities:
+            kept.append(np.round(p * 255).astype(np.uint8))
     return labels, np.concatenate(kept, 1) if probabilities else None
 
 # %% ../../nbs/api/tasks/images.ipynb #a7fc7a7c
 def write_mask(
-    path,             # .png
-    labels:np.ndarray,# h w uint8
-    colours=None,     # "#rrggbb" of each class: they become the palette
+    path,  # .png
+    labels: np.ndarray,  # h w uint8
+    colours=None,  # "#rrggbb" of each class: they become the palette
 ):
     "A label image whose values are the classes, shown in their colours."
     image = Image.fromarray(labels)
     if colours:
         image = image.convert("P")
         image.putpalette(rgb_table(colours).ravel().tolist() + [0] * (768 - 3 * len(colours)))
-    with atomic_write(path, "wb") as f: image.save(f, "PNG")
+    with atomic_write(path, "wb") as f:
+        image.save(f, "PNG")
+
 
 def predict_images(
-    run,                    # folder of a training
-    source,                 # a picture, a folder of pictures, or several
-    store,                  # folder of the new masks
+    run,  # folder of a training
+    source,  # a picture, a folder of pictures, or several
+    store,  # folder of the new masks
     *,
-    which="best",           # or last checkpoint
-    tile=None,              # pixels, one number or height and width; None: the crops of the training
-    overlap=0.5,            # share of a tile that the next one covers
-    probabilities=False,    # write them too: .npz with an array of 8 bits, classes x height x width
-    white=None,             # pixel value that becomes 1; None: as in the training
-    overwrite=False,        # make masks again that are there
-    device="auto",          # auto, cpu or cuda
-)->dict:                    # path of each picture -> path of its mask
+    which="best",  # or last checkpoint
+    tile=None,  # pixels, one number or height and width; None: the crops of the training
+    overlap=0.5,  # share of a tile that the next one covers
+    probabilities=False,  # write them too: .npz with an array of 8 bits, classes x height x width
+    white=None,  # pixel value that becomes 1; None: as in the training
+    overwrite=False,  # make masks again that are there
+    device="auto",  # auto, cpu or cuda
+) -> dict:  # path of each picture -> path of its mask
     "Segment pictures; masks that are there stay, so that an interrupted prediction goes on."
     trained = load_segmenter(run, which, "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-    classes, tile = trained.classes, trained.tile if tile is None else (tile, tile) if isinstance(tile, int) else tuple(tile)
+    classes, tile = (
+        trained.classes,
+        trained.tile if tile is None else (tile, tile) if isinstance(tile, int) else tuple(tile),
+    )
     files, folder = list_images(source), Path(store)
     names = [p.stem for p in files]
-    if twice := {n for n in names if names.count(n) > 1}: raise InputError(f"{len(twice)} pictures share their names, such as {sorted(twice)[0]}: expected different ones; predict the folders one by one")
+    if twice := {n for n in names if names.count(n) > 1}:
+        raise InputError(
+            f"{len(twice)} pictures share their names, such as {sorted(twice)[0]}: expected different ones; predict the folders one by one"
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    wrong, done = [], {str(p): str(folder/f"{p.stem}.png") for p in files}
+    wrong, done = [], {str(p): str(folder / f"{p.stem}.png") for p in files}
     for p in progress(files, desc="predict", unit="image"):
-        if Path(done[str(p)]).exists() and not overwrite: continue
-        try: image = read_image(p, trained.about["in_channels"], white or trained.about["white"])
-        except InputError as e: wrong.append(str(e)); continue
+        if Path(done[str(p)]).exists() and not overwrite:
+            continue
+        try:
+            image = read_image(p, trained.about["in_channels"], white or trained.about["white"])
+        except InputError as e:
+            wrong.append(str(e))
+            continue
         labels, prob = predict_picture(trained.model, image, tile, overlap, probabilities)
         if probabilities:
-            with atomic_write(folder/f"{p.stem}.npz", "wb") as f: np.savez_compressed(f, probabilities=prob, classes=list(classes.names))
-        write_mask(done[str(p)], np.array(classes.values, np.uint8)[labels], classes.colours if classes.values == tuple(range(len(classes))) else None)
-    if wrong: raise InputError(f"{len(wrong)} of {len(files)} pictures could not be read, the others are done: {wrong[0]}")
+            with atomic_write(folder / f"{p.stem}.npz", "wb") as f:
+                np.savez_compressed(f, probabilities=prob, classes=list(classes.names))
+        write_mask(
+            done[str(p)],
+            np.array(classes.values, np.uint8)[labels],
+            classes.colours if classes.values == tuple(range(len(classes))) else None,
+        )
+    if wrong:
+        raise InputError(
+            f"{len(wrong)} of {len(files)} pictures could not be read, the others are done: {wrong[0]}"
+        )
     return done
 
 # %% ../../nbs/api/tasks/images.ipynb #d26d7408
 def evaluate_segmenter(
-    run,                # folder of a training
-    images=None,        # folder of pictures
-    masks=None,         # folder of their masks
+    run,  # folder of a training
+    images=None,  # folder of pictures
+    masks=None,  # folder of their masks
     *,
-    table=None,         # csv file instead
-    manifest=None,      # a data set instead
-    root="data",        # folder of all data sets
-    split="test",       # of manifest or table; also the name of the scores
-    which="best",       # or last checkpoint
-    tile=None,          # pixels; None: the crops of the training
-    overlap=0.5,        # share of a tile that the next one covers
-    tolerance=2.,       # pixels, of borders
-    device="auto",      # auto, cpu or cuda
-)->dict:                # split/metric/class -> number, as in metrics.json
+    table=None,  # csv file instead
+    manifest=None,  # a data set instead
+    root="data",  # folder of all data sets
+    split="test",  # of manifest or table; also the name of the scores
+    which="best",  # or last checkpoint
+    tile=None,  # pixels; None: the crops of the training
+    overlap=0.5,  # share of a tile that the next one covers
+    tolerance=2.0,  # pixels, of borders
+    device="auto",  # auto, cpu or cuda
+) -> dict:  # split/metric/class -> number, as in metrics.json
     "Score a training on pictures that it has not seen; writes metrics.json, confusion.csv, and figures of the worst."
     trained = load_segmenter(run, which, "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     about, classes = trained.about, trained.classes
-    if images is None and table is None and manifest is None: raise InputError("no data to score on: expected one of manifest, images (with masks) and table")
-    found = folder_pictures(images, masks) if images is not None else table_pictures(table, split) if table is not None else manifest_pictures(manifest, split, root)
+    if images is None and table is None and manifest is None:
+        raise InputError("no data to score on: expected one of manifest, images (with masks) and table")
+    found = (
+        folder_pictures(images, masks)
+        if images is not None
+        else table_pictures(table, split)
+        if table is not None
+        else manifest_pictures(manifest, split, root)
+    )
     cm, borders, rows = ConfusionMatrix(list(classes.names)), BoundaryF(list(classes.names), tolerance), []
     tile = trained.tile if tile is None else (tile, tile) if isinstance(tile, int) else tuple(tile)
     for p in progress(found, desc="evaluate", unit="image"):
         image, label, valid = read_pair(p, classes, about["in_channels"], about["white"])
         labels = predict_picture(trained.model, image, tile, overlap)[0]
         one = ConfusionMatrix(list(classes.names)).update(labels, label, valid)
-        cm.merge(one); borders.update(labels, label, valid)
+        cm.merge(one)
+        borders.update(labels, label, valid)
         rows.append((one.metrics()["mean_iou"], p, labels))
-    scores = cm.metrics() | borders.metrics() | dict(mean_iou_per_image=float(np.mean([r[0] for r in rows if r[0] is not None])))
-    cm.write_csv(trained.run.path/"confusion.csv")
+    scores = (
+        cm.metrics()
+        | borders.metrics()
+        | dict(mean_iou_per_image=float(np.mean([r[0] for r in rows if r[0] is not None])))
+    )
+    cm.write_csv(trained.run.path / "confusion.csv")
     trained.run.figure(cm.figure(), f"{split}_confusion")
     trained.run.figure(worst_pictures(rows, trained), f"{split}_worst")
     scores = {f"{split}/{k}": v for k, v in scores.items()}
     trained.run.metrics(scores)
     return scores
 
+
 def worst_pictures(
-    rows:Sequence,             # (mean IoU, Picture, labels)
-    trained:TrainedSegmenter,  # for its classes
-    count:int=3,               # pictures
-):                             # figure
+    rows: Sequence,  # (mean IoU, Picture, labels)
+    trained: TrainedSegmenter,  # for its classes
+    count: int = 3,  # pictures
+):  # figure
     "The pictures with the lowest scores: image, mask, prediction."
     names, colours = list(trained.classes.names), trained.classes.colours
     classes = dict(enumerate(zip(names, colours) if colours else names))

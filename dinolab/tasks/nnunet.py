@@ -24,13 +24,29 @@ from ..core.errors import InputError, MissingError, pick
 from ..core.files import plain, write_json
 
 # %% ../../nbs/api/tasks/nnunet.ipynb #e7d7c7af
-NETWORK = ("backbone", "backbone_size", "weights", "layers", "head", "hidden_size", "pool_scales", "neck", "stem", "upsampler", "norm", "freeze_backbone", "lora", "gradient_checkpointing")
+NETWORK = (
+    "backbone",
+    "backbone_size",
+    "weights",
+    "layers",
+    "head",
+    "hidden_size",
+    "pool_scales",
+    "neck",
+    "stem",
+    "upsampler",
+    "norm",
+    "freeze_backbone",
+    "lora",
+    "gradient_checkpointing",
+)
 LOOP = ("epochs", "lr", "weight_decay", "warmup", "schedule", "precision", "clip", "compile", "seed")
 PLANNED = ("crop", "crops_per_epoch")  # and train.batch_size: they become part of the plans
 
+
 def without_effect(
     config,  # keys that were set, nested
-)->list:     # dotted keys
+) -> list:  # dotted keys
     "Keys of a recipe that nnU-Net decides itself."
     top = [k for k in config if k not in (*NETWORK, *PLANNED, "train", "layer_decay", "recipe")]
     return top + [f"train.{k}" for k in config.get("train") or {} if k not in (*LOOP, "batch_size")]
@@ -38,41 +54,59 @@ def without_effect(
 # %% ../../nbs/api/tasks/nnunet.ipynb #9c678fb5
 UNIT = ("RGBTo01Normalization", "RescaleTo01Normalization")
 
+
 class FromPlans(nn.Module):
     "A segmentation network behind the normalisation of nnU-Net: b c h w -> logits b n h w."
-    def __init__(self,
-        model:nn.Module,    # a Segmenter
-        schemes:Sequence,   # names of nnU-Net's normalisation, one per channel
+
+    def __init__(
+        self,
+        model: nn.Module,  # a Segmenter
+        schemes: Sequence,  # names of nnU-Net's normalisation, one per channel
     ):
         super().__init__()
         self.model = model
         unit = [s in UNIT for s in schemes]
-        for name, values, neutral in (("scale", model.backbone.std, 1.), ("shift", model.backbone.mean, 0.)):
-            self.register_buffer(name, torch.tensor([neutral if u else v for u, v in zip(unit, values)]).view(-1, 1, 1), persistent=False)
+        for name, values, neutral in (
+            ("scale", model.backbone.std, 1.0),
+            ("shift", model.backbone.mean, 0.0),
+        ):
+            self.register_buffer(
+                name,
+                torch.tensor([neutral if u else v for u, v in zip(unit, values)]).view(-1, 1, 1),
+                persistent=False,
+            )
 
-    def forward(self, x:Tensor)->Tensor: return self.model(x * self.scale + self.shift)  # b c h w -> b n h w, logits
+    def forward(self, x: Tensor) -> Tensor:  # b c h w -> b n h w, logits
+        return self.model(x * self.scale + self.shift)
 
 # %% ../../nbs/api/tasks/nnunet.ipynb #09fb416b
 def build_network(
-    recipe:dict,        # what setup wrote into the configuration
-    schemes:Sequence,   # names of nnU-Net's normalisation, one per channel
-    in_channels:int,    # of the images
-    num_classes:int,    # logits
-)->FromPlans:
+    recipe: dict,  # what setup wrote into the configuration
+    schemes: Sequence,  # names of nnU-Net's normalisation, one per channel
+    in_channels: int,  # of the images
+    num_classes: int,  # logits
+) -> FromPlans:
     "The network of a recipe, without pretrained weights."
     from dinolab.models.lora import LoraSpec
     from dinolab.models.heads import create_segmentation_model
-    network = dict(recipe["network"], weights=None, lora=recipe["network"]["lora"] and LoraSpec(**recipe["network"]["lora"]))
-    with redirect_stderr(StringIO()): model = create_segmentation_model(**network, num_classes=num_classes, in_channels=in_channels)
+
+    network = dict(
+        recipe["network"],
+        weights=None,
+        lora=recipe["network"]["lora"] and LoraSpec(**recipe["network"]["lora"]),
+    )
+    with redirect_stderr(StringIO()):
+        model = create_segmentation_model(**network, num_classes=num_classes, in_channels=in_channels)
     return FromPlans(model, list(schemes) + ["RGBTo01Normalization"] * (in_channels - len(schemes)))
 
 # %% ../../nbs/api/tasks/nnunet.ipynb #806ca1cf
 def load_pretrained(
-    network:FromPlans,  # from build_network
-    recipe:dict,        # with weights
+    network: FromPlans,  # from build_network
+    recipe: dict,  # with weights
 ):
     "Put the pretrained weights into the backbone, under adapters where there are any."
     from dinolab.models.backbones import create_backbone
+
     known, model = recipe["network"], network.model
     source = create_backbone(**dict(model.backbone.recipe, weights=known["weights"])).state_dict()
     own = model.backbone.state_dict()
@@ -81,74 +115,98 @@ def load_pretrained(
 # %% ../../nbs/api/tasks/nnunet.ipynb #97287899
 class EpochSchedule:
     "Learning rate of each epoch, by the schedule of the recipe; keeps the factors of layer-wise decay."
-    def __init__(self,
-        optimizer,     # with lr_scale in its groups
-        loop:dict,     # lr, warmup, schedule, epochs
+
+    def __init__(
+        self,
+        optimizer,  # with lr_scale in its groups
+        loop: dict,  # lr, warmup, schedule, epochs
     ):
         self.optimizer, self.loop = optimizer, loop
 
-    def step(self, epoch:int):
+    def step(self, epoch: int):
         "Set the rate of an epoch, counted from 0."
         from dinolab.train.loop import lr_factor
+
         factor = lr_factor(epoch, self.loop["epochs"], self.loop["warmup"], self.loop["schedule"])
-        for g in self.optimizer.param_groups: g["lr"] = self.loop["lr"] * g["lr_scale"] * max(factor, 1e-3)
+        for g in self.optimizer.param_groups:
+            g["lr"] = self.loop["lr"] * g["lr_scale"] * max(factor, 1e-3)
 
 # %% ../../nbs/api/tasks/nnunet.ipynb #c42f219e
 def recipe_optimizer(
-    network:FromPlans,  # from build_network
-    recipe:dict,        # what setup wrote into the configuration
-)->tuple:               # optimiser, EpochSchedule
+    network: FromPlans,  # from build_network
+    recipe: dict,  # what setup wrote into the configuration
+) -> tuple:  # optimiser, EpochSchedule
     "Optimiser and schedule of a recipe."
     from dinolab.models.backbones import layer_scales
     from dinolab.train.loop import parameter_groups
+
     known, loop = recipe["network"], recipe["loop"]
     free = not known["lora"] and not known["freeze_backbone"]
-    scales = {f"model.backbone.{k}": v for k, v in layer_scales(network.model.backbone, recipe["layer_decay"]).items()} if free else None
+    scales = (
+        {
+            f"model.backbone.{k}": v
+            for k, v in layer_scales(network.model.backbone, recipe["layer_decay"]).items()
+        }
+        if free
+        else None
+    )
     optimizer = torch.optim.AdamW(parameter_groups(network, loop["weight_decay"], scales), lr=loop["lr"])
     return optimizer, EpochSchedule(optimizer, loop)
 
 # %% ../../nbs/api/tasks/nnunet.ipynb #f68654fc
 def half_type(
-    precision:str,       # no, bf16, fp16 or auto
-    device:torch.device,
-):                       # torch type, or None
+    precision: str,  # no, bf16, fp16 or auto
+    device: torch.device,
+):  # torch type, or None
     "What the recipe's precision is on a device."
-    if precision == "auto": return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else None
+    if precision == "auto":
+        return (
+            torch.bfloat16
+            if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+            else None
+        )
     return dict(no=None, bf16=torch.bfloat16, fp16=torch.float16)[precision]
 
+
 def train_batch(
-    network:nn.Module,  # to train
-    loss,               # logits, target -> number
-    optimizer,          # of its parameters
-    data:Tensor,        # b c h w, on the device
-    target,             # on the device
-    half=None,          # torch type of autocast; None: single precision
-    scaler=None,        # of fp16
-    clip:float=0.,      # largest norm of the gradient; 0: no limit
-)->Tensor:              # scalar, the loss
+    network: nn.Module,  # to train
+    loss,  # logits, target -> number
+    optimizer,  # of its parameters
+    data: Tensor,  # b c h w, on the device
+    target,  # on the device
+    half=None,  # torch type of autocast; None: single precision
+    scaler=None,  # of fp16
+    clip: float = 0.0,  # largest norm of the gradient; 0: no limit
+) -> Tensor:  # scalar, the loss
     "One step of the optimiser on one batch."
     optimizer.zero_grad(set_to_none=True)
-    with torch.autocast(data.device.type, half) if half else nullcontext(): found = loss(network(data), target)
+    with torch.autocast(data.device.type, half) if half else nullcontext():
+        found = loss(network(data), target)
     scaler = scaler or torch.amp.GradScaler(data.device.type, enabled=False)
     scaler.scale(found).backward()
     scaler.unscale_(optimizer)
-    if clip: torch.nn.utils.clip_grad_norm_(network.parameters(), clip)
+    if clip:
+        torch.nn.utils.clip_grad_norm_(network.parameters(), clip)
     scaler.step(optimizer)
     scaler.update()
     return found.detach()
 
 # %% ../../nbs/api/tasks/nnunet.ipynb #b0c9a6cf
 def recipe_in(
-    configuration:dict,  # of the plans
-    name:str,            # for the error
-)->dict:
+    configuration: dict,  # of the plans
+    name: str,  # for the error
+) -> dict:
     "The recipe that setup has written."
-    if "dinolab" not in configuration: raise InputError(f"configuration {name} has no recipe: expected one made by dinolab nnunet setup, such as 2d_dino")
+    if "dinolab" not in configuration:
+        raise InputError(
+            f"configuration {name} has no recipe: expected one made by dinolab nnunet setup, such as 2d_dino"
+        )
     return configuration["dinolab"]
 
+
 def without_wrappers(
-    network:nn.Module,  # perhaps of DDP or torch.compile, or both
-)->nn.Module:
+    network: nn.Module,  # perhaps of DDP or torch.compile, or both
+) -> nn.Module:
     "The network itself."
     inner = getattr(network, "module", network)
     return getattr(inner, "_orig_mod", inner)
@@ -157,105 +215,163 @@ def without_wrappers(
 @cache
 def trainer_class():
     "nnUNetTrainerDino; ImportError names the extra."
-    try: from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-    except ImportError as e: raise ImportError(f"nnU-Net is missing ({e}): pip install 'dinolab[nnunet]'") from None
+    try:
+        from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+    except ImportError as e:
+        raise ImportError(f"nnU-Net is missing ({e}): pip install 'dinolab[nnunet]'") from None
 
     class nnUNetTrainerDino(nnUNetTrainer):
         "nnU-Net with a network, optimiser and schedule of a dinolab recipe."
+
         def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):
             self.goes_on = plans.get("continue_training", False)
             super().__init__(plans, configuration, fold, dataset_json, device)
             self.recipe = recipe_in(self.configuration_manager.configuration, configuration)
             self.loop, self.enable_deep_supervision = self.recipe["loop"], False
-            self.num_epochs, self.initial_lr, self.weight_decay = (self.loop[k] for k in ("epochs", "lr", "weight_decay"))
+            self.num_epochs, self.initial_lr, self.weight_decay = (
+                self.loop[k] for k in ("epochs", "lr", "weight_decay")
+            )
             self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = self.recipe["iterations"]
             self.half = half_type(self.loop["precision"], self.device)
-            if self.half is not torch.float16: self.grad_scaler = None
+            if self.half is not torch.float16:
+                self.grad_scaler = None
 
         @staticmethod
-        def build_network_architecture(plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=True):
+        def build_network_architecture(
+            plans_manager,
+            configuration_manager,
+            num_input_channels,
+            num_output_channels,
+            enable_deep_supervision=True,
+        ):
             found = configuration_manager.configuration
-            return build_network(recipe_in(found, "of these plans"), found["normalization_schemes"], num_input_channels, num_output_channels)
+            return build_network(
+                recipe_in(found, "of these plans"),
+                found["normalization_schemes"],
+                num_input_channels,
+                num_output_channels,
+            )
 
         def initialize(self):
             torch.manual_seed(self.loop["seed"])
             super().initialize()
-            if self.recipe["network"]["weights"] and not self.goes_on: load_pretrained(self.plain_network, self.recipe)
+            if self.recipe["network"]["weights"] and not self.goes_on:
+                load_pretrained(self.plain_network, self.recipe)
 
         @property
-        def plain_network(self): return without_wrappers(self.network)
+        def plain_network(self):
+            return without_wrappers(self.network)
 
-        def configure_optimizers(self): return recipe_optimizer(self.plain_network, self.recipe)
+        def configure_optimizers(self):
+            return recipe_optimizer(self.plain_network, self.recipe)
 
         def train_step(self, batch):
             data, target = (batch[k].to(self.device, non_blocking=True) for k in ("data", "target"))
-            loss = train_batch(self.network, self.loss, self.optimizer, data, target, self.half, self.grad_scaler, self.loop["clip"])
+            loss = train_batch(
+                self.network,
+                self.loss,
+                self.optimizer,
+                data,
+                target,
+                self.half,
+                self.grad_scaler,
+                self.loop["clip"],
+            )
             return {"loss": loss.cpu().numpy()}
 
-        def set_deep_supervision_enabled(self, enabled): pass
-        def _do_i_compile(self): return self.loop["compile"] and self.device.type == "cuda"
+        def set_deep_supervision_enabled(self, enabled):
+            pass
+
+        def _do_i_compile(self):
+            return self.loop["compile"] and self.device.type == "cuda"
 
     return nnUNetTrainerDino
 
 # %% ../../nbs/api/tasks/nnunet.ipynb #1e539e5b
 def __getattr__(name):
-    if name == "nnUNetTrainerDino": return trainer_class()
+    if name == "nnUNetTrainerDino":
+        return trainer_class()
     raise AttributeError(name)
 
 # %% ../../nbs/api/tasks/nnunet.ipynb #257e9144
-def trainer_folder()->Path:
+def trainer_folder() -> Path:
     "The folder for nnUNet_extTrainer."
-    return Path(__file__).parent/"nnunet_trainers"
+    return Path(__file__).parent / "nnunet_trainers"
 
 # %% ../../nbs/api/tasks/nnunet.ipynb #e21d9fbd
 def preprocessed_folder(
     dataset_id,  # number, or name such as Dataset901_Coins
-)->Path:
+) -> Path:
     "Where nnU-Net has put the plans of a data set."
     root = os.environ.get("nnUNet_preprocessed")
-    if not root: raise InputError("nnUNet_preprocessed is not set: expected the folder that nnUNetv2_plan_and_preprocess has written to")
+    if not root:
+        raise InputError(
+            "nnUNet_preprocessed is not set: expected the folder that nnUNetv2_plan_and_preprocess has written to"
+        )
     pattern = f"Dataset{int(dataset_id):03d}_*" if str(dataset_id).isdigit() else str(dataset_id)
     found = sorted(p for p in Path(root).glob(pattern) if p.is_dir())
-    if len(found) != 1: raise MissingError(f"{len(found)} folders {pattern} in {root}: expected one; run nnUNetv2_plan_and_preprocess -d {dataset_id} -c 2d first")
+    if len(found) != 1:
+        raise MissingError(
+            f"{len(found)} folders {pattern} in {root}: expected one; run nnUNetv2_plan_and_preprocess -d {dataset_id} -c 2d first"
+        )
     return found[0]
 
 # %% ../../nbs/api/tasks/nnunet.ipynb #a5b78704
 def make_recipe(
-    arguments:dict,  # of train_segmenter
-)->dict:             # plain values, for the plans
+    arguments: dict,  # of train_segmenter
+) -> dict:  # plain values, for the plans
     "What the trainer needs, checked by building the network once; a file of weights decides about twins of a backbone."
     from dinolab.models.heads import create_segmentation_model
+
     loop = asdict(arguments["train"])
     network = {k: arguments[k] for k in NETWORK}
     model = create_segmentation_model(**network, num_classes=2)
-    network |= dict(backbone=model.backbone.recipe["name"], backbone_size=model.backbone.recipe["size"], lora=network["lora"] and asdict(network["lora"]))
+    network |= dict(
+        backbone=model.backbone.recipe["name"],
+        backbone_size=model.backbone.recipe["size"],
+        lora=network["lora"] and asdict(network["lora"]),
+    )
     batches = arguments["crops_per_epoch"] // loop["batch_size"] if arguments["crops_per_epoch"] else 250
-    if Path(str(network["weights"])).exists(): network["weights"] = str(Path(network["weights"]).resolve())
-    return plain(dict(network=network, loop={k: loop[k] for k in LOOP}, layer_decay=arguments["layer_decay"], iterations=[max(1, batches), max(1, batches // 5)]))
+    if Path(str(network["weights"])).exists():
+        network["weights"] = str(Path(network["weights"]).resolve())
+    return plain(
+        dict(
+            network=network,
+            loop={k: loop[k] for k in LOOP},
+            layer_decay=arguments["layer_decay"],
+            iterations=[max(1, batches), max(1, batches // 5)],
+        )
+    )
 
 # %% ../../nbs/api/tasks/nnunet.ipynb #00598615
 def setup(
-    dataset_id,                  # number of a preprocessed data set, or its name
-    path=None,                   # YAML recipe of train_segmenter
-    pairs:Sequence=(),           # key=value
+    dataset_id,  # number of a preprocessed data set, or its name
+    path=None,  # YAML recipe of train_segmenter
+    pairs: Sequence = (),  # key=value
     *,
-    parent:str="2d",             # configuration to derive from
-    name:str="2d_dino",          # of the new one
-    plans:str="nnUNetPlans",     # which plans
-)->dict:                         # plans file, configuration, keys without effect
+    parent: str = "2d",  # configuration to derive from
+    name: str = "2d_dino",  # of the new one
+    plans: str = "nnUNetPlans",  # which plans
+) -> dict:  # plans file, configuration, keys without effect
     "Write a configuration that carries a recipe into the plans of a data set."
     from dinolab.tasks.recipes import arguments, recipe_of
+
     function, config = recipe_of("train", path, [*pairs, "recipe=segmenter"])
     given = arguments(function, config)
-    file = preprocessed_folder(dataset_id)/f"{plans}.json"
-    if not file.exists(): raise MissingError(f"no plans {file}: expected the name of plans made by nnU-Net")
+    file = preprocessed_folder(dataset_id) / f"{plans}.json"
+    if not file.exists():
+        raise MissingError(f"no plans {file}: expected the name of plans made by nnU-Net")
     content = json.loads(file.read_text())
     size = pick(content["configurations"], parent, "configuration").get("patch_size")
-    if size is None or len(size) != 2: raise InputError(f"configuration {parent} has patches of {size}: expected a 2D one, such as 2d")
+    if size is None or len(size) != 2:
+        raise InputError(f"configuration {parent} has patches of {size}: expected a 2D one, such as 2d")
     new = dict(inherits_from=parent, dinolab=make_recipe(given))
-    if "crop" in config: new["patch_size"] = [given["crop"]] * 2 if isinstance(given["crop"], int) else list(given["crop"])
-    if "batch_size" in (config.get("train") or {}): new["batch_size"] = given["train"].batch_size
-    if name == parent or content["configurations"].get(name, new).get("dinolab") is None: raise InputError(f"configuration {name} is nnU-Net's own: give another name")
+    if "crop" in config:
+        new["patch_size"] = [given["crop"]] * 2 if isinstance(given["crop"], int) else list(given["crop"])
+    if "batch_size" in (config.get("train") or {}):
+        new["batch_size"] = given["train"].batch_size
+    if name == parent or content["configurations"].get(name, new).get("dinolab") is None:
+        raise InputError(f"configuration {name} is nnU-Net's own: give another name")
     content["configurations"][name] = new
     write_json(file, content)
     return dict(plans=str(file), configuration=name, without_effect=without_effect(config))

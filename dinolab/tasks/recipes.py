@@ -24,91 +24,141 @@ from .volumes import evaluate_unet3d, predict_unet3d, train_unet3d
 
 # %% ../../nbs/api/tasks/recipes.ipynb #b51e6d35
 def nested_class(
-    hints:dict,  # of a function
-    name:str,    # of a parameter
-):               # a dataclass, or None
+    hints: dict,  # of a function
+    name: str,  # of a parameter
+):  # a dataclass, or None
     "The dataclass that a parameter holds, whether it may be None or not."
     kinds = [hints.get(name), *get_args(hints.get(name))]
     return next((k for k in kinds if dataclasses.is_dataclass(k)), None)
 
 # %% ../../nbs/api/tasks/recipes.ipynb #ce7433d8
 def config_class(
-    function:Callable,  # a recipe
-)->type:                # frozen dataclass with a field per parameter
+    function: Callable,  # a recipe
+) -> type:  # frozen dataclass with a field per parameter
     "The configuration of a recipe."
     hints = get_type_hints(function)
+
     def field_of(p):
         kind = nested_class(hints, p.name)
-        value = None if p.default is p.empty else list(p.default) if isinstance(p.default, tuple) else p.default
-        return p.name, Any if kind is None else Optional[kind] if value is None else kind, dataclasses.field(default_factory=lambda: value)
-    return dataclasses.make_dataclass(function.__name__, map(field_of, inspect.signature(function).parameters.values()), frozen=True)
+        value = (
+            None if p.default is p.empty else list(p.default) if isinstance(p.default, tuple) else p.default
+        )
+        return (
+            p.name,
+            Any if kind is None else Optional[kind] if value is None else kind,
+            dataclasses.field(default_factory=lambda: value),
+        )
+
+    return dataclasses.make_dataclass(
+        function.__name__, map(field_of, inspect.signature(function).parameters.values()), frozen=True
+    )
 
 # %% ../../nbs/api/tasks/recipes.ipynb #41d25465
 def describe(
-    function:Callable,  # a recipe, or a dataclass
-    prefix:str="",      # of the keys
-    values:dict={},     # that are the defaults instead
-)->list:                # rows: key, default, meaning
+    function: Callable,  # a recipe, or a dataclass
+    prefix: str = "",  # of the keys
+    values: dict = {},  # that are the defaults instead
+) -> list:  # rows: key, default, meaning
     "The keys of a recipe, from its signature and the comments beside it."
-    comments = dict(re.findall(r"^\s+(\w+)\s*(?::[^#\n]*|=[^#\n]*)?#\s*(.+)$", inspect.getsource(function), re.M))
+    comments = dict(
+        re.findall(r"^\s+(\w+)\s*(?::[^#\n]*|=[^#\n]*)?#\s*(.+)$", inspect.getsource(function), re.M)
+    )
     hints, rows = get_type_hints(function), []
     for name, p in inspect.signature(function).parameters.items():
         kind = nested_class(hints, name)
-        if kind: rows += describe(kind, f"{prefix}{name}.", vars(p.default) if dataclasses.is_dataclass(p.default) else {})
-        else: rows.append(dict(key=prefix + name, default=_say(values.get(name, p.default)), meaning=comments.get(name, "")))
+        if kind:
+            rows += describe(
+                kind, f"{prefix}{name}.", vars(p.default) if dataclasses.is_dataclass(p.default) else {}
+            )
+        else:
+            rows.append(
+                dict(
+                    key=prefix + name,
+                    default=_say(values.get(name, p.default)),
+                    meaning=comments.get(name, ""),
+                )
+            )
     return rows
 
-def _say(value): return "required" if value is inspect.Parameter.empty else f"{value:.3g}" if isinstance(value, float) else repr(value)
+
+def _say(value):
+    return (
+        "required"
+        if value is inspect.Parameter.empty
+        else f"{value:.3g}"
+        if isinstance(value, float)
+        else repr(value)
+    )
 
 # %% ../../nbs/api/tasks/recipes.ipynb #61a886c2
 def read_yaml(
     path,  # file
-)->dict:   # key -> value
+) -> dict:  # key -> value
     "The content of a recipe file."
-    if not Path(path).is_file(): raise MissingError(f"no file {str(path)!r}: expected a recipe in YAML; dinolab train --keys lists what it may hold")
-    try: found = OmegaConf.load(path)
-    except Exception as e: raise InputError(f"{path}: not YAML: {' '.join(str(e).split())}") from None
-    if not OmegaConf.is_dict(found): raise InputError(f"{path}: got a list, expected key: value")
+    if not Path(path).is_file():
+        raise MissingError(
+            f"no file {str(path)!r}: expected a recipe in YAML; dinolab train --keys lists what it may hold"
+        )
+    try:
+        found = OmegaConf.load(path)
+    except Exception as e:
+        raise InputError(f"{path}: not YAML: {' '.join(str(e).split())}") from None
+    if not OmegaConf.is_dict(found):
+        raise InputError(f"{path}: got a list, expected key: value")
     return found
 
 # %% ../../nbs/api/tasks/recipes.ipynb #0759c3c0
 def with_overrides(
-    config,     # from read_yaml
-    pairs:list, # of key=value
+    config,  # from read_yaml
+    pairs: list,  # of key=value
 ):
     "A configuration with `key=value` pairs over it, in dotted form for nested keys."
     for pair in pairs:
-        if "=" not in pair: raise InputError(f"{pair!r}: expected key=value, such as train.epochs=5")
+        if "=" not in pair:
+            raise InputError(f"{pair!r}: expected key=value, such as train.epochs=5")
     return OmegaConf.merge(config, OmegaConf.from_dotlist(list(pairs)))
 
 # %% ../../nbs/api/tasks/recipes.ipynb #462046ad
 def _unknown(key, known, where):
     near = nearest(key, known, n=1)
-    return f"{where}: no key {key!r}: " + (f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}")
+    return f"{where}: no key {key!r}: " + (
+        f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
+    )
+
 
 def _check_number(key, value, default):
     "A number where the default is one."
-    if isinstance(default, bool) and not isinstance(value, bool): raise InputError(f"{key}={value!r}: expected true or false")
-    if isinstance(default, (int, float)) and not isinstance(default, bool) and isinstance(value, (bool, str)): raise InputError(f"{key}={value!r}: expected a number")
+    if isinstance(default, bool) and not isinstance(value, bool):
+        raise InputError(f"{key}={value!r}: expected true or false")
+    if isinstance(default, (int, float)) and not isinstance(default, bool) and isinstance(value, (bool, str)):
+        raise InputError(f"{key}={value!r}: expected a number")
 
 # %% ../../nbs/api/tasks/recipes.ipynb #bf64bc6b
 def arguments(
-    function:Callable,  # a recipe
-    config,             # mapping of its arguments
-)->dict:                # as the function takes them
+    function: Callable,  # a recipe
+    config,  # mapping of its arguments
+) -> dict:  # as the function takes them
     "The arguments of a recipe; `InputError` names a key that it does not have, one that is missing, or a value of the wrong type."
     kind, parameters = config_class(function), inspect.signature(function).parameters
     hints = get_type_hints(function)
     for key, value in config.items():
-        if key not in parameters: raise InputError(_unknown(str(key), parameters, function.__name__))
+        if key not in parameters:
+            raise InputError(_unknown(str(key), parameters, function.__name__))
         inner = nested_class(hints, key)
         for k in value if inner and hasattr(value, "keys") else ():
-            if k not in (known := [f.name for f in dataclasses.fields(inner)]): raise InputError(_unknown(f"{key}.{k}", [f"{key}.{n}" for n in known], function.__name__))
+            if k not in (known := [f.name for f in dataclasses.fields(inner)]):
+                raise InputError(_unknown(f"{key}.{k}", [f"{key}.{n}" for n in known], function.__name__))
     missing = [name for name, p in parameters.items() if p.default is p.empty and name not in config]
-    if missing: raise InputError(f"{function.__name__}: missing {', '.join(missing)}: give them in the file or as key=value")
-    for key in config: _check_number(key, config[key], parameters[key].default)
-    try: done = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), config))
-    except OmegaConfBaseException as e: raise InputError(f"{e.full_key or function.__name__}: {str(e).splitlines()[0]}") from None
+    if missing:
+        raise InputError(
+            f"{function.__name__}: missing {', '.join(missing)}: give them in the file or as key=value"
+        )
+    for key in config:
+        _check_number(key, config[key], parameters[key].default)
+    try:
+        done = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), config))
+    except OmegaConfBaseException as e:
+        raise InputError(f"{e.full_key or function.__name__}: {str(e).splitlines()[0]}") from None
     return {f.name: getattr(done, f.name) for f in dataclasses.fields(kind)}
 
 # %% ../../nbs/api/tasks/recipes.ipynb #fb3151ca
@@ -118,11 +168,12 @@ RECIPES = dict(
     predict=dict(unet3d=predict_unet3d, segmenter=predict_images),
 )
 
+
 def recipe_of(
-    command:str,    # train, evaluate or predict
-    path=None,      # of a YAML file; None: only overrides
-    pairs:list=(),  # of key=value
-)->tuple:           # the function, its configuration
+    command: str,  # train, evaluate or predict
+    path=None,  # of a YAML file; None: only overrides
+    pairs: list = (),  # of key=value
+) -> tuple:  # the function, its configuration
     "The recipe that a file names, or that of the run; unet3d where there is neither."
     config = with_overrides(read_yaml(path) if path else OmegaConf.create(), pairs)
     known = Run.open(config.run).info["experiment"] if command != "train" and config.get("run") else "unet3d"
@@ -131,12 +182,15 @@ def recipe_of(
 
 # %% ../../nbs/api/tasks/recipes.ipynb #dad1d3b4
 def run_recipe(
-    command:str,    # train, evaluate or predict
-    path=None,      # of a YAML file; None: only overrides
-    pairs:list=(),  # of key=value
-    **objects,      # arguments that no file can hold, such as client
-):                  # what the recipe returns
+    command: str,  # train, evaluate or predict
+    path=None,  # of a YAML file; None: only overrides
+    pairs: list = (),  # of key=value
+    **objects,  # arguments that no file can hold, such as client
+):  # what the recipe returns
     "Run a recipe with the arguments from a file and overrides."
     function, config = recipe_of(command, path, pairs)
-    if odd := [k for k in objects if k not in inspect.signature(function).parameters]: raise InputError(f"{function.__name__} takes no {', '.join(odd)}: expected a recipe that does, such as unet3d; leave it out (client is --cluster)")
+    if odd := [k for k in objects if k not in inspect.signature(function).parameters]:
+        raise InputError(
+            f"{function.__name__} takes no {', '.join(odd)}: expected a recipe that does, such as unet3d; leave it out (client is --cluster)"
+        )
     return function(**arguments(function, config) | objects)

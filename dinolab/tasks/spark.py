@@ -35,7 +35,17 @@ from ..core.files import atomic_write, write_json
 from ..core.progress import format_table, progress
 from ..train.loop import Keyed, TrainArgs, bring_back, fit_run, new_checkpoint, training_curves
 from ..features.extract import auto_precision
-from ..data.images import Classes, ImageDataset, Picture, list_images, manifest_pictures, read_image, read_mask, read_pair, table_rows
+from dinolab.data.images import (
+    Classes,
+    ImageDataset,
+    Picture,
+    list_images,
+    manifest_pictures,
+    read_image,
+    read_mask,
+    read_pair,
+    table_rows,
+)
 from ..train.losses import make_loss
 from ..train.metrics import ConfusionMatrix, mean_of
 from ..train.runs import Run
@@ -45,111 +55,152 @@ from ..models.unet3plus import Judged, UNet3Plus, presence_loss
 from ..models.weights import load_weights
 
 # %% ../../nbs/api/tasks/spark.ipynb #4d790f48
-SPARK = Classes(("background", "spacecraft body", "solar panels"), None, ("#000000", "#ff0000", "#0000ff"), "nearest")
+SPARK = Classes(
+    ("background", "spacecraft body", "solar panels"), None, ("#000000", "#ff0000", "#0000ff"), "nearest"
+)
 COLUMNS = ("Class", "Image name", "Mask name")
 
+
 def find_file(
-    root:Path,   # of images or masks
-    group:str,   # satellite
-    split:str,   # name of the table
-    name:str,    # of the file
-)->Path:         # None where it is nowhere
+    root: Path,  # of images or masks
+    group: str,  # satellite
+    split: str,  # name of the table
+    name: str,  # of the file
+) -> Path:  # None where it is nowhere
     "The file of a row of the table."
-    places = (root/group/split/name, root/group/name, root/split/group/name, root/split/name, root/name)
+    places = (
+        root / group / split / name,
+        root / group / name,
+        root / split / group / name,
+        root / split / name,
+        root / name,
+    )
     return next((p for p in places if p.is_file()), None)
 
 # %% ../../nbs/api/tasks/spark.ipynb #76ba4836
 def spark_pictures(
-    table,       # csv file with the columns Class, Image name, Mask name
+    table,  # csv file with the columns Class, Image name, Mask name
     image_root,  # folder of images
-    mask_root,   # folder of masks
-)->list:         # of Picture, whose group is the class
+    mask_root,  # folder of masks
+) -> list:  # of Picture, whose group is the class
     "Pictures of one split of the challenge."
     path, found, missing = Path(table), [], []
     for row in table_rows(path, COLUMNS):
         group, *names = (row[c] for c in COLUMNS)
-        files = [find_file(Path(root), group, path.stem, name) for root, name in zip((image_root, mask_root), names)]
+        files = [
+            find_file(Path(root), group, path.stem, name)
+            for root, name in zip((image_root, mask_root), names)
+        ]
         missing += [f"{group}/{name}" for name, file in zip(names, files) if file is None]
-        if all(files): found.append(Picture(f"{group}/{Path(names[0]).stem}", *map(str, files), group))
-    if missing: raise MissingError(f"{path}: {len(missing)} files are not there, such as {missing[0]}: expected {image_root}/CLASS/{path.stem}/NAME and {mask_root}/CLASS/{path.stem}/NAME")
+        if all(files):
+            found.append(Picture(f"{group}/{Path(names[0]).stem}", *map(str, files), group))
+    if missing:
+        raise MissingError(
+            f"{path}: {len(missing)} files are not there, such as {missing[0]}: expected {image_root}/CLASS/{path.stem}/NAME and {mask_root}/CLASS/{path.stem}/NAME"
+        )
     return found
 
 # %% ../../nbs/api/tasks/spark.ipynb #c6e86e96
 def readable(
-    pictures:Sequence,  # of Picture
-    classes:Classes,    # of the masks
-    skip:bool=False,    # leave out what cannot be read
-)->list:                # of Picture
+    pictures: Sequence,  # of Picture
+    classes: Classes,  # of the masks
+    skip: bool = False,  # leave out what cannot be read
+) -> list:  # of Picture
     "The pictures that can be read with their masks; `InputError` names one that cannot."
+
     def wrong(p):
-        try: read_pair(p, classes, 3)
-        except InputError as e: return str(e)
-    with ThreadPoolExecutor() as pool: errors = list(progress(pool.map(wrong, pictures), total=len(pictures), desc="check", unit="image"))
+        try:
+            read_pair(p, classes, 3)
+        except InputError as e:
+            return str(e)
+
+    with ThreadPoolExecutor() as pool:
+        errors = list(progress(pool.map(wrong, pictures), total=len(pictures), desc="check", unit="image"))
     bad = [e for e in errors if e]
-    if bad and not skip: raise InputError(f"{len(bad)} of {len(pictures)} pictures cannot be used: {bad[0]}; mend them, or leave them out with --skip_unreadable")
-    if bad: print(f"left out {len(bad)} of {len(pictures)} pictures: {bad[0]}")
+    if bad and not skip:
+        raise InputError(
+            f"{len(bad)} of {len(pictures)} pictures cannot be used: {bad[0]}; mend them, or leave them out with --skip_unreadable"
+        )
+    if bad:
+        print(f"left out {len(bad)} of {len(pictures)} pictures: {bad[0]}")
     kept = [p for p, e in zip(pictures, errors) if not e]
-    if not kept: raise InputError("no picture is left: expected one at least")
+    if not kept:
+        raise InputError("no picture is left: expected one at least")
     return kept
 
 # %% ../../nbs/api/tasks/spark.ipynb #1c4dc677
 def split_pictures(
-    data_root,   # folder with train.csv and val.csv, images and mask; None: the manifest
-    manifest,    # name or path
-    root,        # folder of all data sets of manifests
-    split:str,   # train or val
-)->list:         # of Picture
+    data_root,  # folder with train.csv and val.csv, images and mask; None: the manifest
+    manifest,  # name or path
+    root,  # folder of all data sets of manifests
+    split: str,  # train or val
+) -> list:  # of Picture
     "The pictures of one split."
-    if data_root is None: return manifest_pictures(manifest, dict(val="valid").get(split, split), root, "satellite")
+    if data_root is None:
+        return manifest_pictures(manifest, dict(val="valid").get(split, split), root, "satellite")
     where = Path(data_root)
-    if not where.is_dir(): raise MissingError(f"no folder {str(where)!r}: expected {split}.csv, images and mask in it; without --data_root the data are those of --manifest")
-    return spark_pictures(where/f"{split}.csv", where/"images", where/"mask")
+    if not where.is_dir():
+        raise MissingError(
+            f"no folder {str(where)!r}: expected {split}.csv, images and mask in it; without --data_root the data are those of --manifest"
+        )
+    return spark_pictures(where / f"{split}.csv", where / "images", where / "mask")
 
 # %% ../../nbs/api/tasks/spark.ipynb #689f948f
 def sample(
-    pictures:list,  # of Picture
-    count:int,      # at most
-    seed:int,
-)->list:
+    pictures: list,  # of Picture
+    count: int,  # at most
+    seed: int,
+) -> list:
     "Some pictures, for a first try."
     chosen = np.random.default_rng(seed).permutation(len(pictures))[:count]
     return [pictures[i] for i in sorted(chosen)]
 
 # %% ../../nbs/api/tasks/spark.ipynb #7e99537b
 def write_model(
-    folder:Path,   # to write
-    state:dict,    # all weights by name
-    config:dict,   # of config.json
+    folder: Path,  # to write
+    state: dict,  # all weights by name
+    config: dict,  # of config.json
 ):
     "Write a model; the folder appears whole."
     with new_checkpoint(Path(folder)) as new:
-        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, new/"unet3plus_model.safetensors")
-        write_json(new/"config.json", config)
+        save_file(
+            {k: v.detach().cpu().contiguous() for k, v in state.items()}, new / "unet3plus_model.safetensors"
+        )
+        write_json(new / "config.json", config)
 
 # %% ../../nbs/api/tasks/spark.ipynb #90ab9121
 @dataclass
 class TrainedUNet3Plus:
     "A trained network with what evaluation needs."
-    model:UNet3Plus  # in evaluation mode
-    config:dict      # of config.json
-    precision:str    # fp32, bf16 or fp16, of the forward pass
+
+    model: UNet3Plus  # in evaluation mode
+    config: dict  # of config.json
+    precision: str  # fp32, bf16 or fp16, of the forward pass
 
     @property
-    def classes(self)->Classes: "What the indices mean."; return Classes(**self.config["classes"])
+    def classes(self) -> Classes:
+        "What the indices mean."
+        return Classes(**self.config["classes"])
+
 
 def load_unet3plus(
-    folder,           # of the model
-    fp16:bool=True,   # half precision where the hardware has it
-    compile:bool=False,  # torch.compile
-)->TrainedUNet3Plus:  # on the GPU of this process, where there is one
+    folder,  # of the model
+    fp16: bool = True,  # half precision where the hardware has it
+    compile: bool = False,  # torch.compile
+) -> TrainedUNet3Plus:  # on the GPU of this process, where there is one
     "The network of a folder."
     folder = Path(folder)
     bring_back(folder)
-    if not (folder/"config.json").is_file(): raise MissingError(f"no model in {str(folder)!r}: expected unet3plus_model.safetensors and config.json, as in model_weights_unet3plus/unet3plus_best")
-    config = json.loads((folder/"config.json").read_text())
-    if config.get("kind") != "unet3plus": raise InputError(f"{folder}: config.json is of kind {config.get('kind')!r}: expected unet3plus")
-    with torch.random.fork_rng(), redirect_stderr(io.StringIO()): model = UNet3Plus(config["backbone"], **config["network"])
-    load_weights(folder/"unet3plus_model.safetensors", model)
+    if not (folder / "config.json").is_file():
+        raise MissingError(
+            f"no model in {str(folder)!r}: expected unet3plus_model.safetensors and config.json, as in model_weights_unet3plus/unet3plus_best"
+        )
+    config = json.loads((folder / "config.json").read_text())
+    if config.get("kind") != "unet3plus":
+        raise InputError(f"{folder}: config.json is of kind {config.get('kind')!r}: expected unet3plus")
+    with torch.random.fork_rng(), redirect_stderr(io.StringIO()):
+        model = UNet3Plus(config["backbone"], **config["network"])
+    load_weights(folder / "unet3plus_model.safetensors", model)
     device = torch.device("cuda", launched()[2]) if torch.cuda.is_available() else torch.device("cpu")
     half = "fp32" if not fp16 else "fp16" if device.type == "cuda" else auto_precision(device)
     model = model.to(device).eval()
@@ -159,11 +210,13 @@ def load_unet3plus(
 @dataclass
 class FullStep:
     "Loss of labels, and of presence where the network judges it."
-    loss:object  # from make_loss, which also weighs the outputs of deep supervision
+
+    loss: object  # from make_loss, which also weighs the outputs of deep supervision
 
     def __call__(self, model, batch):
         out = model(batch["image"])
-        if not isinstance(out, Judged): return self.loss(out, batch["target"], batch["mask"]), {}
+        if not isinstance(out, Judged):
+            return self.loss(out, batch["target"], batch["mask"]), {}
         there = presence_loss(out.presence, batch["target"], batch["mask"])
         return self.loss(out.logits, batch["target"], batch["mask"]) + there, dict(presence=there)
 
@@ -171,17 +224,28 @@ class FullStep:
 @dataclass
 class WholeValidation:
     "Loss and scores of whole pictures at the size of training."
-    pictures:ImageDataset  # without augmentation
-    loss:object            # from make_loss
-    batch_size:int         # per process
-    workers:int=0          # processes that load
 
-    def __call__(self, model:nn.Module)->dict:
-        device, cm, loss, count = next(model.parameters()).device, ConfusionMatrix(list(self.pictures.classes.names)), 0., 0
+    pictures: ImageDataset  # without augmentation
+    loss: object  # from make_loss
+    batch_size: int  # per process
+    workers: int = 0  # processes that load
+
+    def __call__(self, model: nn.Module) -> dict:
+        device, cm, loss, count = (
+            next(model.parameters()).device,
+            ConfusionMatrix(list(self.pictures.classes.names)),
+            0.0,
+            0,
+        )
         for items, n in self._batches():
             logits = model(items["image"].to(device))
-            if not n: continue
-            logits, target, mask = logits[:n].float(), items["target"][:n].to(device), items["mask"][:n].to(device)
+            if not n:
+                continue
+            logits, target, mask = (
+                logits[:n].float(),
+                items["target"][:n].to(device),
+                items["mask"][:n].to(device),
+            )
             loss, count = loss + float(self.loss(logits, target, mask)) * n, count + n
             cm.update(logits.argmax(1), target, mask)
         loss, count = sum_over_all(torch.tensor([loss, count], dtype=torch.float64)).tolist()
@@ -191,129 +255,203 @@ class WholeValidation:
     def _batches(self):
         "Batches of this process, and how many of their items count; those that do not come last."
         mine = my_share(len(self.pictures))
-        parts = [mine[i:i + self.batch_size] for i in range(0, len(mine), self.batch_size)]
-        loader = DataLoader(Keyed(self.pictures, 0), batch_sampler=[[(0, i) for i, _ in p] for p in parts], num_workers=self.workers)
+        parts = [mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size)]
+        loader = DataLoader(
+            Keyed(self.pictures, 0),
+            batch_sampler=[[(0, i) for i, _ in p] for p in parts],
+            num_workers=self.workers,
+        )
         return zip(loader, (sum(counts for _, counts in p) for p in parts))
 
 # %% ../../nbs/api/tasks/spark.ipynb #74c0d879
-MAY_CHANGE = ("num_workers", "save_every", "check", "resume", "device", "log_with", "root", "save_path")  # flags, when a training goes on
+MAY_CHANGE = (
+    "num_workers",
+    "save_every",
+    "check",
+    "resume",
+    "device",
+    "log_with",
+    "root",
+    "save_path",
+)  # flags, when a training goes on
+
 
 def wait_for_run(
     path,  # of the run
 ):
     "Return when the first process has begun the run: then there is data to read."
-    while launched()[0] > 0 and not (Path(path)/"run.json").exists(): time.sleep(0.2)
+    while launched()[0] > 0 and not (Path(path) / "run.json").exists():
+        time.sleep(0.2)
+
 
 def open_training(
-    s:SimpleNamespace,  # arguments of train_unet3plus
-)->Run:          # new, or the one to go on with
+    s: SimpleNamespace,  # arguments of train_unet3plus
+) -> Run:  # new, or the one to go on with
     "The run in `save_path`, made by the first process."
     path, first = Path(s.save_path), launched()[0] == 0
     values = {k: v for k, v in vars(s).items() if k not in MAY_CHANGE}
-    there = (path/"run.json").exists()
-    if first and there and not s.resume: raise InputError(f"{path} holds a training: --resume goes on with it; or give another --save_path")
-    if first and not there: return Run.create("unet3plus", values, path=path)
+    there = (path / "run.json").exists()
+    if first and there and not s.resume:
+        raise InputError(f"{path} holds a training: --resume goes on with it; or give another --save_path")
+    if first and not there:
+        return Run.create("unet3plus", values, path=path)
     run = Run.open(path)
     known = run.params
     wrong = [f"{k} ({known.get(k)} there, {v} now)" for k, v in values.items() if known.get(k) != v]
-    if first and wrong: raise InputError(f"{path} was begun with other settings: {'; '.join(wrong[:3])}; give the same, or another --save_path")
+    if first and wrong:
+        raise InputError(
+            f"{path} was begun with other settings: {'; '.join(wrong[:3])}; give the same, or another --save_path"
+        )
     return run
 
 # %% ../../nbs/api/tasks/spark.ipynb #3513e34d
 @dataclass
 class Models:
     "Keeps models beside the checkpoints of a training."
-    run:Run          # of the training
-    config:dict      # of config.json
-    every:int        # epochs; 0: none but the best and the final
+
+    run: Run  # of the training
+    config: dict  # of config.json
+    every: int  # epochs; 0: none but the best and the final
+
     def __call__(self, name, at, state):
         config = self.config | dict(epoch=at.epoch, step=at.step, best=at.best)
-        if name == "best": write_model(self.run.path/"unet3plus_best", state, config)
-        if name != "last": return
-        if self.every and at.epoch and at.epoch % self.every == 0 and not at.batch: write_model(self.run.path/f"unet3plus_epoch_{at.epoch}", state, config)
-        if at.stopped: write_model(self.run.path/"unet3plus_final", state, config)
-        if not at.batch: plot_training(self.run)
+        if name == "best":
+            write_model(self.run.path / "unet3plus_best", state, config)
+        if name != "last":
+            return
+        if self.every and at.epoch and at.epoch % self.every == 0 and not at.batch:
+            write_model(self.run.path / f"unet3plus_epoch_{at.epoch}", state, config)
+        if at.stopped:
+            write_model(self.run.path / "unet3plus_final", state, config)
+        if not at.batch:
+            plot_training(self.run)
+
 
 def plot_training(
-    run:Run,  # of a training
+    run: Run,  # of a training
 ):
     "training_plots.png from the log."
-    with atomic_write(run.path/"training_plots.png", "wb") as f: training_curves(run.history()).savefig(f, format="png", dpi=100)
+    with atomic_write(run.path / "training_plots.png", "wb") as f:
+        training_curves(run.history()).savefig(f, format="png", dpi=100)
 
 # %% ../../nbs/api/tasks/spark.ipynb #735fdfc1
-def _data(s)->list:
+def _data(s) -> list:
     "Training and validation set."
     both = [split_pictures(s.data_root, s.manifest, s.root, split) for split in ("train", "val")]
-    if s.downsample: both = [sample(p, s.downsample_size, s.seed) for p in both]
-    if s.check or s.skip_unreadable: both = [readable(p, SPARK, s.skip_unreadable) for p in both]
-    return [ImageDataset(p, SPARK, (s.target_size,) * 2, channels=3, augment=a, whole=True) for p, a in zip(both, (find_augment(s.augment), None))]
+    if s.downsample:
+        both = [sample(p, s.downsample_size, s.seed) for p in both]
+    if s.check or s.skip_unreadable:
+        both = [readable(p, SPARK, s.skip_unreadable) for p in both]
+    return [
+        ImageDataset(p, SPARK, (s.target_size,) * 2, channels=3, augment=a, whole=True)
+        for p, a in zip(both, (find_augment(s.augment), None))
+    ]
 
-def _network(s)->tuple:
+
+def _network(s) -> tuple:
     "The network, from the seed, and its config.json."
     torch.manual_seed(s.seed)
-    network = dict(num_classes=len(SPARK), cat_channels=s.cat_channels, deep_supervision=s.deep_supervision, decoder=s.decoder, freeze_backbone=s.freeze_backbone, cgm=s.cgm, stem=s.stem)
-    model = UNet3Plus(s.backbone, weights=s.backbone_weights or ("pretrained" if s.pretrained else None), **network)
-    return model, dict(kind="unet3plus", backbone=s.backbone, network=network, classes=asdict(SPARK), target_size=s.target_size, dinolab=dinolab.__version__)
+    network = dict(
+        num_classes=len(SPARK),
+        cat_channels=s.cat_channels,
+        deep_supervision=s.deep_supervision,
+        decoder=s.decoder,
+        freeze_backbone=s.freeze_backbone,
+        cgm=s.cgm,
+        stem=s.stem,
+    )
+    model = UNet3Plus(
+        s.backbone, weights=s.backbone_weights or ("pretrained" if s.pretrained else None), **network
+    )
+    return model, dict(
+        kind="unet3plus",
+        backbone=s.backbone,
+        network=network,
+        classes=asdict(SPARK),
+        target_size=s.target_size,
+        dinolab=dinolab.__version__,
+    )
 
-def _settings(s)->TrainArgs:
+
+def _settings(s) -> TrainArgs:
     "Of the loop."
-    same = {k: getattr(s, k) for k in ("epochs", "batch_size", "lr", "weight_decay", "precision", "patience", "seed", "device")}
-    return TrainArgs(**same, valid_every=s.validate_every, workers=s.num_workers, tracker=s.log_with, zero=s.zero_stage if s.deepspeed else 0)
+    same = {
+        k: getattr(s, k)
+        for k in ("epochs", "batch_size", "lr", "weight_decay", "precision", "patience", "seed", "device")
+    }
+    return TrainArgs(
+        **same,
+        valid_every=s.validate_every,
+        workers=s.num_workers,
+        tracker=s.log_with,
+        zero=s.zero_stage if s.deepspeed else 0,
+    )
 
 # %% ../../nbs/api/tasks/spark.ipynb #b9142b5b
-def _train(s)->Path:
+def _train(s) -> Path:
     "The order of things."
     wait_for_run(s.save_path)
     train, valid = _data(s)
     model, config = _network(s)
     args, loss = _settings(s), make_loss(s.loss, side_weight=s.side_weight)
-    factor = s.backbone_lr if s.backbone_lr is not None else 0.1 if s.backbone_weights or s.pretrained else 1.
+    factor = (
+        s.backbone_lr if s.backbone_lr is not None else 0.1 if s.backbone_weights or s.pretrained else 1.0
+    )
     scales = {f"backbone.{n}": factor for n, _ in model.backbone.named_parameters()}
     run = open_training(s)
-    fit_run(run, model, FullStep(loss), train, WholeValidation(valid, loss, s.batch_size, s.num_workers), args, scales=scales, saved=Models(run, config, s.save_every))
+    fit_run(
+        run,
+        model,
+        FullStep(loss),
+        train,
+        WholeValidation(valid, loss, s.batch_size, s.num_workers),
+        args,
+        scales=scales,
+        saved=Models(run, config, s.save_every),
+    )
     return run.path
 
 # %% ../../nbs/api/tasks/spark.ipynb #258e9f67
 def train_unet3plus(
     *,
-    backbone:str="convnext_tiny",      # any timm model with a pyramid of maps
-    pretrained:bool=True,              # weights of the backbone from the hub or its cache
-    backbone_weights:str=None,         # file or folder with them instead
-    freeze_backbone:bool=False,        # train the decoder only
-    deep_supervision:bool=False,       # a loss at every decoder node
-    cat_channels:int=64,               # channels per skip connection
-    decoder:str="full",                # full (UNet3+) or simple (a top-down path and one aggregation)
-    cgm:bool=False,                    # classification-guided module
-    stem:int=0,                        # channels of a level of stride 1; 0: none
-    epochs:int=30,                     # passes over the training set
-    batch_size:int=8,                  # per process
-    target_size:int=512,               # side to which pictures are resized, pixels
-    num_workers:int=7,                 # processes that load
-    patience:int=15,                   # validations without improvement before the end; 0: never
-    validate_every:int=2,              # epochs
-    save_every:int=10,                 # epochs between models that are kept
-    save_path:str="model_weights_unet3plus",  # folder of models, plots and log
-    data_root:str=None,                # folder with train.csv, val.csv, images and mask, as in SPARK 2024; default: the manifest
-    manifest:str="spacecraft_phantom", # data set by name or path
-    root:str="data",                   # folder of all data sets of manifests
-    downsample:bool=False,             # only some pictures of each split, for a first try
-    downsample_size:int=100,           # how many
-    check:bool=True,                   # read all pictures before
-    skip_unreadable:bool=False,        # leave out pictures that cannot be read
-    augment:str="turns",               # turns, em (turns and intensities) or none
-    lr:float=1e-3,                     # learning rate at its peak
-    backbone_lr:float=None,            # of the backbone relative to that; default: 0.1 with pretrained weights, else 1
-    weight_decay:float=1e-2,           # of AdamW
-    loss:str="ce+dice",                # names joined by +: ce, dice, focal, iou, ms_ssim, tversky; the paper's is focal+ms_ssim+iou
-    side_weight:float=0.4,             # of the mean loss of all nodes but the finest, with deep supervision
-    precision:str="auto",              # no, bf16, fp16, or auto: bf16 where a GPU has it
-    deepspeed:bool=False,              # DeepSpeed's ZeRO; start with torchrun
-    zero_stage:int=2,                  # what it divides: 1 optimiser states, 2 gradients too, 3 weights too
-    resume:bool=False,                 # go on with the training in save_path
-    seed:int=0,                        # of everything random
-    log_with:str="",                   # tensorboard, or nothing
-    device:str="auto",                 # auto, cpu or cuda
-)->Path:                               # save_path
+    backbone: str = "convnext_tiny",  # any timm model with a pyramid of maps
+    pretrained: bool = True,  # weights of the backbone from the hub or its cache
+    backbone_weights: str = None,  # file or folder with them instead
+    freeze_backbone: bool = False,  # train the decoder only
+    deep_supervision: bool = False,  # a loss at every decoder node
+    cat_channels: int = 64,  # channels per skip connection
+    decoder: str = "full",  # full (UNet3+) or simple (a top-down path and one aggregation)
+    cgm: bool = False,  # classification-guided module
+    stem: int = 0,  # channels of a level of stride 1; 0: none
+    epochs: int = 30,  # passes over the training set
+    batch_size: int = 8,  # per process
+    target_size: int = 512,  # side to which pictures are resized, pixels
+    num_workers: int = 7,  # processes that load
+    patience: int = 15,  # validations without improvement before the end; 0: never
+    validate_every: int = 2,  # epochs
+    save_every: int = 10,  # epochs between models that are kept
+    save_path: str = "model_weights_unet3plus",  # folder of models, plots and log
+    data_root: str = None,  # folder with train.csv, val.csv, images and mask, as in SPARK 2024; default: the manifest
+    manifest: str = "spacecraft_phantom",  # data set by name or path
+    root: str = "data",  # folder of all data sets of manifests
+    downsample: bool = False,  # only some pictures of each split, for a first try
+    downsample_size: int = 100,  # how many
+    check: bool = True,  # read all pictures before
+    skip_unreadable: bool = False,  # leave out pictures that cannot be read
+    augment: str = "turns",  # turns, em (turns and intensities) or none
+    lr: float = 1e-3,  # learning rate at its peak
+    backbone_lr: float = None,  # of the backbone relative to that; default: 0.1 with pretrained weights, else 1
+    weight_decay: float = 1e-2,  # of AdamW
+    loss: str = "ce+dice",  # names joined by +: ce, dice, focal, iou, ms_ssim, tversky; the paper's is focal+ms_ssim+iou
+    side_weight: float = 0.4,  # of the mean loss of all nodes but the finest, with deep supervision
+    precision: str = "auto",  # no, bf16, fp16, or auto: bf16 where a GPU has it
+    deepspeed: bool = False,  # DeepSpeed's ZeRO; start with torchrun
+    zero_stage: int = 2,  # what it divides: 1 optimiser states, 2 gradients too, 3 weights too
+    resume: bool = False,  # go on with the training in save_path
+    seed: int = 0,  # of everything random
+    log_with: str = "",  # tensorboard, or nothing
+    device: str = "auto",  # auto, cpu or cuda
+) -> Path:  # save_path
     "Train UNet3+ on pictures of spacecraft."
     return _train(SimpleNamespace(**locals()))
 
@@ -321,110 +459,190 @@ def train_unet3plus(
 @dataclass
 class Resized:
     "Pictures as the network sees them; one that cannot be read comes with the reason."
-    files:Sequence  # paths
-    size:int        # side, pixels
-    def __len__(self): return len(self.files)
+
+    files: Sequence  # paths
+    size: int  # side, pixels
+
+    def __len__(self):
+        return len(self.files)
+
     def __getitem__(self, i):
-        try: image = torch.from_numpy(read_image(self.files[i], 3))
-        except InputError as e: return i, None, None, str(e)
-        return i, F.interpolate(image[None], size=(self.size,) * 2, mode="bilinear", antialias=True)[0], tuple(image.shape[1:]), None
+        try:
+            image = torch.from_numpy(read_image(self.files[i], 3))
+        except InputError as e:
+            return i, None, None, str(e)
+        return (
+            i,
+            F.interpolate(image[None], size=(self.size,) * 2, mode="bilinear", antialias=True)[0],
+            tuple(image.shape[1:]),
+            None,
+        )
 
 # %% ../../nbs/api/tasks/spark.ipynb #070262c5
 def predictions(
-    trained:TrainedUNet3Plus,
-    files:Sequence,      # of pictures
-    size:int=None,       # side to which they are resized, pixels; None: as in training
-    batch_size:int=8,    # pictures
-    num_workers:int=0,   # processes that load
-)->Iterable:             # (index, labels h w uint8 at the picture's size, None) or (index, None, reason)
+    trained: TrainedUNet3Plus,
+    files: Sequence,  # of pictures
+    size: int = None,  # side to which they are resized, pixels; None: as in training
+    batch_size: int = 8,  # pictures
+    num_workers: int = 0,  # processes that load
+) -> Iterable:  # (index, labels h w uint8 at the picture's size, None) or (index, None, reason)
     "Segment pictures, in order."
-    device, kind = next(trained.model.parameters()).device, dict(fp16=torch.float16, bf16=torch.bfloat16).get(trained.precision)
+    device, kind = (
+        next(trained.model.parameters()).device,
+        dict(fp16=torch.float16, bf16=torch.bfloat16).get(trained.precision),
+    )
     data = Resized(files, size or trained.config["target_size"])
     for batch in DataLoader(data, batch_size, num_workers=num_workers, collate_fn=list):
         good = [b for b in batch if b[3] is None]
-        with torch.inference_mode(), torch.autocast(device.type, kind or torch.bfloat16, enabled=kind is not None):
+        with (
+            torch.inference_mode(),
+            torch.autocast(device.type, kind or torch.bfloat16, enabled=kind is not None),
+        ):
             logits = iter(trained.model(torch.stack([b[1] for b in good]).to(device)).float() if good else ())
         for i, _, native, reason in batch:
-            yield (i, None, reason) if reason else (i, F.interpolate(next(logits)[None], size=native, mode="bilinear", align_corners=False)[0].argmax(0).to(torch.uint8).cpu().numpy(), None)
+            yield (
+                (i, None, reason)
+                if reason
+                else (
+                    i,
+                    F.interpolate(next(logits)[None], size=native, mode="bilinear", align_corners=False)[0]
+                    .argmax(0)
+                    .to(torch.uint8)
+                    .cpu()
+                    .numpy(),
+                    None,
+                )
+            )
 
 # %% ../../nbs/api/tasks/spark.ipynb #88ed303a
 def scores_of(
-    cm:ConfusionMatrix,  # the first class is the background
-)->dict:                 # as in metrics.json
+    cm: ConfusionMatrix,  # the first class is the background
+) -> dict:  # as in metrics.json
     "Scores of a confusion matrix, with and without background."
     m, classes, support = cm.metrics(), cm.classes, cm.matrix.sum(1)
     mean = lambda name, names: mean_of([m[f"{name}/{c}"] for c in names])
-    per_class = {c: dict(precision=m[f"precision/{c}"], recall=m[f"recall/{c}"], iou=m[f"iou/{c}"], dice=m[f"dice/{c}"], f1=m[f"dice/{c}"], support=int(n)) for c, n in zip(classes, support)}
-    return dict(accuracy=m["accuracy"], mean_iou=mean("iou", classes), mean_iou_no_bg=mean("iou", classes[1:]), mean_dice=mean("dice", classes), mean_dice_no_bg=mean("dice", classes[1:]), per_class=per_class)
+    per_class = {
+        c: dict(
+            precision=m[f"precision/{c}"],
+            recall=m[f"recall/{c}"],
+            iou=m[f"iou/{c}"],
+            dice=m[f"dice/{c}"],
+            f1=m[f"dice/{c}"],
+            support=int(n),
+        )
+        for c, n in zip(classes, support)
+    }
+    return dict(
+        accuracy=m["accuracy"],
+        mean_iou=mean("iou", classes),
+        mean_iou_no_bg=mean("iou", classes[1:]),
+        mean_dice=mean("dice", classes),
+        mean_dice_no_bg=mean("dice", classes[1:]),
+        per_class=per_class,
+    )
 
 # %% ../../nbs/api/tasks/spark.ipynb #eb03ed39
 def score_one(
-    picture:Picture,     # with its mask
-    labels:np.ndarray,   # h w, predicted
-    classes:Classes,     # of the mask
-)->tuple:                # the counts, labels
+    picture: Picture,  # with its mask
+    labels: np.ndarray,  # h w, predicted
+    classes: Classes,  # of the mask
+) -> tuple:  # the counts, labels
     "Compare a prediction with the mask."
     truth, valid = read_mask(picture.mask, classes)
     return ConfusionMatrix(list(classes.names)).update(labels, truth, valid), labels
 
+
 def total_of(
-    rows:Sequence,     # (Picture, ConfusionMatrix, ...)
-    classes:Classes,   # of the masks
-)->ConfusionMatrix:
+    rows: Sequence,  # (Picture, ConfusionMatrix, ...)
+    classes: Classes,  # of the masks
+) -> ConfusionMatrix:
     "All counts."
     total = ConfusionMatrix(list(classes.names))
-    for _, cm, *_ in rows: total.merge(cm)
+    for _, cm, *_ in rows:
+        total.merge(cm)
     return total
 
+
 def gather_scores(
-    rows:Sequence,     # (Picture, ConfusionMatrix, ...)
-    classes:Classes,   # of the masks
-)->dict:               # overall, per_satellite, mean_iou_per_image
+    rows: Sequence,  # (Picture, ConfusionMatrix, ...)
+    classes: Classes,  # of the masks
+) -> dict:  # overall, per_satellite, mean_iou_per_image
     "Scores of all pictures and of each group."
     groups = {}
-    for row in rows: groups.setdefault(row[0].group, []).append(row)
+    for row in rows:
+        groups.setdefault(row[0].group, []).append(row)
     satellites = {g: scores_of(total_of(r, classes)) for g, r in sorted(groups.items()) if g}
-    return dict(overall=scores_of(total_of(rows, classes)), per_satellite=satellites, mean_iou_per_image=mean_of([cm.metrics()["mean_iou"] for _, cm, *_ in rows]))
+    return dict(
+        overall=scores_of(total_of(rows, classes)),
+        per_satellite=satellites,
+        mean_iou_per_image=mean_of([cm.metrics()["mean_iou"] for _, cm, *_ in rows]),
+    )
 
 # %% ../../nbs/api/tasks/spark.ipynb #0b1b6763
 def report(
-    about:dict,    # of the model
-    metrics:dict,  # of metrics.json
-)->str:
+    about: dict,  # of the model
+    metrics: dict,  # of metrics.json
+) -> str:
     "The evaluation as text."
     overall = metrics["overall"]
-    parts = ["UNet3+ evaluation", format_table([dict(setting=k, value=str(v)) for k, v in about.items()]),
-             "All pictures", format_table([dict(score=k, value=v) for k, v in overall.items() if k != "per_class"] + [dict(score="mean_iou_per_image", value=metrics["mean_iou_per_image"])], digits=4),
-             "Classes", format_table([{"class": c} | v for c, v in overall["per_class"].items()], digits=4)]
-    if metrics["per_satellite"]: parts += ["Satellites, worst first", format_table([dict(satellite=s) | {k: v for k, v in m.items() if k != "per_class"} for s, m in sorted(metrics["per_satellite"].items(), key=lambda i: i[1]["mean_iou_no_bg"] or 0)], digits=4)]
+    parts = [
+        "UNet3+ evaluation",
+        format_table([dict(setting=k, value=str(v)) for k, v in about.items()]),
+        "All pictures",
+        format_table(
+            [dict(score=k, value=v) for k, v in overall.items() if k != "per_class"]
+            + [dict(score="mean_iou_per_image", value=metrics["mean_iou_per_image"])],
+            digits=4,
+        ),
+        "Classes",
+        format_table([{"class": c} | v for c, v in overall["per_class"].items()], digits=4),
+    ]
+    if metrics["per_satellite"]:
+        parts += [
+            "Satellites, worst first",
+            format_table(
+                [
+                    dict(satellite=s) | {k: v for k, v in m.items() if k != "per_class"}
+                    for s, m in sorted(
+                        metrics["per_satellite"].items(), key=lambda i: i[1]["mean_iou_no_bg"] or 0
+                    )
+                ],
+                digits=4,
+            ),
+        ]
     return "\n\n".join(parts) + "\n"
 
+
 def write_scores(
-    folder:Path,           # of the files
-    about:dict,            # of the model
-    metrics:dict,          # of metrics.json
-    cm:ConfusionMatrix,    # of all pictures
+    folder: Path,  # of the files
+    about: dict,  # of the model
+    metrics: dict,  # of metrics.json
+    cm: ConfusionMatrix,  # of all pictures
 ):
     "metrics.json, evaluation_report.txt and confusion_matrix.png."
-    write_json(folder/"metrics.json", metrics)
-    with atomic_write(folder/"evaluation_report.txt", "w") as f: f.write(report(about, metrics))
-    with atomic_write(folder/"confusion_matrix.png", "wb") as f: cm.figure().savefig(f, format="png", dpi=120, bbox_inches="tight")
+    write_json(folder / "metrics.json", metrics)
+    with atomic_write(folder / "evaluation_report.txt", "w") as f:
+        f.write(report(about, metrics))
+    with atomic_write(folder / "confusion_matrix.png", "wb") as f:
+        cm.figure().savefig(f, format="png", dpi=120, bbox_inches="tight")
 
 # %% ../../nbs/api/tasks/spark.ipynb #bf057105
 TINTS = ("#000000", "#ff6b6b", "#4dabf7")  # of the classes in overlays
 
+
 def lowest(
-    rows:Sequence,  # (Picture, ConfusionMatrix, ...)
-    count:int,      # at most
-)->list:
+    rows: Sequence,  # (Picture, ConfusionMatrix, ...)
+    count: int,  # at most
+) -> list:
     "The rows of the lowest mean IoU, the worst first; a picture of which no pixel counts has none."
     return sorted((r for r in rows if r[1].matrix.any()), key=lambda r: r[1].metrics()["mean_iou"])[:count]
 
+
 def write_examples(
-    rows:Sequence,              # (Picture, ConfusionMatrix, labels)
-    trained:TrainedUNet3Plus,
-    folder:Path,                # of the figures
-    count:int,                  # figures
+    rows: Sequence,  # (Picture, ConfusionMatrix, labels)
+    trained: TrainedUNet3Plus,
+    folder: Path,  # of the figures
+    count: int,  # figures
 ):
     "Image, mask and prediction of the pictures with the lowest mean IoU."
     known = dict(enumerate(zip(trained.classes.names, TINTS)))
@@ -432,101 +650,143 @@ def write_examples(
     for n, (p, cm, labels) in enumerate(lowest(rows, count)):
         image, truth, _ = read_pair(p, trained.classes, 3)
         shown = image.transpose(1, 2, 0)
-        fig = show_images([shown, overlay_labels(shown, truth, known), overlay_labels(shown, labels, known)], [p.name, "mask", f"prediction, mean IoU {cm.metrics()['mean_iou']:.2f}"], ncols=3)
-        with atomic_write(folder/f"example_{n}.png", "wb") as f: fig.savefig(f, format="png", dpi=100)
+        fig = show_images(
+            [shown, overlay_labels(shown, truth, known), overlay_labels(shown, labels, known)],
+            [p.name, "mask", f"prediction, mean IoU {cm.metrics()['mean_iou']:.2f}"],
+            ncols=3,
+        )
+        with atomic_write(folder / f"example_{n}.png", "wb") as f:
+            fig.savefig(f, format="png", dpi=100)
 
 # %% ../../nbs/api/tasks/spark.ipynb #4f80e723
 def evaluate_unet3plus(
     *,
-    model_path:str="model_weights_unet3plus/unet3plus_best",  # folder of the model
-    val_csv:str=None,             # table with the columns Class, Image name, Mask name; default: the manifest
-    image_root:str="images",      # folder of its images
-    mask_root:str="mask",         # folder of its masks
-    manifest:str="spacecraft_phantom",  # data set by name or path
-    split:str="test",             # of the manifest
-    root:str="data",              # folder of all data sets of manifests
-    target_size:int=None,         # side to which pictures are resized, pixels; default: as in training
-    batch_size:int=32,            # pictures
-    num_workers:int=0,            # processes that load
-    output_path:str="evaluation_results_unet3plus",  # folder of the results
-    save_examples:bool=False,     # also pictures of predictions, the worst first
-    num_examples:int=10,          # how many
-    fp16:bool=True,               # half precision where the hardware has it
-    compile:bool=False,           # torch.compile
-    skip_unreadable:bool=False,   # leave out pictures that cannot be read
-)->dict:                          # content of metrics.json
+    model_path: str = "model_weights_unet3plus/unet3plus_best",  # folder of the model
+    val_csv: str = None,  # table with the columns Class, Image name, Mask name; default: the manifest
+    image_root: str = "images",  # folder of its images
+    mask_root: str = "mask",  # folder of its masks
+    manifest: str = "spacecraft_phantom",  # data set by name or path
+    split: str = "test",  # of the manifest
+    root: str = "data",  # folder of all data sets of manifests
+    target_size: int = None,  # side to which pictures are resized, pixels; default: as in training
+    batch_size: int = 32,  # pictures
+    num_workers: int = 0,  # processes that load
+    output_path: str = "evaluation_results_unet3plus",  # folder of the results
+    save_examples: bool = False,  # also pictures of predictions, the worst first
+    num_examples: int = 10,  # how many
+    fp16: bool = True,  # half precision where the hardware has it
+    compile: bool = False,  # torch.compile
+    skip_unreadable: bool = False,  # leave out pictures that cannot be read
+) -> dict:  # content of metrics.json
     "Score a model on pictures with masks."
     trained = load_unet3plus(model_path, fp16, compile)
     classes, rows, worst = trained.classes, [], []
-    found = spark_pictures(val_csv, image_root, mask_root) if val_csv else manifest_pictures(manifest, split, root, "satellite")
+    found = (
+        spark_pictures(val_csv, image_root, mask_root)
+        if val_csv
+        else manifest_pictures(manifest, split, root, "satellite")
+    )
     found = readable(found, classes, skip_unreadable)
-    for i, labels, _ in progress(predictions(trained, [p.image for p in found], target_size, batch_size, num_workers), total=len(found), desc="evaluate", unit="image"):
+    for i, labels, _ in progress(
+        predictions(trained, [p.image for p in found], target_size, batch_size, num_workers),
+        total=len(found),
+        desc="evaluate",
+        unit="image",
+    ):
         row = (found[i], *score_one(found[i], labels, classes))
         rows.append(row[:2])
-        if save_examples: worst = lowest([*worst, row], num_examples)
+        if save_examples:
+            worst = lowest([*worst, row], num_examples)
     metrics = gather_scores(rows, classes)
-    about = dict(model=str(model_path), backbone=trained.config["backbone"], decoder=trained.config["network"]["decoder"], epoch=trained.config["epoch"], pictures=len(rows), data=val_csv or f"{manifest}, {split}", precision=trained.precision)
+    about = dict(
+        model=str(model_path),
+        backbone=trained.config["backbone"],
+        decoder=trained.config["network"]["decoder"],
+        epoch=trained.config["epoch"],
+        pictures=len(rows),
+        data=val_csv or f"{manifest}, {split}",
+        precision=trained.precision,
+    )
     write_scores(Path(output_path), about, metrics, total_of(rows, classes))
-    if save_examples: write_examples(worst, trained, Path(output_path)/"examples", num_examples)
+    if save_examples:
+        write_examples(worst, trained, Path(output_path) / "examples", num_examples)
     return metrics
 
 # %% ../../nbs/api/tasks/spark.ipynb #0ea0aded
 def layer_names(
-    files:Sequence,  # paths of pictures
-)->dict:             # path -> name without suffix
+    files: Sequence,  # paths of pictures
+) -> dict:  # path -> name without suffix
     "Names of the results; `InputError` where two pictures would write one file."
     names = {str(f): Path(f).stem.removesuffix("_img") for f in files}
     first = {}
     for f, name in names.items():
-        if name in first: raise InputError(f"{first[name]} and {f} would both write {name}_layer.npz: expected different names; move one of them")
+        if name in first:
+            raise InputError(
+                f"{first[name]} and {f} would both write {name}_layer.npz: expected different names; move one of them"
+            )
         first[name] = f
     return names
 
 # %% ../../nbs/api/tasks/spark.ipynb #52cd402f
 def write_layer(
-    path:Path,           # .npz
-    labels:np.ndarray,   # h w, 0 background, 1 body, 2 panels
-    dtype:str="bool",    # bool, or uint8 with 0 and 255
+    path: Path,  # .npz
+    labels: np.ndarray,  # h w, 0 background, 1 body, 2 panels
+    dtype: str = "bool",  # bool, or uint8 with 0 and 255
 ):
     "One result of the challenge."
     data = np.stack([labels == 1, np.zeros(labels.shape, bool), labels == 2], -1)
-    with atomic_write(path, "wb") as f: np.savez_compressed(f, data=data if dtype == "bool" else data.astype(np.uint8) * 255)
+    with atomic_write(path, "wb") as f:
+        np.savez_compressed(f, data=data if dtype == "bool" else data.astype(np.uint8) * 255)
+
 
 def write_colours(
-    path:Path,           # .png
-    labels:np.ndarray,   # h w
-    classes:Classes,     # with colours
+    path: Path,  # .png
+    labels: np.ndarray,  # h w
+    classes: Classes,  # with colours
 ):
     "Labels in the colours of the challenge."
-    with atomic_write(path, "wb") as f: Image.fromarray(rgb_table(classes.colours)[labels]).save(f, "PNG")
+    with atomic_write(path, "wb") as f:
+        Image.fromarray(rgb_table(classes.colours)[labels]).save(f, "PNG")
 
 # %% ../../nbs/api/tasks/spark.ipynb #9deeb8b5
 def infer_unet3plus(
     *,
-    model_path:str,                # folder of the model
-    data_path:str,                 # folder of pictures
-    output_dir:str="submission_output_unet3plus",  # folder of the results
-    batch_size:int=32,             # pictures
-    target_size:int=None,          # side to which pictures are resized, pixels; default: as in training
-    num_workers:int=8,             # processes that load
-    fp16:bool=True,                # half precision where the hardware has it
-    compile:bool=False,            # torch.compile
-    save_visualizations:bool=False,  # also RGB pictures of the results
-    npz_dtype:str="bool",          # bool, or uint8 with 0 and 255
-    overwrite:bool=False,          # make results again that are there
-    skip_unreadable:bool=False,    # leave out pictures that cannot be read
-)->int:                            # pictures done by this process
+    model_path: str,  # folder of the model
+    data_path: str,  # folder of pictures
+    output_dir: str = "submission_output_unet3plus",  # folder of the results
+    batch_size: int = 32,  # pictures
+    target_size: int = None,  # side to which pictures are resized, pixels; default: as in training
+    num_workers: int = 8,  # processes that load
+    fp16: bool = True,  # half precision where the hardware has it
+    compile: bool = False,  # torch.compile
+    save_visualizations: bool = False,  # also RGB pictures of the results
+    npz_dtype: str = "bool",  # bool, or uint8 with 0 and 255
+    overwrite: bool = False,  # make results again that are there
+    skip_unreadable: bool = False,  # leave out pictures that cannot be read
+) -> int:  # pictures done by this process
     "Segment pictures into the files of the challenge."
-    if npz_dtype not in ("bool", "uint8"): raise InputError(f"npz_dtype={npz_dtype!r}: expected bool or uint8")
+    if npz_dtype not in ("bool", "uint8"):
+        raise InputError(f"npz_dtype={npz_dtype!r}: expected bool or uint8")
     out, files = Path(output_dir), [str(p) for p in list_images(data_path)]
     names, (rank, world, _) = layer_names(files), launched()
-    todo = [f for f in files[rank::world] if overwrite or not (out/f"{names[f]}_layer.npz").exists()]
+    todo = [f for f in files[rank::world] if overwrite or not (out / f"{names[f]}_layer.npz").exists()]
     trained, bad = load_unet3plus(model_path, fp16, compile), []
     out.mkdir(parents=True, exist_ok=True)
-    for i, labels, reason in progress(predictions(trained, todo, target_size, batch_size, num_workers), total=len(todo), desc="infer", unit="image", quiet=rank > 0):
-        if reason and not skip_unreadable: raise InputError(f"{reason}; --skip_unreadable goes on without it")
-        if reason: bad.append(reason); continue
-        if save_visualizations: write_colours(out/f"{names[todo[i]]}_vis.png", labels, trained.classes)
-        write_layer(out/f"{names[todo[i]]}_layer.npz", labels, npz_dtype)
-    if bad: print(f"left out {len(bad)} of {len(todo)} pictures: {bad[0]}")
+    for i, labels, reason in progress(
+        predictions(trained, todo, target_size, batch_size, num_workers),
+        total=len(todo),
+        desc="infer",
+        unit="image",
+        quiet=rank > 0,
+    ):
+        if reason and not skip_unreadable:
+            raise InputError(f"{reason}; --skip_unreadable goes on without it")
+        if reason:
+            bad.append(reason)
+            continue
+        if save_visualizations:
+            write_colours(out / f"{names[todo[i]]}_vis.png", labels, trained.classes)
+        write_layer(out / f"{names[todo[i]]}_layer.npz", labels, npz_dtype)
+    if bad:
+        print(f"left out {len(bad)} of {len(todo)} pictures: {bad[0]}")
     return len(todo) - len(bad)

@@ -28,7 +28,20 @@ from ..models.backbones import create_backbone, state_hash
 from ..core.errors import InputError, MissingError, pick
 from ..core.files import atomic_write, write_json
 from ..core.progress import format_table, progress
-from ..features.crops import Case, CellFeatures, ClassTarget, CropDataset, Extraction, GridDataset, InstanceTarget, Layout, LiveFeatures, cache_features, open_case, read_crop
+from dinolab.features.crops import (
+    Case,
+    CellFeatures,
+    ClassTarget,
+    CropDataset,
+    Extraction,
+    GridDataset,
+    InstanceTarget,
+    Layout,
+    LiveFeatures,
+    cache_features,
+    open_case,
+    read_crop,
+)
 from ..data.fetch import open_volumes
 from ..train.loop import TrainArgs, fit_run, load_checkpoint
 from ..features.extract import model_identity, worker_device
@@ -46,10 +59,10 @@ from ..volumes.volume import Volume, triple, write_multiscale
 
 # %% ../../nbs/api/tasks/volumes.ipynb #12faabd4
 def run_model(
-    model:nn.Module,   # forward(features, guide, context, size)
-    batch:dict,        # as read_crop makes it, with a batch axis
-    size:tuple=None,   # of the result; None: the target
-):                     # logits
+    model: nn.Module,  # forward(features, guide, context, size)
+    batch: dict,  # as read_crop makes it, with a batch axis
+    size: tuple = None,  # of the result; None: the target
+):  # logits
     "The network on a batch."
     guide = batch["raw"] if size is None else resize(batch["raw"], size)
     features = batch["features"]["all"] if set(batch["features"]) == {"all"} else batch["features"]
@@ -59,34 +72,43 @@ def run_model(
 @dataclass
 class ClassStep:
     "Loss of class labels."
-    loss:object             # from make_loss
-    progressive:float=0.    # share of the training at half the resolution
+
+    loss: object  # from make_loss
+    progressive: float = 0.0  # share of the training at half the resolution
 
     def __call__(self, model, batch):
-        size = tuple(-(-n // 2) for n in batch["target"].shape[1:]) if model.training and batch["progress"] < self.progressive else None
+        size = (
+            tuple(-(-n // 2) for n in batch["target"].shape[1:])
+            if model.training and batch["progress"] < self.progressive
+            else None
+        )
         logits = run_model(model, batch, size)
-        target, mask = resize_labels(batch["target"], batch["mask"], size) if size else (batch["target"], batch["mask"])
+        target, mask = (
+            resize_labels(batch["target"], batch["mask"], size) if size else (batch["target"], batch["mask"])
+        )
         return self.loss(logits, target, mask), {}
 
 # %% ../../nbs/api/tasks/volumes.ipynb #7e86abb9
 @dataclass
 class InstanceStep:
     "Loss of affinities, and of shape descriptors where there are any."
-    offsets:int             # how many channels are affinities
-    weight:float=1.         # of the descriptors
+
+    offsets: int  # how many channels are affinities
+    weight: float = 1.0  # of the descriptors
 
     def __call__(self, model, batch):
         out = run_model(model, batch)
         k, y, m = self.offsets, batch["target"], batch["mask"]
         affinity = affinity_loss(out[:, :k], y[:, :k], m[:, :k])
-        if out.shape[1] == k or not m[:, k:].any(): return affinity, dict(affinity=affinity)
+        if out.shape[1] == k or not m[:, k:].any():
+            return affinity, dict(affinity=affinity)
         shape = descriptor_loss(out[:, k:].sigmoid(), y[:, k:], m[:, k:])
         return affinity + self.weight * shape, dict(affinity=affinity, shape=shape)
 
 # %% ../../nbs/api/tasks/volumes.ipynb #37a94e01
 def predicted_classes(
-    logits:Tensor,  # b n *s
-)->Tensor:          # b *s
+    logits: Tensor,  # b n *s
+) -> Tensor:  # b *s
     "The most likely class; for one channel, class 1 where its probability is above one half."
     return logits.argmax(1) if logits.shape[1] > 1 else (logits[:, 0] > 0).long()
 
@@ -94,87 +116,133 @@ def predicted_classes(
 @dataclass
 class Validation:
     "Loss and scores of a network on crops that cover volumes."
-    crops:GridDataset    # of held-out volumes
-    step:object          # ClassStep or InstanceStep
-    classes:list=None    # names; None for instances
-    batch_size:int=1     # crops
 
-    def __call__(self, model:nn.Module)->dict:
-        device, losses, cm = next(model.parameters()).device, [], self.classes and ConfusionMatrix(self.classes)
+    crops: GridDataset  # of held-out volumes
+    step: object  # ClassStep or InstanceStep
+    classes: list = None  # names; None for instances
+    batch_size: int = 1  # crops
+
+    def __call__(self, model: nn.Module) -> dict:
+        device, losses, cm = (
+            next(model.parameters()).device,
+            [],
+            self.classes and ConfusionMatrix(self.classes),
+        )
         for batch in DataLoader(self.crops, self.batch_size):
-            batch = {k: ({p: x.to(device) for p, x in v.items()} if isinstance(v, dict) else v.to(device) if isinstance(v, Tensor) else v) for k, v in batch.items()}
-            if not batch["mask"].any(): continue
-            if cm is None: losses.append(float(self.step(model, batch)[0]))
+            batch = {
+                k: (
+                    {p: x.to(device) for p, x in v.items()}
+                    if isinstance(v, dict)
+                    else v.to(device)
+                    if isinstance(v, Tensor)
+                    else v
+                )
+                for k, v in batch.items()
+            }
+            if not batch["mask"].any():
+                continue
+            if cm is None:
+                losses.append(float(self.step(model, batch)[0]))
             else:
                 logits = run_model(model, batch)
                 losses.append(float(self.step.loss(logits, batch["target"], batch["mask"])))
                 cm.update(predicted_classes(logits), batch["target"], batch["mask"])
-        return dict(loss=float(np.mean(losses)), **({} if cm is None else dict(mean_iou=cm.metrics()["mean_iou"])))
+        return dict(
+            loss=float(np.mean(losses)), **({} if cm is None else dict(mean_iou=cm.metrics()["mean_iou"]))
+        )
 
 # %% ../../nbs/api/tasks/volumes.ipynb #0297aaa6
-def as_list(x)->list:
+def as_list(x) -> list:
     "One thing or several as a list."
     return [] if x is None else list(x) if isinstance(x, (list, tuple)) else [x]
 
+
 def given_cases(
-    raw,           # volumes
-    labels,        # of each
-    masks=None,    # of each
-    **options,     # of open_case
-)->list:           # of Case
+    raw,  # volumes
+    labels,  # of each
+    masks=None,  # of each
+    **options,  # of open_case
+) -> list:  # of Case
     "Cases from volumes and labels given directly."
     raw, labels, masks = as_list(raw), as_list(labels), as_list(masks)
-    if not raw or len(raw) != len(labels) or masks and len(masks) != len(raw): raise InputError(f"{len(raw)} raw volumes, {len(labels)} label volumes, {len(masks)} masks: expected as many of each (masks may be left out)")
+    if not raw or len(raw) != len(labels) or masks and len(masks) != len(raw):
+        raise InputError(
+            f"{len(raw)} raw volumes, {len(labels)} label volumes, {len(masks)} masks: expected as many of each (masks may be left out)"
+        )
     name = lambda x, i: Path(x).name if isinstance(x, (str, Path)) else f"volume {i}"
-    return [open_case(name(r, i), r, l, mask=masks[i] if masks else None, **options) for i, (r, l) in enumerate(zip(raw, labels))]
+    return [
+        open_case(name(r, i), r, l, mask=masks[i] if masks else None, **options)
+        for i, (r, l) in enumerate(zip(raw, labels))
+    ]
 
 # %% ../../nbs/api/tasks/volumes.ipynb #cdb6d36f
 def manifest_cases(
-    manifest,      # name, path or Manifest
-    split:str,     # its name
-    root,          # folder of all data sets
-    role:str="labels",  # labels or instances
-    **options,     # of open_case
-)->list:           # of Case
+    manifest,  # name, path or Manifest
+    split: str,  # its name
+    root,  # folder of all data sets
+    role: str = "labels",  # labels or instances
+    **options,  # of open_case
+) -> list:  # of Case
     "Cases of one split of a data set."
-    found = [open_case(case, v["raw"], v.get(role), mask=v.get("mask"), **options) for case, v in open_volumes(manifest, split, root)]
-    if missing := [c.name for c in found if c.labels is None]: raise InputError(f"{', '.join(missing)} of {load_manifest(manifest).name} without {role}: expected them for training and evaluation")
+    found = [
+        open_case(case, v["raw"], v.get(role), mask=v.get("mask"), **options)
+        for case, v in open_volumes(manifest, split, root)
+    ]
+    if missing := [c.name for c in found if c.labels is None]:
+        raise InputError(
+            f"{', '.join(missing)} of {load_manifest(manifest).name} without {role}: expected them for training and evaluation"
+        )
     return found
 
 # %% ../../nbs/api/tasks/volumes.ipynb #072415bb
 def hold_out(
-    cases:list,        # of Case
-    share:float=0.2,   # of the volumes
-)->tuple:              # training, validation
+    cases: list,  # of Case
+    share: float = 0.2,  # of the volumes
+) -> tuple:  # training, validation
     "Split by volume: the last ones are held out, at least one of two or more."
-    if not 0 <= share < 1: raise InputError(f"holdout {share}: expected a share from 0 to less than 1")
+    if not 0 <= share < 1:
+        raise InputError(f"holdout {share}: expected a share from 0 to less than 1")
     n = min(len(cases) - 1, max(1, round(share * len(cases)))) if share and len(cases) > 1 else 0
-    if share and not n: print("one volume: no validation, because crops of a volume that is trained on are no test; give a second volume")
-    return cases[:len(cases) - n], cases[len(cases) - n:]
+    if share and not n:
+        print(
+            "one volume: no validation, because crops of a volume that is trained on are no test; give a second volume"
+        )
+    return cases[: len(cases) - n], cases[len(cases) - n :]
 
 # %% ../../nbs/api/tasks/volumes.ipynb #f9d5f5a8
 def with_features(
-    cases:list,             # of Case
-    extraction:Extraction,  # backbone, planes, pixel size
-    crop:tuple,             # voxels
-    cache=None,             # folder of the stores; None: extract for each crop
-    workers:int=1,          # processes that extract
-)->list:                    # of Case
+    cases: list,  # of Case
+    extraction: Extraction,  # backbone, planes, pixel size
+    crop: tuple,  # voxels
+    cache=None,  # folder of the stores; None: extract for each crop
+    workers: int = 1,  # processes that extract
+) -> list:  # of Case
     "Cases with their features."
     sizes = {tuple(round(v, 3) for v in c.grid.voxel_size) for c in cases}
-    if len(sizes) > 1: raise InputError(f"labels with voxels of {sorted(sizes)} nm: expected one size; give voxel_size")
+    if len(sizes) > 1:
+        raise InputError(f"labels with voxels of {sorted(sizes)} nm: expected one size; give voxel_size")
+
     def one(c):
         layout = extraction.layout(c.raw.grid, c.grid, crop)
-        return replace(c, features=cache_features(extraction, c.raw, c.grid, layout, cache, c.intensity, workers) if cache else LiveFeatures(extraction, c.raw, c.grid, layout, c.intensity))
+        return replace(
+            c,
+            features=cache_features(extraction, c.raw, c.grid, layout, cache, c.intensity, workers)
+            if cache
+            else LiveFeatures(extraction, c.raw, c.grid, layout, c.intensity),
+        )
+
     done = [one(c) for c in progress(cases, desc="features", unit="volume")]
-    if len({str(c.features.layout) for c in done}) > 1: raise InputError("raw volumes of different voxel sizes lead to different feature grids: give pixel_size")
+    if len({str(c.features.layout) for c in done}) > 1:
+        raise InputError(
+            "raw volumes of different voxel sizes lead to different feature grids: give pixel_size"
+        )
     return done
 
 # %% ../../nbs/api/tasks/volumes.ipynb #4bbaa6f2
 def feature_statistics(
-    crops,          # data set of crops
-    count:int=8,    # that are looked at
-)->tuple:           # mean, std: plane -> c
+    crops,  # data set of crops
+    count: int = 8,  # that are looked at
+) -> tuple:  # mean, std: plane -> c
     "Mean and standard deviation of each feature channel, from a few crops."
     items = [crops.item(i, i)["features"] for i in range(min(count, len(crops)))]
     values = {p: torch.cat([it[p].flatten(1) for it in items if p in it], 1).float() for p in items[0]}
@@ -182,73 +250,96 @@ def feature_statistics(
 
 # %% ../../nbs/api/tasks/volumes.ipynb #8a1d2388
 def find_backbone(
-    backbone,             # family or timm name, or a module from create_backbone
-    size:str="small",     # within a family
-    weights=None,         # None (random), "pretrained", file or folder
-    layers=None,          # of a ViT, concatenated
-    seed:int=0,           # of random weights
-)->tuple:                 # module, what makes it again
+    backbone,  # family or timm name, or a module from create_backbone
+    size: str = "small",  # within a family
+    weights=None,  # None (random), "pretrained", file or folder
+    layers=None,  # of a ViT, concatenated
+    seed: int = 0,  # of random weights
+) -> tuple:  # module, what makes it again
     "The backbone, and a description from which it can be made again."
-    if isinstance(backbone, nn.Module): return backbone, dict(kept=True, recipe=getattr(backbone, "recipe", None))
+    if isinstance(backbone, nn.Module):
+        return backbone, dict(kept=True, recipe=getattr(backbone, "recipe", None))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         made = create_backbone(backbone, size, weights=weights, layers=layers)
-    return made, dict(kept=False, recipe=dict(name=backbone, size=size, weights=None if weights is None else str(weights), layers=layers), seed=seed)
+    return made, dict(
+        kept=False,
+        recipe=dict(
+            name=backbone, size=size, weights=None if weights is None else str(weights), layers=layers
+        ),
+        seed=seed,
+    )
 
 # %% ../../nbs/api/tasks/volumes.ipynb #31f986dd
 def save_description(
-    run:Run,                # of the training
-    description:dict,       # plain values
-    backbone:nn.Module,     # kept, if it cannot be made again
+    run: Run,  # of the training
+    description: dict,  # plain values
+    backbone: nn.Module,  # kept, if it cannot be made again
 ):
     "Write model.json, and the backbone where it is needed."
     if description["backbone"]["kept"]:
-        with atomic_write(run.path/"backbone.pt", "wb") as f: torch.save(backbone.state_dict(), f)
-    write_json(run.path/"model.json", description)
+        with atomic_write(run.path / "backbone.pt", "wb") as f:
+            torch.save(backbone.state_dict(), f)
+    write_json(run.path / "model.json", description)
 
 # %% ../../nbs/api/tasks/volumes.ipynb #9e82680d
 def remake_backbone(
-    folder:Path,        # of the run
-    description:dict,   # from model.json
-    backbone=None,      # a module that was not made by create_backbone
-)->nn.Module:
+    folder: Path,  # of the run
+    description: dict,  # from model.json
+    backbone=None,  # a module that was not made by create_backbone
+) -> nn.Module:
     "The backbone of a run; `InputError` when its weights are not those of the training."
     about = description["backbone"]
     if backbone is None:
-        if not about["recipe"]: raise InputError(f"{folder} was trained on a backbone of its own making: pass backbone=")
+        if not about["recipe"]:
+            raise InputError(f"{folder} was trained on a backbone of its own making: pass backbone=")
         recipe = about["recipe"] | (dict(weights=None) if about["kept"] else {})
         with torch.random.fork_rng():
             torch.manual_seed(about.get("seed", 0))
             backbone = create_backbone(**recipe)
-        if about["kept"]: backbone.load_state_dict(torch.load(folder/"backbone.pt", map_location="cpu", weights_only=True))
+        if about["kept"]:
+            backbone.load_state_dict(
+                torch.load(folder / "backbone.pt", map_location="cpu", weights_only=True)
+            )
     found, expected = model_identity(backbone)["weights_hash"], about["weights_hash"]
-    if found != expected: raise InputError(f"backbone weights {found[:12]}, the run was trained with {expected[:12]}: expected the same; is weights= of {folder}/model.json still what it was?")
+    if found != expected:
+        raise InputError(
+            f"backbone weights {found[:12]}, the run was trained with {expected[:12]}: expected the same; is weights= of {folder}/model.json still what it was?"
+        )
     return backbone.eval()
 
 # %% ../../nbs/api/tasks/volumes.ipynb #482e5abe
 @dataclass
 class Trained:
     "A trained network with everything that prediction needs."
-    model:nn.Module         # with the best weights
-    extraction:Extraction   # of its features
-    about:dict              # model.json
-    run:Run                 # where it came from
+
+    model: nn.Module  # with the best weights
+    extraction: Extraction  # of its features
+    about: dict  # model.json
+    run: Run  # where it came from
 
     @property
-    def classes(self)->list: "Names of the classes."; return self.about["classes"]
+    def classes(self) -> list:
+        "Names of the classes."
+        return self.about["classes"]
+
     @property
-    def crop(self)->tuple: "Voxels of a tile."; return tuple(self.about["crop"])
+    def crop(self) -> tuple:
+        "Voxels of a tile."
+        return tuple(self.about["crop"])
+
 
 def load_trained(
-    run,                  # Run, or its folder
-    which:str="best",     # or last
-    backbone:nn.Module=None,  # where it was not made by create_backbone
-    device="cpu",         # of backbone and network
-)->Trained:
+    run,  # Run, or its folder
+    which: str = "best",  # or last
+    backbone: nn.Module = None,  # where it was not made by create_backbone
+    device="cpu",  # of backbone and network
+) -> Trained:
     "The network of a run, and how its features are made."
     run = run if isinstance(run, Run) else Run.open(run)
-    if not (run.path/"model.json").exists(): raise MissingError(f"no model.json in {run.path}: expected a run of train_unet3d")
-    about = json.loads((run.path/"model.json").read_text())
+    if not (run.path / "model.json").exists():
+        raise MissingError(f"no model.json in {run.path}: expected a run of train_unet3d")
+    about = json.loads((run.path / "model.json").read_text())
     model = DINOv3UNet3D.from_config(about["network"])
     load_checkpoint(run, model, which)
     extraction = Extraction(remake_backbone(run.path, about, backbone).to(device), **about["extraction"])
@@ -257,162 +348,269 @@ def load_trained(
 # %% ../../nbs/api/tasks/volumes.ipynb #4553ae2d
 TARGETS = ("classes", "instances")
 
+
 def class_names(
-    classes,       # names, how many, or None
-    manifest=None, # with classes, where it is None
-    cases=(),      # whose largest label counts, where neither says
-)->tuple:          # names, colours or None
+    classes,  # names, how many, or None
+    manifest=None,  # with classes, where it is None
+    cases=(),  # whose largest label counts, where neither says
+) -> tuple:  # names, colours or None
     "Names and colours of the classes."
     if classes is None and manifest is not None and load_manifest(manifest).classes:
         known = {c.value: c for c in load_manifest(manifest).classes}
-        return [known[v].name if v in known else f"class {v}" for v in range(max(known) + 1)], [known[v].colour if v in known else "#808080" for v in range(max(known) + 1)]
-    if classes is None: classes = 1 + max(int(c.labels.read().max()) for c in cases)
+        return [known[v].name if v in known else f"class {v}" for v in range(max(known) + 1)], [
+            known[v].colour if v in known else "#808080" for v in range(max(known) + 1)
+        ]
+    if classes is None:
+        classes = 1 + max(int(c.labels.read().max()) for c in cases)
     names = [f"class {i}" for i in range(max(2, classes))] if isinstance(classes, int) else list(classes)
     return names, None
 
 # %% ../../nbs/api/tasks/volumes.ipynb #5df4ffc8
 def memory_rows(
-    layout:Layout,   # of the features
-    channels:int,    # per plane
-    cases:Sequence,  # with features
-)->list:             # rows of a table
+    layout: Layout,  # of the features
+    channels: int,  # per plane
+    cases: Sequence,  # with features
+) -> list:  # rows of a table
     "What features take on their patch grids, and what they would take at every voxel."
     mb, native, full = 2**20, feature_bytes(channels, layout.sizes()), feature_bytes(channels, layout.crop)
     voxels = sum(math.prod(c.grid.shape) for c in cases) * channels * 2
     stored = sum(c.features.nbytes for c in cases)
-    return [dict(features="of one crop, MB", as_trained=native / mb, at_every_voxel=full / mb, ratio=native / full), dict(features=f"of {len(cases)} volumes, MB", as_trained=stored / mb, at_every_voxel=voxels / mb, ratio=stored / voxels)]
+    return [
+        dict(
+            features="of one crop, MB", as_trained=native / mb, at_every_voxel=full / mb, ratio=native / full
+        ),
+        dict(
+            features=f"of {len(cases)} volumes, MB",
+            as_trained=stored / mb,
+            at_every_voxel=voxels / mb,
+            ratio=stored / voxels,
+        ),
+    ]
 
 # %% ../../nbs/api/tasks/volumes.ipynb #00fb508a
-def _open_cases(s)->tuple:
+def _open_cases(s) -> tuple:
     "Training and validation cases, without features."
     options = dict(voxel_size=s.voxel_size, raw_resolution=s.raw_resolution, intensity=s.intensity)
-    if s.manifest is None: return hold_out(given_cases(s.raw_data, s.gt_data, s.mask_data, **options), s.holdout)
-    if s.raw_data is not None: raise InputError("raw_data and manifest: expected one of them")
+    if s.manifest is None:
+        return hold_out(given_cases(s.raw_data, s.gt_data, s.mask_data, **options), s.holdout)
+    if s.raw_data is not None:
+        raise InputError("raw_data and manifest: expected one of them")
     role = "labels" if s.targets == "classes" else "instances"
     one = lambda split: manifest_cases(s.manifest, split, s.root, role, **options) if split else []
     return one(s.train_split), one(s.valid_split)
 
-def _datasets(s, train, valid, extraction, target)->tuple:
+
+def _datasets(s, train, valid, extraction, target) -> tuple:
     "Crops of the training set, and the grid of crops of the validation set; features of the latter are always cached."
     train = with_features(train, extraction, s.crop, s.cache if s.features == "cached" else None)
     valid = with_features(valid, extraction, s.crop, s.cache)
-    crops = CropDataset(train, target, s.crop, s.crops_per_epoch, augment=find_augment(s.augment), balance=s.balance, context_scale=s.context_scale)
+    crops = CropDataset(
+        train,
+        target,
+        s.crop,
+        s.crops_per_epoch,
+        augment=find_augment(s.augment),
+        balance=s.balance,
+        context_scale=s.context_scale,
+    )
     return crops, GridDataset(valid, target, s.crop, s.context_scale) if valid else None
 
 # %% ../../nbs/api/tasks/volumes.ipynb #0717bfe3
-def _network(s, layout, channels, logits)->DINOv3UNet3D:
+def _network(s, layout, channels, logits) -> DINOv3UNet3D:
     "The network, from the seed."
     torch.manual_seed(s.train.seed)
-    model = DINOv3UNet3D(channels, logits, s.crop, learn_upsampling=s.learn_upsampling, dinov3_feature_size=layout.sizes() if s.learn_upsampling else None, upsampler=s.upsampler, base_channels=s.base_channels, levels=s.levels,
-                         dropout=s.dropout, deep_supervision=s.deep_supervision, gradient_checkpointing=s.gradient_checkpointing, raw_channels=int(s.raw_input), context_channels=int(bool(s.context_scale)), context_scale=s.context_scale or 4)
-    if s.filter is not None: load_filter(model, s.filter)
+    model = DINOv3UNet3D(
+        channels,
+        logits,
+        s.crop,
+        learn_upsampling=s.learn_upsampling,
+        dinov3_feature_size=layout.sizes() if s.learn_upsampling else None,
+        upsampler=s.upsampler,
+        base_channels=s.base_channels,
+        levels=s.levels,
+        dropout=s.dropout,
+        deep_supervision=s.deep_supervision,
+        gradient_checkpointing=s.gradient_checkpointing,
+        raw_channels=int(s.raw_input),
+        context_channels=int(bool(s.context_scale)),
+        context_scale=s.context_scale or 4,
+    )
+    if s.filter is not None:
+        load_filter(model, s.filter)
     return model
+
 
 def _make_step(s, names, crops, target):
     "The loss, with class weights from the labels of the training set."
-    if names is None: return InstanceStep(len(target.offsets))
+    if names is None:
+        return InstanceStep(len(target.offsets))
     voxel = crops.cases[0].grid.voxel_size
     options = dict(voxel_size=voxel, sigma=2.5 * min(voxel)) if "boundary" in s.loss else {}
     return ClassStep(make_loss(s.loss, class_weights(crops.counts, s.weighting), **options), s.progressive)
 
 # %% ../../nbs/api/tasks/volumes.ipynb #8ba84ba5
-def _describe(s, names, colours, target, extraction, about, model, case)->dict:
+def _describe(s, names, colours, target, extraction, about, model, case) -> dict:
     "What prediction needs to know, as plain values."
-    kept = {k: getattr(extraction, k) for k in ("planes", "pixel_size", "native", "halo", "block", "precision")}
-    return dict(kind="unet3d", network=model.config, extraction=kept, backbone=about | model_identity(extraction.backbone), classes=names, colours=colours, targets=s.targets, offsets=getattr(target, "offsets", None),
-                voxel_size=case.grid.voxel_size, raw_resolution=case.raw.voxel_size, crop=s.crop, context_scale=s.context_scale)
+    kept = {
+        k: getattr(extraction, k) for k in ("planes", "pixel_size", "native", "halo", "block", "precision")
+    }
+    return dict(
+        kind="unet3d",
+        network=model.config,
+        extraction=kept,
+        backbone=about | model_identity(extraction.backbone),
+        classes=names,
+        colours=colours,
+        targets=s.targets,
+        offsets=getattr(target, "offsets", None),
+        voxel_size=case.grid.voxel_size,
+        raw_resolution=case.raw.voxel_size,
+        crop=s.crop,
+        context_scale=s.context_scale,
+    )
+
 
 def run_of_settings(
-    experiment:str,  # name of a new run
-    s,               # arguments of the recipe; run and out say where
-)->Run:
+    experiment: str,  # name of a new run
+    s,  # arguments of the recipe; run and out say where
+) -> Run:
     "The run to go on with, or a new one whose parameters are the settings."
-    if s.run is not None: return s.run if isinstance(s.run, Run) else Run.open(s.run)
+    if s.run is not None:
+        return s.run if isinstance(s.run, Run) else Run.open(s.run)
     values = {k: asdict(v) if is_dataclass(v) else v for k, v in vars(s).items() if k not in ("run", "out")}
-    kept = {k: v for k, v in values.items() if isinstance(v, (str, int, float, bool, list, tuple, dict, type(None)))}
-    return Run.open(from_first(lambda: str(Run.create(experiment, kept, s.out, None if s.manifest is None else load_manifest(s.manifest)).path)))
+    kept = {
+        k: v
+        for k, v in values.items()
+        if isinstance(v, (str, int, float, bool, list, tuple, dict, type(None)))
+    }
+    return Run.open(
+        from_first(
+            lambda: str(
+                Run.create(
+                    experiment, kept, s.out, None if s.manifest is None else load_manifest(s.manifest)
+                ).path
+            )
+        )
+    )
 
 # %% ../../nbs/api/tasks/volumes.ipynb #55efb7be
 def train_unet3d(
-    raw_data=None,             # volumes: array z y x, path, or Volume; one or several
-    gt_data=None,              # labels of each
+    raw_data=None,  # volumes: array z y x, path, or Volume; one or several
+    gt_data=None,  # labels of each
     *,
-    mask_data=None,            # of each, where labels count; None: everywhere
-    manifest=None,             # a data set instead, by name or path
-    root="data",               # folder of all data sets
-    train_split="train",       # of the manifest
-    valid_split="valid",       # of the manifest; empty: no validation
-    holdout=0.2,               # share of the given volumes for validation
-    classes=None,              # names, or how many; None: the manifest's, or as the labels say
-    targets="classes",         # or instances: affinities and shape descriptors
-    voxel_size=None,           # nm, of the target; None: that of the labels
-    raw_resolution=None,       # nm, of the raw level to look at; None: a quarter of the target voxel
-    intensity=None,            # raw values that become 0 and 1; None: percentiles
-    backbone="dinov3",         # family, timm name, or module
-    backbone_size="small",     # within a family
-    weights=None,              # None (random), pretrained, file or folder
-    layers=None,               # of a ViT, concatenated: indices, or how many
-    planes="xy,xz,yz",         # which slices the backbone sees
-    pixel_size=None,           # nm, side of a network pixel; None: patches two target voxels apart
-    features="cached",         # once, in zarr stores; or live, for each crop
-    cache="features",          # folder of the stores
-    learn_upsampling=True,     # features stay on their patch grids; False: interpolated to every voxel
-    upsampler="auto",          # transpose, interpolate, joint_bilateral, neighborhood, or auto
-    filter=None,               # a trained NeighborhoodFilter, or its file, to start from
-    base_channels=16,          # of the network at the finest level
-    levels=4,                  # resolutions of the network
-    dropout=0.,                # in its coarsest block
-    raw_input=False,           # the raw volume also enters the network
-    context_scale=None,        # also a view so many times as coarse
-    deep_supervision=False,    # losses at all resolutions
+    mask_data=None,  # of each, where labels count; None: everywhere
+    manifest=None,  # a data set instead, by name or path
+    root="data",  # folder of all data sets
+    train_split="train",  # of the manifest
+    valid_split="valid",  # of the manifest; empty: no validation
+    holdout=0.2,  # share of the given volumes for validation
+    classes=None,  # names, or how many; None: the manifest's, or as the labels say
+    targets="classes",  # or instances: affinities and shape descriptors
+    voxel_size=None,  # nm, of the target; None: that of the labels
+    raw_resolution=None,  # nm, of the raw level to look at; None: a quarter of the target voxel
+    intensity=None,  # raw values that become 0 and 1; None: percentiles
+    backbone="dinov3",  # family, timm name, or module
+    backbone_size="small",  # within a family
+    weights=None,  # None (random), pretrained, file or folder
+    layers=None,  # of a ViT, concatenated: indices, or how many
+    planes="xy,xz,yz",  # which slices the backbone sees
+    pixel_size=None,  # nm, side of a network pixel; None: patches two target voxels apart
+    features="cached",  # once, in zarr stores; or live, for each crop
+    cache="features",  # folder of the stores
+    learn_upsampling=True,  # features stay on their patch grids; False: interpolated to every voxel
+    upsampler="auto",  # transpose, interpolate, joint_bilateral, neighborhood, or auto
+    filter=None,  # a trained NeighborhoodFilter, or its file, to start from
+    base_channels=16,  # of the network at the finest level
+    levels=4,  # resolutions of the network
+    dropout=0.0,  # in its coarsest block
+    raw_input=False,  # the raw volume also enters the network
+    context_scale=None,  # also a view so many times as coarse
+    deep_supervision=False,  # losses at all resolutions
     gradient_checkpointing=False,  # less memory for more time
-    progressive=0.,            # share of the training at half the resolution
-    crop=64,                   # voxels, one number or z y x
-    crops_per_epoch=32,        # of training
-    augment="em",              # em, turns, none, or settings of Augment
-    balance=1/3,               # share of crops centred on a class drawn evenly
-    loss="ce+dice",            # of classes: ce, dice, focal, tversky, boundary, joined by +
+    progressive=0.0,  # share of the training at half the resolution
+    crop=64,  # voxels, one number or z y x
+    crops_per_epoch=32,  # of training
+    augment="em",  # em, turns, none, or settings of Augment
+    balance=1 / 3,  # share of crops centred on a class drawn evenly
+    loss="ce+dice",  # of classes: ce, dice, focal, tversky, boundary, joined by +
     weighting="inverse_sqrt",  # of classes: none, inverse, inverse_sqrt, effective
-    lsd_sigma=80.,             # nm, window of the shape descriptors; 0: affinities only
-    train:TrainArgs=TrainArgs(), # of the loop
-    run=None,                  # a Run or its folder, to go on with; None: a new one
-    out="runs",                # folder of all runs
-)->Trained:                    # with the best weights
+    lsd_sigma=80.0,  # nm, window of the shape descriptors; 0: affinities only
+    train: TrainArgs = TrainArgs(),  # of the loop
+    run=None,  # a Run or its folder, to go on with; None: a new one
+    out="runs",  # folder of all runs
+) -> Trained:  # with the best weights
     "Train a 3D U-Net on features of a backbone; features are extracted once."
     return _train(SimpleNamespace(**locals()))
 
 # %% ../../nbs/api/tasks/volumes.ipynb #68fc5ca2
-def _train(s)->Trained:
+def _train(s) -> Trained:
     "The order of things."
-    pick(dict.fromkeys(TARGETS), s.targets, "targets"); pick(dict.fromkeys(("cached", "live")), s.features, "features")
+    pick(dict.fromkeys(TARGETS), s.targets, "targets")
+    pick(dict.fromkeys(("cached", "live")), s.features, "features")
     s.crop, first = tuple(int(n) for n in triple(s.crop, "crop (voxels)")), launched()[0] == 0
     train, valid = _open_cases(s)
     names, colours = class_names(s.classes, s.manifest, train) if s.targets == "classes" else (None, None)
     target = ClassTarget(len(names)) if names else InstanceTarget(sigma=s.lsd_sigma)
     backbone, about = find_backbone(s.backbone, s.backbone_size, s.weights, s.layers, s.train.seed)
-    extraction = Extraction(backbone.to("cuda" if s.train.device != "cpu" and torch.cuda.is_available() else "cpu"), s.planes, s.pixel_size, bool(s.learn_upsampling))
+    extraction = Extraction(
+        backbone.to("cuda" if s.train.device != "cpu" and torch.cuda.is_available() else "cpu"),
+        s.planes,
+        s.pixel_size,
+        bool(s.learn_upsampling),
+    )
     extraction = replace(extraction, pixel_size=extraction.pixel(train[0].raw.grid, train[0].grid))
     crops, grid = in_turn(lambda: _datasets(s, train, valid, extraction, target))
     model = _network(s, crops.cases[0].features.layout, extraction.channels, target.channels)
     standardise(model, *feature_statistics(crops))
     step, run = _make_step(s, names, crops, target), run_of_settings("unet3d", s)
-    if first: save_description(run, _describe(s, names, colours, target, extraction, about, model, train[0]), backbone)
-    rows = memory_rows(crops.cases[0].features.layout, extraction.channels, crops.cases + (grid.cases if grid else []))
-    if first: print(format_table(rows, digits=3))
-    memory = {"memory/crop_mb": rows[0]["as_trained"], "memory/crop_at_every_voxel_mb": rows[0]["at_every_voxel"]}
-    fit_run(run, model, step, crops, Validation(grid, step, names, s.train.batch_size) if grid else None, s.train, metrics=memory)
-    return load_trained(run, "best", s.backbone if isinstance(s.backbone, nn.Module) else None, next(extraction.backbone.parameters(), torch.empty(0)).device)
+    if first:
+        save_description(
+            run, _describe(s, names, colours, target, extraction, about, model, train[0]), backbone
+        )
+    rows = memory_rows(
+        crops.cases[0].features.layout, extraction.channels, crops.cases + (grid.cases if grid else [])
+    )
+    if first:
+        print(format_table(rows, digits=3))
+    memory = {
+        "memory/crop_mb": rows[0]["as_trained"],
+        "memory/crop_at_every_voxel_mb": rows[0]["at_every_voxel"],
+    }
+    fit_run(
+        run,
+        model,
+        step,
+        crops,
+        Validation(grid, step, names, s.train.batch_size) if grid else None,
+        s.train,
+        metrics=memory,
+    )
+    return load_trained(
+        run,
+        "best",
+        s.backbone if isinstance(s.backbone, nn.Module) else None,
+        next(extraction.backbone.parameters(), torch.empty(0)).device,
+    )
 
 # %% ../../nbs/api/tasks/volumes.ipynb #e021b635
 class TilePredictor:
     "Probabilities of a region of one volume."
-    def __init__(self,
-        trained:Trained,    # network and extraction
-        case:Case,          # the volume, with features
-        device=None,        # cpu, cuda, or auto: a GPU where a worker has one; None: where the network is
+
+    def __init__(
+        self,
+        trained: Trained,  # network and extraction
+        case: Case,  # the volume, with features
+        device=None,  # cpu, cuda, or auto: a GPU where a worker has one; None: where the network is
     ):
-        self.model, self.case, self.scale, self.device = trained.model, case, trained.about["context_scale"], str(device or next(trained.model.parameters()).device)
-        extraction = getattr(getattr(case.features, "live", case.features), "extraction", None)  # None where features are stored
+        self.model, self.case, self.scale, self.device = (
+            trained.model,
+            case,
+            trained.about["context_scale"],
+            str(device or next(trained.model.parameters()).device),
+        )
+        extraction = getattr(
+            getattr(case.features, "live", case.features), "extraction", None
+        )  # None where features are stored
         self.backbone = extraction and extraction.backbone
         self.exclusive = trained.about["targets"] == "classes" and trained.model.num_classes > 1
 
@@ -428,126 +626,214 @@ class TilePredictor:
         self.model.load_state_dict(torch.load(io.BytesIO(weights), weights_only=True))
 
     @torch.inference_mode()
-    def __call__(self, region:tuple)->np.ndarray:  # n z y x, float32
+    def __call__(self, region: tuple) -> np.ndarray:  # n z y x, float32
         "Probabilities of a region."
         device = worker_device(self.device)
-        if self.backbone is not None: self.backbone.to(device)
+        if self.backbone is not None:
+            self.backbone.to(device)
         steps = self.case.features.layout.step
         wide = tuple(slice(s.start // k * k, -(-s.stop // k) * k) for s, k in zip(region, steps))
         item = read_crop(self.case, wide, None, context_scale=self.scale)
         to = lambda x: x[None].to(device)
-        batch = dict(raw=to(item["raw"]), features={p: to(x) for p, x in item["features"].items()}, **({"context": to(item["context"])} if self.scale else {}))
+        batch = dict(
+            raw=to(item["raw"]),
+            features={p: to(x) for p, x in item["features"].items()},
+            **({"context": to(item["context"])} if self.scale else {}),
+        )
         logits = run_model(self.model.to(device).eval(), batch)[0].float()
         p = logits.softmax(0) if self.exclusive else logits.sigmoid()
-        return p[(slice(None), *(slice(s.start - w.start, s.stop - w.start) for s, w in zip(region, wide)))].cpu().numpy()
+        return (
+            p[(slice(None), *(slice(s.start - w.start, s.stop - w.start) for s, w in zip(region, wide)))]
+            .cpu()
+            .numpy()
+        )
 
 # %% ../../nbs/api/tasks/volumes.ipynb #555ed268
 def predict_unet3d(
-    run,                    # folder of a training
-    source,                 # raw volume: OME-Zarr, NIfTI, TIFF, array ...
-    store,                  # folder of the new OME-Zarr group
+    run,  # folder of a training
+    source,  # raw volume: OME-Zarr, NIfTI, TIFF, array ...
+    store,  # folder of the new OME-Zarr group
     *,
-    which="best",           # or last checkpoint
-    voxel_size=None,        # nm of the result; None: that of the training
-    intensity=None,         # raw values that become 0 and 1; None: percentiles of this volume
-    overlap=0.5,            # share of a tile that the next one covers
-    block=None,             # voxels per block, z y x; None: about three tiles
-    chunk=64,               # voxels per storage chunk and axis
-    probabilities=False,    # write them too
-    min_size=0,             # voxels, of instances
-    backbone=None,          # a module, where it was not made by create_backbone
-    workers=1,              # processes
-    client=None,            # a dask client, or a Cluster, instead
-    device="auto",          # auto, cpu or cuda; with a client, of each worker
-)->Prediction:              # labels, probabilities
+    which="best",  # or last checkpoint
+    voxel_size=None,  # nm of the result; None: that of the training
+    intensity=None,  # raw values that become 0 and 1; None: percentiles of this volume
+    overlap=0.5,  # share of a tile that the next one covers
+    block=None,  # voxels per block, z y x; None: about three tiles
+    chunk=64,  # voxels per storage chunk and axis
+    probabilities=False,  # write them too
+    min_size=0,  # voxels, of instances
+    backbone=None,  # a module, where it was not made by create_backbone
+    workers=1,  # processes
+    client=None,  # a dask client, or a Cluster, instead
+    device="auto",  # auto, cpu or cuda; with a client, of each worker
+) -> Prediction:  # labels, probabilities
     "Segment a volume of any size; an interrupted prediction goes on."
-    trained = load_trained(run, which, backbone, "cuda" if client is None and device != "cpu" and torch.cuda.is_available() else "cpu")
+    trained = load_trained(
+        run,
+        which,
+        backbone,
+        "cuda" if client is None and device != "cpu" and torch.cuda.is_available() else "cpu",
+    )
     about = trained.about
-    case = open_case(str(getattr(source, "name", source)), source, voxel_size=voxel_size or about["voxel_size"], raw_resolution=about["raw_resolution"], intensity=intensity)
-    return predict_case(trained, case, store, overlap=overlap, block=block, chunk=chunk, probabilities=probabilities, min_size=min_size, workers=workers, client=client, device=None if client is None else device)
+    case = open_case(
+        str(getattr(source, "name", source)),
+        source,
+        voxel_size=voxel_size or about["voxel_size"],
+        raw_resolution=about["raw_resolution"],
+        intensity=intensity,
+    )
+    return predict_case(
+        trained,
+        case,
+        store,
+        overlap=overlap,
+        block=block,
+        chunk=chunk,
+        probabilities=probabilities,
+        min_size=min_size,
+        workers=workers,
+        client=client,
+        device=None if client is None else device,
+    )
 
 # %% ../../nbs/api/tasks/volumes.ipynb #359741b0
-def model_identity_of(model:nn.Module)->str:
+def model_identity_of(model: nn.Module) -> str:
     "A hash of the weights of a network."
     return state_hash(model.state_dict())
 
+
 def predict_case(
-    trained:Trained,       # network and extraction
-    case:Case,             # volume; features, if it has any, are used
-    store,                 # folder of the new OME-Zarr group
+    trained: Trained,  # network and extraction
+    case: Case,  # volume; features, if it has any, are used
+    store,  # folder of the new OME-Zarr group
     *,
-    overlap=0.5, block=None, chunk=64, probabilities=False, min_size=0, workers=1, client=None, device=None,  # as predict_unet3d
-)->Prediction:
+    overlap=0.5,
+    block=None,
+    chunk=64,
+    probabilities=False,
+    min_size=0,
+    workers=1,
+    client=None,
+    device=None,  # as predict_unet3d
+) -> Prediction:
     "Segment one case."
     about, live = trained.about, case.features
     layout = trained.extraction.layout(case.raw.grid, case.grid, trained.crop)
-    if live is None: live = CellFeatures(LiveFeatures(trained.extraction, case.raw, case.grid, layout, case.intensity))
+    if live is None:
+        live = CellFeatures(LiveFeatures(trained.extraction, case.raw, case.grid, layout, case.intensity))
     predict = TilePredictor(trained, replace(case, features=live, labels=None), device)
-    settings = dict(weights=model_identity_of(trained.model), backbone=about["backbone"]["weights_hash"], raw=case.name, intensity=case.intensity)
-    names = about["classes"] or [f"affinity {tuple(o)}" for o in about["offsets"]] + [f"descriptor {i}" for i in range(trained.model.num_classes - len(about["offsets"]))]
-    found = predict_to_zarr(predict, case.grid, store, classes=names, colours=about["colours"], tile=trained.crop, overlap=overlap, step=layout.step, block=block, chunk=chunk,
-                            probabilities=probabilities or about["classes"] is None, settings=settings, workers=workers, client=client)
+    settings = dict(
+        weights=model_identity_of(trained.model),
+        backbone=about["backbone"]["weights_hash"],
+        raw=case.name,
+        intensity=case.intensity,
+    )
+    names = about["classes"] or [f"affinity {tuple(o)}" for o in about["offsets"]] + [
+        f"descriptor {i}" for i in range(trained.model.num_classes - len(about["offsets"]))
+    ]
+    found = predict_to_zarr(
+        predict,
+        case.grid,
+        store,
+        classes=names,
+        colours=about["colours"],
+        tile=trained.crop,
+        overlap=overlap,
+        step=layout.step,
+        block=block,
+        chunk=chunk,
+        probabilities=probabilities or about["classes"] is None,
+        settings=settings,
+        workers=workers,
+        client=client,
+    )
     return found if about["classes"] else write_instances(found, about["offsets"], case, min_size)
 
 # %% ../../nbs/api/tasks/volumes.ipynb #bba24524
 def write_instances(
-    found:Prediction,  # of affinities
-    offsets,           # of them
-    case:Case,         # for its grid
-    min_size:int=0,    # voxels; smaller objects become background
-)->Prediction:
+    found: Prediction,  # of affinities
+    offsets,  # of them
+    case: Case,  # for its grid
+    min_size: int = 0,  # voxels; smaller objects become background
+) -> Prediction:
     "Objects from affinities, as the pyramid `instances` beside the labels; the whole volume at once, in memory."
-    affs = found.probabilities()[:len(offsets)]
+    affs = found.probabilities()[: len(offsets)]
     objects = segment_affinities(affs, [tuple(o) for o in offsets], min_size=min_size)
     kind = np.uint16 if objects.max() < 2**16 else np.uint32
-    found.labels = write_multiscale(Path(found.path)/"instances", Volume(objects.astype(kind), case.grid), kind="labels", name="instances", overwrite=True)
+    found.labels = write_multiscale(
+        Path(found.path) / "instances",
+        Volume(objects.astype(kind), case.grid),
+        kind="labels",
+        name="instances",
+        overwrite=True,
+    )
     return found
 
 # %% ../../nbs/api/tasks/volumes.ipynb #f039e925
 def evaluate_unet3d(
-    run,                     # folder of a training
-    raw_data=None,           # volumes; None: those of the manifest
-    gt_data=None,            # labels of each
+    run,  # folder of a training
+    raw_data=None,  # volumes; None: those of the manifest
+    gt_data=None,  # labels of each
     *,
-    mask_data=None,          # of each, where labels count
-    manifest=None,           # a data set instead
-    root="data",             # folder of all data sets
-    split="test",            # of the manifest; also the name of the scores
-    which="best",            # or last checkpoint
-    overlap=0.5,             # of tiles
-    tolerance=None,          # nm, of borders; None: one voxel
-    cache="features",        # folder of feature stores; empty: features are not kept
-    backbone=None,           # a module, where it was not made by create_backbone
-    device="auto",           # auto, cpu or cuda
-)->dict:                     # split/metric/class -> number, as in metrics.json
+    mask_data=None,  # of each, where labels count
+    manifest=None,  # a data set instead
+    root="data",  # folder of all data sets
+    split="test",  # of the manifest; also the name of the scores
+    which="best",  # or last checkpoint
+    overlap=0.5,  # of tiles
+    tolerance=None,  # nm, of borders; None: one voxel
+    cache="features",  # folder of feature stores; empty: features are not kept
+    backbone=None,  # a module, where it was not made by create_backbone
+    device="auto",  # auto, cpu or cuda
+) -> dict:  # split/metric/class -> number, as in metrics.json
     "Score a training on volumes that it has not seen."
-    trained = load_trained(run, which, backbone, "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    trained = load_trained(
+        run, which, backbone, "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    )
     about, run = trained.about, trained.run
     options = dict(voxel_size=about["voxel_size"], raw_resolution=about["raw_resolution"])
     role = "labels" if about["classes"] else "instances"
-    cases = given_cases(raw_data, gt_data, mask_data, **options) if manifest is None else manifest_cases(manifest, split, root, role, **options)
-    if cache: cases = with_features(cases, trained.extraction, trained.crop, cache)
+    cases = (
+        given_cases(raw_data, gt_data, mask_data, **options)
+        if manifest is None
+        else manifest_cases(manifest, split, root, role, **options)
+    )
+    if cache:
+        cases = with_features(cases, trained.extraction, trained.crop, cache)
     key = model_identity_of(trained.model)[:8]
-    predict = lambda c: predict_case(trained, c, run.path/"predictions"/f"{c.name}-{key}-{overlap:g}.zarr", overlap=overlap)
+    predict = lambda c: predict_case(
+        trained, c, run.path / "predictions" / f"{c.name}-{key}-{overlap:g}.zarr", overlap=overlap
+    )
     found = [predict(c).labels.levels[0] for c in cases]
-    scores = score_classes(run, split, cases, found, about, tolerance) if about["classes"] else score_instances(cases, found)
+    scores = (
+        score_classes(run, split, cases, found, about, tolerance)
+        if about["classes"]
+        else score_instances(cases, found)
+    )
     run.metrics({f"{split}/{k}": v for k, v in scores.items()})
     return {f"{split}/{k}": v for k, v in scores.items()}
 
 # %% ../../nbs/api/tasks/volumes.ipynb #9f633e89
-def score_classes(run, split, cases, found, about, tolerance=None)->dict:
+def score_classes(run, split, cases, found, about, tolerance=None) -> dict:
     "Scores of class labels; writes confusion.csv and figures."
     cm = ConfusionMatrix(about["classes"])
     borders = BoundaryF(about["classes"], tolerance or max(about["voxel_size"]), about["voxel_size"])
     worst = []
     for case, labels in zip(cases, found):
-        pred, true, valid = labels.read(), case.labels.read(), case.valid(tuple(slice(0, n) for n in case.grid.shape))
-        if true[valid].max() >= len(about["classes"]): raise InputError(f"{case.name}: labels up to {true[valid].max()}, {len(about['classes'])} classes: expected those of the training; mask the others")
+        pred, true, valid = (
+            labels.read(),
+            case.labels.read(),
+            case.valid(tuple(slice(0, n) for n in case.grid.shape)),
+        )
+        if true[valid].max() >= len(about["classes"]):
+            raise InputError(
+                f"{case.name}: labels up to {true[valid].max()}, {len(about['classes'])} classes: expected those of the training; mask the others"
+            )
         cm.update(pred, true, valid)
         borders.update(pred, true, valid)
         wrong = ((pred != true) & valid).mean((1, 2))
         worst += [(wrong[z], case, z, pred[z], true[z]) for z in [int(wrong.argmax())]]
-    cm.write_csv(run.path/"confusion.csv")
+    cm.write_csv(run.path / "confusion.csv")
     run.figure(cm.figure(), f"{split}_confusion")
     run.figure(worst_figure(worst, about), f"{split}_worst")
     return cm.metrics() | borders.metrics()
@@ -555,7 +841,9 @@ def score_classes(run, split, cases, found, about, tolerance=None)->dict:
 # %% ../../nbs/api/tasks/volumes.ipynb #c3161eb6
 def worst_figure(worst, about, count=3):
     "The slices with most wrong voxels: image, labels, prediction."
-    classes = dict(enumerate(zip(about["classes"], about["colours"]) if about["colours"] else about["classes"]))
+    classes = dict(
+        enumerate(zip(about["classes"], about["colours"]) if about["colours"] else about["classes"])
+    )
     images, titles = [], []
     for share, case, z, pred, true in sorted(worst, key=lambda w: -w[0])[:count]:
         image = case.image((slice(z, z + 1), *(slice(0, n) for n in case.grid.shape[1:])))[0]
@@ -564,7 +852,13 @@ def worst_figure(worst, about, count=3):
     return show_images(images, titles, ncols=3)
 
 # %% ../../nbs/api/tasks/volumes.ipynb #6796fd7d
-def score_instances(cases, found)->dict:
+def score_instances(cases, found) -> dict:
     "Adapted Rand error and variation of information, mean over the volumes."
-    rows = [dict(adapted_rand_error=adapted_rand(f.read(), c.labels.read())["error"], **{f"voi_{k}": v for k, v in variation_of_information(f.read(), c.labels.read()).items()}) for c, f in zip(cases, found)]
+    rows = [
+        dict(
+            adapted_rand_error=adapted_rand(f.read(), c.labels.read())["error"],
+            **{f"voi_{k}": v for k, v in variation_of_information(f.read(), c.labels.read()).items()},
+        )
+        for c, f in zip(cases, found)
+    ]
     return {k: float(np.mean([r[k] for r in rows])) for k in rows[0]}

@@ -20,34 +20,41 @@ from torch import Tensor
 from ..core.errors import InputError
 
 # %% ../../nbs/api/train/distributed.ipynb #ea9cb867
-def launched(
-)->tuple:  # rank of this process, how many there are, and its GPU
+def launched() -> tuple:  # rank of this process, how many there are, and its GPU
     "What torchrun has written into the environment."
-    return tuple(int(os.environ.get(name, default)) for name, default in dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0).items())
+    return tuple(
+        int(os.environ.get(name, default))
+        for name, default in dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0).items()
+    )
 
 # %% ../../nbs/api/train/distributed.ipynb #095baad2
-def place(
-)->tuple:  # rank of this process, and how many there are
+def place() -> tuple:  # rank of this process, and how many there are
     "Where this process stands among those that have met; alone where none have."
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    return (
+        (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    )
+
 
 def wait_for_all():
     "Return when all processes have come here."
-    if place()[1] > 1: dist.barrier()
+    if place()[1] > 1:
+        dist.barrier()
+
 
 def sum_over_all(
-    values:Tensor,  # of any shape
-)->Tensor:          # likewise: the sums, in every process
+    values: Tensor,  # of any shape
+) -> Tensor:  # likewise: the sums, in every process
     "Add up over all processes."
-    if place()[1] == 1: return values
+    if place()[1] == 1:
+        return values
     total = values.to("cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(total)
     return total.to(values.device)
 
 # %% ../../nbs/api/train/distributed.ipynb #2b849a94
 def my_share(
-    n:int,  # items
-)->list:    # (index, whether it counts)
+    n: int,  # items
+) -> list:  # (index, whether it counts)
     "The items of this process, as many as every other has."
     rank, world = place()
     return [(min(i, n - 1), i < n) for i in range(rank, -(-n // world) * world, world)]
@@ -55,68 +62,98 @@ def my_share(
 # %% ../../nbs/api/train/distributed.ipynb #f614a36f
 _KEYS = itertools.count()
 
+
 def _store():
     "The key-value store of this launch, and a key that is new in every process alike."
     return next(dist.rendezvous("env://", timeout=timedelta(days=30)))[0], f"dinolab/{next(_KEYS)}"
 
+
 def from_first(
-    make:Callable,  # gives a text
-)->str:
+    make: Callable,  # gives a text
+) -> str:
     "What the first process makes, in all of them."
     rank, world, _ = launched()
-    if world == 1: return make()
+    if world == 1:
+        return make()
     store, key = _store()
-    if rank == 0: store.set(key, make())
+    if rank == 0:
+        store.set(key, make())
     return store.get(key).decode()
 
+
 def in_turn(
-    make:Callable,  # gives anything
-):                  # what it gives
+    make: Callable,  # gives anything
+):  # what it gives
     "One process after the other, so that the first does the work and the others find it done."
     rank, world, gpu = launched()
-    if world == 1: return make()
-    if torch.cuda.is_available(): torch.cuda.set_device(gpu)
+    if world == 1:
+        return make()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(gpu)
     store, key = _store()
-    if rank: store.get(f"{key}/{rank - 1}")
+    if rank:
+        store.get(f"{key}/{rank - 1}")
     made = make()
     store.set(f"{key}/{rank}", "done")
     return made
 
 # %% ../../nbs/api/train/distributed.ipynb #23b4a322
 def zero_config(
-    stage:int,       # 1, 2 or 3
-    batch_size:int,  # per process
-    world:int,       # processes
-    clip:float,      # largest norm of the gradient; 0: no limit
-    half:str,        # no or bf16
-)->dict:             # as DeepSpeed reads it
+    stage: int,  # 1, 2 or 3
+    batch_size: int,  # per process
+    world: int,  # processes
+    clip: float,  # largest norm of the gradient; 0: no limit
+    half: str,  # no or bf16
+) -> dict:  # as DeepSpeed reads it
     "Settings of DeepSpeed."
-    if stage not in (1, 2, 3): raise InputError(f"zero={stage}: expected 1 (optimiser states divided), 2 (gradients too) or 3 (weights too); 0 is DDP")
-    if half == "fp16": raise InputError("zero with precision=fp16: expected no or bf16")
-    return dict(train_micro_batch_size_per_gpu=batch_size, gradient_accumulation_steps=1, train_batch_size=batch_size * world, gradient_clipping=clip, steps_per_print=10**9,
-                zero_optimization=dict(stage=stage, stage3_gather_16bit_weights_on_model_save=True), zero_allow_untested_optimizer=True, torch_autocast=dict(enabled=half == "bf16", dtype="bfloat16"))
+    if stage not in (1, 2, 3):
+        raise InputError(
+            f"zero={stage}: expected 1 (optimiser states divided), 2 (gradients too) or 3 (weights too); 0 is DDP"
+        )
+    if half == "fp16":
+        raise InputError("zero with precision=fp16: expected no or bf16")
+    return dict(
+        train_micro_batch_size_per_gpu=batch_size,
+        gradient_accumulation_steps=1,
+        train_batch_size=batch_size * world,
+        gradient_clipping=clip,
+        steps_per_print=10**9,
+        zero_optimization=dict(stage=stage, stage3_gather_16bit_weights_on_model_save=True),
+        zero_allow_untested_optimizer=True,
+        torch_autocast=dict(enabled=half == "bf16", dtype="bfloat16"),
+    )
+
 
 def need_deepspeed(
-    device:str,  # cpu or cuda
+    device: str,  # cpu or cuda
 ):
     "Import DeepSpeed, on CPU with its own setting for it; `ImportError` names the extra where it is missing."
-    if device == "cpu": os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    try: import deepspeed
-    except ImportError: raise ImportError("zero needs deepspeed; install the extra: pip install 'dinolab[deepspeed]'") from None
+    if device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        import deepspeed  # noqa: F401
+    except ImportError:
+        raise ImportError(
+            "zero needs deepspeed; install the extra: pip install 'dinolab[deepspeed]'"
+        ) from None
 
 # %% ../../nbs/api/train/distributed.ipynb #9be6ccec
 def save_shards(
-    engine,       # of DeepSpeed
-    folder:Path,  # that the first process has made
+    engine,  # of DeepSpeed
+    folder: Path,  # that the first process has made
 ):
     "Each process writes its part of the optimiser."
     wait_for_all()
     engine.save_checkpoint(str(folder), tag="zero", exclude_frozen_parameters=True)
     wait_for_all()
 
+
 def load_shards(
-    engine,       # of DeepSpeed
-    folder:Path,  # a checkpoint
+    engine,  # of DeepSpeed
+    folder: Path,  # a checkpoint
 ):
     "Each process reads its part of the optimiser."
-    if engine.load_checkpoint(str(folder), tag="zero", load_module_strict=False)[0] is None: raise InputError(f"{folder}: the states of DeepSpeed cannot be read: expected a checkpoint of as many processes and the same stage")
+    if engine.load_checkpoint(str(folder), tag="zero", load_module_strict=False)[0] is None:
+        raise InputError(
+            f"{folder}: the states of DeepSpeed cannot be read: expected a checkpoint of as many processes and the same stage"
+        )

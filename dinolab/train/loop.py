@@ -35,156 +35,218 @@ from ..core.files import settings_hash
 from ..core.progress import progress
 from .runs import Run
 from ..core.show import new_figure
-from .distributed import launched, load_shards, need_deepspeed, place, save_shards, sum_over_all, wait_for_all, zero_config
+from dinolab.train.distributed import (
+    launched,
+    load_shards,
+    need_deepspeed,
+    place,
+    save_shards,
+    sum_over_all,
+    wait_for_all,
+    zero_config,
+)
 from ..models.weights import load_weights, save_weights, trained_names
 
 # %% ../../nbs/api/train/loop.ipynb #ffe9b9f0
 SCHEDULES = ("onecycle", "cosine", "constant")
 
+
 @dataclass(frozen=True)
 class TrainArgs:
     "How to train; nothing here says what."
-    epochs:int=20            # passes over the training set
-    batch_size:int=2         # per process
-    lr:float=1e-3            # at its peak
-    weight_decay:float=1e-2  # of AdamW; norms and biases have none
-    warmup:float=0.1         # share of all optimiser steps with rising rate
-    schedule:str="onecycle"  # onecycle, cosine or constant
-    precision:str="auto"     # no, bf16, fp16, or auto: bf16 where a GPU has it
-    accumulate:int=1         # batches per optimiser step
-    zero:int=0               # stage of DeepSpeed's ZeRO, 1 to 3; 0: none
-    clip:float=1.            # largest norm of the gradient; 0: no limit
-    ema:float=0.             # decay of averaged weights, such as 0.999; 0: none
-    compile:bool=False       # torch.compile
-    patience:int=0           # validations without improvement before the end; 0: never
-    monitor:str="loss"       # validation value that chooses the best checkpoint
-    mode:str="min"           # whether a smaller ("min") or larger ("max") value is better
-    valid_every:int=1        # epochs
-    save_every:int=0         # optimiser steps between checkpoints; 0: at the end of each epoch
-    log_every:int=10         # optimiser steps between lines of the log
-    max_steps:int=0          # optimiser steps; 0: as many as the epochs have
-    max_seconds:float=0.     # stop after the step that passes this time; 0: no limit
-    workers:int=0            # processes that load, per training process
-    seed:int=0               # of everything random
-    device:str="auto"        # auto, cpu or cuda
-    tracker:str=""           # tensorboard, or none
+
+    epochs: int = 20  # passes over the training set
+    batch_size: int = 2  # per process
+    lr: float = 1e-3  # at its peak
+    weight_decay: float = 1e-2  # of AdamW; norms and biases have none
+    warmup: float = 0.1  # share of all optimiser steps with rising rate
+    schedule: str = "onecycle"  # onecycle, cosine or constant
+    precision: str = "auto"  # no, bf16, fp16, or auto: bf16 where a GPU has it
+    accumulate: int = 1  # batches per optimiser step
+    zero: int = 0  # stage of DeepSpeed's ZeRO, 1 to 3; 0: none
+    clip: float = 1.0  # largest norm of the gradient; 0: no limit
+    ema: float = 0.0  # decay of averaged weights, such as 0.999; 0: none
+    compile: bool = False  # torch.compile
+    patience: int = 0  # validations without improvement before the end; 0: never
+    monitor: str = "loss"  # validation value that chooses the best checkpoint
+    mode: str = "min"  # whether a smaller ("min") or larger ("max") value is better
+    valid_every: int = 1  # epochs
+    save_every: int = 0  # optimiser steps between checkpoints; 0: at the end of each epoch
+    log_every: int = 10  # optimiser steps between lines of the log
+    max_steps: int = 0  # optimiser steps; 0: as many as the epochs have
+    max_seconds: float = 0.0  # stop after the step that passes this time; 0: no limit
+    workers: int = 0  # processes that load, per training process
+    seed: int = 0  # of everything random
+    device: str = "auto"  # auto, cpu or cuda
+    tracker: str = ""  # tensorboard, or none
 
     def __post_init__(self):
         positive = ("epochs", "batch_size", "accumulate", "valid_every", "log_every")
         for f in fields(self):
             v = getattr(self, f.name)
-            if f.type in (int, float) and (isinstance(v, bool) or not isinstance(v, (int, float)) or not math.isfinite(v) or v < (1 if f.name in positive else 0) or f.type is int and v != int(v)):
-                raise InputError(f"{f.name}={v!r}: expected {'a whole number' if f.type is int else 'a number'} of {'1' if f.name in positive else '0'} or more")
-        for name, choices in dict(schedule=SCHEDULES, precision=("auto", "no", "bf16", "fp16"), mode=("min", "max"), tracker=("", "tensorboard")).items(): pick(dict.fromkeys(choices), getattr(self, name), name)
-        if not self.lr: raise InputError("lr=0: expected a positive rate")
-        if self.zero and (self.accumulate > 1 or self.ema or self.compile): raise InputError("zero with accumulate, ema or compile: expected zero alone; raise batch_size instead of accumulate")
-        if self.warmup >= 1 or self.ema >= 1: raise InputError(f"warmup={self.warmup}, ema={self.ema}: expected less than 1")
-
-
+            if f.type in (int, float) and (
+                isinstance(v, bool)
+                or not isinstance(v, (int, float))
+                or not math.isfinite(v)
+                or v < (1 if f.name in positive else 0)
+                or f.type is int
+                and v != int(v)
+            ):
+                raise InputError(
+                    f"{f.name}={v!r}: expected {'a whole number' if f.type is int else 'a number'} of {'1' if f.name in positive else '0'} or more"
+                )
+        for name, choices in dict(
+            schedule=SCHEDULES,
+            precision=("auto", "no", "bf16", "fp16"),
+            mode=("min", "max"),
+            tracker=("", "tensorboard"),
+        ).items():
+            pick(dict.fromkeys(choices), getattr(self, name), name)
+        if not self.lr:
+            raise InputError("lr=0: expected a positive rate")
+        if self.zero and (self.accumulate > 1 or self.ema or self.compile):
+            raise InputError(
+                "zero with accumulate, ema or compile: expected zero alone; raise batch_size instead of accumulate"
+            )
+        if self.warmup >= 1 or self.ema >= 1:
+            raise InputError(f"warmup={self.warmup}, ema={self.ema}: expected less than 1")
 
 # %% ../../nbs/api/train/loop.ipynb #1f811aac
 def lr_factor(
-    step:int,        # optimiser steps done
-    total:int,       # of the whole training
-    warmup:float,    # share of steps with rising rate
-    schedule:str,    # onecycle, cosine or constant
-)->float:            # of the peak rate
+    step: int,  # optimiser steps done
+    total: int,  # of the whole training
+    warmup: float,  # share of steps with rising rate
+    schedule: str,  # onecycle, cosine or constant
+) -> float:  # of the peak rate
     "Learning rate of a step, relative to its peak."
-    def half_cosine(a, b, t): return b + (a - b) / 2 * (1 + math.cos(math.pi * t))
+
+    def half_cosine(a, b, t):
+        return b + (a - b) / 2 * (1 + math.cos(math.pi * t))
+
     top = warmup * total - 1
-    start, end = dict(onecycle=(1 / 25, 1 / 25e4), cosine=(0., 0.), constant=(0., 1.))[schedule]
-    if step <= top: return half_cosine(start, 1., step / top if top else 1.) if schedule == "onecycle" else (step + 1) / (top + 1)
-    return half_cosine(1., end, min(1., (step - top) / max(1e-9, total - 1 - top)))
+    start, end = dict(onecycle=(1 / 25, 1 / 25e4), cosine=(0.0, 0.0), constant=(0.0, 1.0))[schedule]
+    if step <= top:
+        return (
+            half_cosine(start, 1.0, step / top if top else 1.0)
+            if schedule == "onecycle"
+            else (step + 1) / (top + 1)
+        )
+    return half_cosine(1.0, end, min(1.0, (step - top) / max(1e-9, total - 1 - top)))
 
 # %% ../../nbs/api/train/loop.ipynb #84c333e3
 def batches_per_epoch(
-    length:int,      # of the training set
-    batch_size:int,  # per process
-    world:int=1,     # processes
-)->int:
+    length: int,  # of the training set
+    batch_size: int,  # per process
+    world: int = 1,  # processes
+) -> int:
     "Batches of each process in one epoch."
     return max(1, length // (batch_size * world))
 
 # %% ../../nbs/api/train/loop.ipynb #1423201b
 def keyed_batches(
-    length:int,      # of the training set
-    batch_size:int,  # per process
-    seed:int,        # of the run
-    epochs:int,      # to yield
-    start:tuple=(0, 0),  # epoch and batch to begin with
-    rank:int=0,      # of this process
-    world:int=1,     # processes
-)->Iterator:         # lists of (epoch, index)
+    length: int,  # of the training set
+    batch_size: int,  # per process
+    seed: int,  # of the run
+    epochs: int,  # to yield
+    start: tuple = (0, 0),  # epoch and batch to begin with
+    rank: int = 0,  # of this process
+    world: int = 1,  # processes
+) -> Iterator:  # lists of (epoch, index)
     "Batches of one process, in an order that depends on seed and epoch only."
     each = batch_size * world
     for epoch in range(start[0], epochs):
-        order = torch.randperm(length, generator=torch.Generator().manual_seed(key_seed(seed, "order", epoch))).tolist()
+        order = torch.randperm(
+            length, generator=torch.Generator().manual_seed(key_seed(seed, "order", epoch))
+        ).tolist()
         order = order * -(-each // length)
         for b in range(start[1] if epoch == start[0] else 0, batches_per_epoch(length, batch_size, world)):
-            yield [(epoch, i) for i in order[b * each + rank * batch_size:b * each + (rank + 1) * batch_size]]
+            yield [
+                (epoch, i) for i in order[b * each + rank * batch_size : b * each + (rank + 1) * batch_size]
+            ]
 
 # %% ../../nbs/api/train/loop.ipynb #47ff260c
 class Keyed:
     "A data set asked by (epoch, index): `item(index, seed)` where it has randomness of its own, else `[index]`."
-    def __init__(self,
-        dataset,   # with len, and item or []
-        seed:int,  # of the run
+
+    def __init__(
+        self,
+        dataset,  # with len, and item or []
+        seed: int,  # of the run
     ):
         self.dataset, self.seed = dataset, seed
-        if not len(dataset): raise InputError("an empty training set: expected at least one item")
+        if not len(dataset):
+            raise InputError("an empty training set: expected at least one item")
 
-    def __len__(self): return len(self.dataset)
+    def __len__(self):
+        return len(self.dataset)
+
     def __getitem__(self, key):
         epoch, index = key
-        return self.dataset.item(index, key_seed(self.seed, "item", epoch, index)) if hasattr(self.dataset, "item") else self.dataset[index]
+        return (
+            self.dataset.item(index, key_seed(self.seed, "item", epoch, index))
+            if hasattr(self.dataset, "item")
+            else self.dataset[index]
+        )
 
 # %% ../../nbs/api/train/loop.ipynb #9b67bce5
 def keyed_loader(
-    dataset,         # with len, and item or []
-    args:TrainArgs,  # batch size, seed, workers
-    epochs:int,      # to yield
-    start:tuple=(0, 0),  # epoch and batch to begin with
-    rank:int=0,      # of this process
-    world:int=1,     # processes
-    pin:bool=False,  # memory, for transfer to a GPU
-)->DataLoader:
+    dataset,  # with len, and item or []
+    args: TrainArgs,  # batch size, seed, workers
+    epochs: int,  # to yield
+    start: tuple = (0, 0),  # epoch and batch to begin with
+    rank: int = 0,  # of this process
+    world: int = 1,  # processes
+    pin: bool = False,  # memory, for transfer to a GPU
+) -> DataLoader:
     "One loader for the whole training: workers live through all epochs."
     order = list(keyed_batches(len(dataset), args.batch_size, args.seed, epochs, start, rank, world))
-    return DataLoader(Keyed(dataset, args.seed), batch_sampler=order, num_workers=args.workers, pin_memory=pin, generator=torch.Generator().manual_seed(0), prefetch_factor=2 if args.workers else None)
+    return DataLoader(
+        Keyed(dataset, args.seed),
+        batch_sampler=order,
+        num_workers=args.workers,
+        pin_memory=pin,
+        generator=torch.Generator().manual_seed(0),
+        prefetch_factor=2 if args.workers else None,
+    )
 
 # %% ../../nbs/api/train/loop.ipynb #966126cc
 def replace_folder(
-    new:Path,   # complete
-    path:Path,  # its place
+    new: Path,  # complete
+    path: Path,  # its place
 ):
     "Put a complete folder in the place of another."
     old = path.with_name(f".{path.name}.old")
     shutil.rmtree(old, ignore_errors=True)
-    if path.exists(): path.rename(old)
+    if path.exists():
+        path.rename(old)
     new.rename(path)
     shutil.rmtree(old, ignore_errors=True)
 
 # %% ../../nbs/api/train/loop.ipynb #9e562199
 def bring_back(
-    path:Path,  # of a checkpoint
+    path: Path,  # of a checkpoint
 ):
     "Undo a replacement that was killed half-way; several processes that read may do so at once."
     old = path.with_name(f".{path.name}.old")
-    if path.exists() or not old.exists(): return
-    with suppress(FileNotFoundError): old.rename(path)  # another process was faster
+    if path.exists() or not old.exists():
+        return
+    with suppress(FileNotFoundError):
+        old.rename(path)  # another process was faster
+
 
 def recover(
-    path:Path,  # of a checkpoint
+    path: Path,  # of a checkpoint
 ):
     "Bring back what was replaced half-way, and remove what was half-written: for the one process that writes."
     bring_back(path)
-    for left in ("old", "new"): shutil.rmtree(path.with_name(f".{path.name}.{left}"), ignore_errors=True)
+    for left in ("old", "new"):
+        shutil.rmtree(path.with_name(f".{path.name}.{left}"), ignore_errors=True)
 
 # %% ../../nbs/api/train/loop.ipynb #dd86b372
 @contextmanager
 def new_checkpoint(
-    path:Path,         # folder
-    writes:bool=True,  # False in all processes but the first: they only learn the folder
+    path: Path,  # folder
+    writes: bool = True,  # False in all processes but the first: they only learn the folder
 ):
     "A folder to fill; it takes the place of `path` when it is whole. A full disk leaves the one before."
     new = path.with_name(f".{path.name}.new")
@@ -200,101 +262,123 @@ def new_checkpoint(
     except (OSError, SafetensorError, RuntimeError) as e:
         shutil.rmtree(new, ignore_errors=True)
         before = f"the one before ({path}) is intact" if path.exists() else "there is none before"
-        raise InputError(f"{path} could not be written ({getattr(e, 'strerror', None) or str(e).splitlines()[0]}): {before}; make room, then run again to go on") from e
+        raise InputError(
+            f"{path} could not be written ({getattr(e, 'strerror', None) or str(e).splitlines()[0]}): {before}; make room, then run again to go on"
+        ) from e
 
 # %% ../../nbs/api/train/loop.ipynb #f6a10d72
 def save_checkpoint(
-    path,                 # folder
-    model:nn.Module,      # its weights
-    state:dict,           # numbers and texts
-    optimiser=None,       # its state
-    ema:nn.Module=None,   # averaged weights
+    path,  # folder
+    model: nn.Module,  # its weights
+    state: dict,  # numbers and texts
+    optimiser=None,  # its state
+    ema: nn.Module = None,  # averaged weights
 ):
     "Write a checkpoint."
     with new_checkpoint(Path(path)) as new:
         names = trained_names(model)
-        save_weights(new/"model.safetensors", model, names)
-        if ema is not None: save_weights(new/"ema.safetensors", ema, names)
-        if optimiser is not None: torch.save(optimiser, new/"optimizer.pt")
-        (new/"state.json").write_text(json.dumps(state))
+        save_weights(new / "model.safetensors", model, names)
+        if ema is not None:
+            save_weights(new / "ema.safetensors", ema, names)
+        if optimiser is not None:
+            torch.save(optimiser, new / "optimizer.pt")
+        (new / "state.json").write_text(json.dumps(state))
 
 # %% ../../nbs/api/train/loop.ipynb #a6e4f1e5
 def load_checkpoint(
-    run,                 # Run, or its folder
-    model:nn.Module,     # of the same architecture
-    which:str="best",    # best or last
-)->dict:                 # state: epoch, step, best value
+    run,  # Run, or its folder
+    model: nn.Module,  # of the same architecture
+    which: str = "best",  # best or last
+) -> dict:  # state: epoch, step, best value
     "Load the weights that a run has kept; `last` without `best` (no validation) serves for both."
-    folder = Path(getattr(run, "path", run))/"checkpoints"
-    for name in ("best", "last"): bring_back(folder/name)
-    path = folder/which if (folder/which).exists() or which != "best" else folder/"last"
-    if not path.is_dir(): raise MissingError(f"no checkpoint {str(path)!r}: expected a run that has finished an epoch")
-    load_weights(path/("ema.safetensors" if (path/"ema.safetensors").exists() else "model.safetensors"), model)
+    folder = Path(getattr(run, "path", run)) / "checkpoints"
+    for name in ("best", "last"):
+        bring_back(folder / name)
+    path = folder / which if (folder / which).exists() or which != "best" else folder / "last"
+    if not path.is_dir():
+        raise MissingError(f"no checkpoint {str(path)!r}: expected a run that has finished an epoch")
+    load_weights(
+        path / ("ema.safetensors" if (path / "ema.safetensors").exists() else "model.safetensors"), model
+    )
     return read_state(path)
 
-def read_state(path)->dict:
+
+def read_state(path) -> dict:
     "The numbers of a checkpoint."
-    try: return json.loads((Path(path)/"state.json").read_text())
-    except (OSError, ValueError) as e: raise InputError(f"{path}: state.json cannot be read ({e}): take another checkpoint") from None
+    try:
+        return json.loads((Path(path) / "state.json").read_text())
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path}: state.json cannot be read ({e}): take another checkpoint") from None
 
 # %% ../../nbs/api/train/loop.ipynb #5caf95ad
 def parameter_groups(
-    model:nn.Module,      # to train
-    weight_decay:float,   # of matrices and kernels
-    scales:dict=None,     # parameter name -> factor of the learning rate; 1 for those not named
-)->list:                  # for an optimiser
+    model: nn.Module,  # to train
+    weight_decay: float,  # of matrices and kernels
+    scales: dict = None,  # parameter name -> factor of the learning rate; 1 for those not named
+) -> list:  # for an optimiser
     "Trainable parameters; norms and biases (one axis or none) without decay."
     groups = {}
     for name, p in model.named_parameters():
-        scale, decay = (scales or {}).get(name, 1.), weight_decay if p.ndim > 1 else 0.
-        if p.requires_grad: groups.setdefault((scale, decay), dict(params=[], weight_decay=decay, lr_scale=scale))["params"].append(p)
-    if not groups: raise InputError("no parameter is trained: expected at least one with requires_grad")
+        scale, decay = (scales or {}).get(name, 1.0), weight_decay if p.ndim > 1 else 0.0
+        if p.requires_grad:
+            groups.setdefault((scale, decay), dict(params=[], weight_decay=decay, lr_scale=scale))[
+                "params"
+            ].append(p)
+    if not groups:
+        raise InputError("no parameter is trained: expected at least one with requires_grad")
     return [groups[key] for key in sorted(groups, reverse=True)]
 
 # %% ../../nbs/api/train/loop.ipynb #4ee5a205
 class Average:
     "Exponential moving average of a model's weights; early on it forgets faster."
-    def __init__(self,
-        model:nn.Module,  # to follow
-        decay:float,      # per optimiser step, such as 0.999
+
+    def __init__(
+        self,
+        model: nn.Module,  # to follow
+        decay: float,  # per optimiser step, such as 0.999
     ):
         self.model, self.decay = copy.deepcopy(model).eval().requires_grad_(False), decay
 
     @torch.no_grad()
-    def update(self,
-        model:nn.Module,  # after an optimiser step
-        step:int,         # optimiser steps done
+    def update(
+        self,
+        model: nn.Module,  # after an optimiser step
+        step: int,  # optimiser steps done
     ):
         "Move towards the weights of `model`; buffers are copied."
         ours, theirs = (list(m.parameters()) for m in (self.model, model))
         torch._foreach_lerp_(ours, theirs, 1 - min(self.decay, (1 + step) / (10 + step)))
-        for a, b in zip(self.model.buffers(), model.buffers()): a.copy_(b)
+        for a, b in zip(self.model.buffers(), model.buffers()):
+            a.copy_(b)
 
 # %% ../../nbs/api/train/loop.ipynb #a1a0446a
 def validate(
-    model:nn.Module,      # to look at
-    step:Callable,        # of the task
-    valid,                # data set, or callable: model -> dict of numbers
-    accelerator:Accelerator,
-    batch_size:int=1,     # of a data set
-)->dict:                  # name -> number
+    model: nn.Module,  # to look at
+    step: Callable,  # of the task
+    valid,  # data set, or callable: model -> dict of numbers
+    accelerator: Accelerator,
+    batch_size: int = 1,  # of a data set
+) -> dict:  # name -> number
     "Values of one validation: what a callable says, or means of the loss and logs over a data set, shared out over the processes."
     was = model.training
     model.eval()
     rank, world = place()
     with torch.no_grad(), accelerator.autocast():
-        if callable(valid): found = {k: float(v) for k, v in valid(model).items() if v is not None}
+        if callable(valid):
+            found = {k: float(v) for k, v in valid(model).items() if v is not None}
         else:
-            sums, count = {}, 0.
+            sums, count = {}, 0.0
             for batch in DataLoader(valid, batch_size, sampler=range(rank, len(valid), world)):
                 loss, logs = step(model, send_to_device(batch, accelerator.device))
                 n = _length(batch)
-                for k, v in dict(loss=loss, **logs).items(): sums[k] = sums.get(k, 0.) + float(v) * n
+                for k, v in dict(loss=loss, **logs).items():
+                    sums[k] = sums.get(k, 0.0) + float(v) * n
                 count += n
             *parts, count = sum_over_all(torch.tensor([*sums.values(), count], dtype=torch.float64)).tolist()
             found = {k: v / count for k, v in zip(sums, parts)}
     model.train(was)
     return found
+
 
 def _length(batch):
     "Items of a batch."
@@ -303,48 +387,56 @@ def _length(batch):
 
 # %% ../../nbs/api/train/loop.ipynb #a28166fb
 def check_finite_loss(
-    loss:Tensor,   # scalar, of a batch
-    batch,         # with names, if it has any
-    step:int,      # optimiser steps done
-    save:Callable, # keeps the state
+    loss: Tensor,  # scalar, of a batch
+    batch,  # with names, if it has any
+    step: int,  # optimiser steps done
+    save: Callable,  # keeps the state
 ):
     "Stop with the names of the batch, and the weights from before it kept in checkpoints/nan."
-    if torch.isfinite(loss): return
+    if torch.isfinite(loss):
+        return
     names = batch.get("name", "") if isinstance(batch, dict) else ""
     where = save()
-    raise InputError(f"loss {loss.item()} at step {step + 1}, batch {', '.join(names) if isinstance(names, (list, tuple)) else names or 'without names'}: the weights before it are in {where}; look at these items, or lower lr or set precision=no")
+    raise InputError(
+        f"loss {loss.item()} at step {step + 1}, batch {', '.join(names) if isinstance(names, (list, tuple)) else names or 'without names'}: the weights before it are in {where}; look at these items, or lower lr or set precision=no"
+    )
 
 # %% ../../nbs/api/train/loop.ipynb #bf212b7e
 def check_finite_gradient(
-    norm:Tensor,   # scalar, of all gradients, before clipping
-    step:int,      # optimiser steps done
-    scaler,        # of fp16, which expects such gradients and leaves the step out; or None
-    save:Callable, # keeps the state
-)->Tensor:         # likewise
+    norm: Tensor,  # scalar, of all gradients, before clipping
+    step: int,  # optimiser steps done
+    scaler,  # of fp16, which expects such gradients and leaves the step out; or None
+    save: Callable,  # keeps the state
+) -> Tensor:  # likewise
     "Stop before a gradient that is not finite reaches the weights."
-    if scaler is not None or torch.isfinite(norm): return norm
-    raise InputError(f"gradient {norm.item()} at step {step + 1} while the loss is finite: the weights before it are in {save()}; lower lr, or set precision=no")
+    if scaler is not None or torch.isfinite(norm):
+        return norm
+    raise InputError(
+        f"gradient {norm.item()} at step {step + 1} while the loss is finite: the weights before it are in {save()}; lower lr, or set precision=no"
+    )
 
 # %% ../../nbs/api/train/loop.ipynb #dc084df8
 @dataclass
 class Position:
     "Where a training is."
-    epoch:int=0         # epochs done
-    batch:int=0         # batches done in this epoch
-    step:int=0          # optimiser steps done
-    best:float=None     # of the monitored value
-    waited:int=0        # validations since the best one
-    lines:int=0         # of the log
-    seconds:float=0.    # of training so far
-    stopped:str=""      # why it ended; empty while it goes on
+
+    epoch: int = 0  # epochs done
+    batch: int = 0  # batches done in this epoch
+    step: int = 0  # optimiser steps done
+    best: float = None  # of the monitored value
+    waited: int = 0  # validations since the best one
+    lines: int = 0  # of the log
+    seconds: float = 0.0  # of training so far
+    stopped: str = ""  # why it ended; empty while it goes on
 
 # %% ../../nbs/api/train/loop.ipynb #0a6bd023
 def rewind_log(
-    path:Path,  # log.jsonl
-    lines:int,  # to keep
+    path: Path,  # log.jsonl
+    lines: int,  # to keep
 ):
     "Cut a log back to its first lines."
-    if not path.exists(): return
+    if not path.exists():
+        return
     kept = path.read_bytes().splitlines(keepends=True)[:lines]
     new = path.with_name(f".{path.name}.new")
     new.write_bytes(b"".join(kept))
@@ -352,125 +444,179 @@ def rewind_log(
 
 # %% ../../nbs/api/train/loop.ipynb #4f1db62f
 def save_divided(
-    path:Path,        # of the checkpoint
-    accelerator:Accelerator,
-    engine,           # of DeepSpeed
-    names:list,       # what belongs into a checkpoint
-    state:dict,       # numbers and texts
-    whole:bool,       # with the optimiser
-    writes:bool,      # True in the first process
-)->dict:              # all weights by name; under stage 3 in the first process only
+    path: Path,  # of the checkpoint
+    accelerator: Accelerator,
+    engine,  # of DeepSpeed
+    names: list,  # what belongs into a checkpoint
+    state: dict,  # numbers and texts
+    whole: bool,  # with the optimiser
+    writes: bool,  # True in the first process
+) -> dict:  # all weights by name; under stage 3 in the first process only
     "Write a checkpoint of a training that is divided over processes."
     weights = accelerator.get_state_dict(engine)
     with new_checkpoint(path, writes) as new:
         if writes:
-            save_file({k: weights[k].detach().cpu().contiguous() for k in names}, new/"model.safetensors")
-            (new/"state.json").write_text(json.dumps(state))
-        if whole: save_shards(engine, new)
+            save_file({k: weights[k].detach().cpu().contiguous() for k in names}, new / "model.safetensors")
+            (new / "state.json").write_text(json.dumps(state))
+        if whole:
+            save_shards(engine, new)
     wait_for_all()
     return weights
 
 # %% ../../nbs/api/train/loop.ipynb #006d98ea
 def _tensorboard(folder):
     "A writer of TensorBoard events."
-    try: from torch.utils.tensorboard import SummaryWriter
-    except ImportError: raise ImportError("tracker=tensorboard needs tensorboard; install the extra: pip install 'dinolab[tensorboard]'") from None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ImportError(
+            "tracker=tensorboard needs tensorboard; install the extra: pip install 'dinolab[tensorboard]'"
+        ) from None
     return SummaryWriter(str(folder))
+
 
 class TrainLog:
     "Log of one training: in its run, or in memory."
-    def __init__(self,
-        run,               # Run or None
-        tracker:str="",    # tensorboard, or none
-        writes:bool=True,  # whether this process writes
+
+    def __init__(
+        self,
+        run,  # Run or None
+        tracker: str = "",  # tensorboard, or none
+        writes: bool = True,  # whether this process writes
     ):
         self.run, self.writes, self.lines, self.board = run, writes, [], None
-        if run is not None and tracker and writes: self.board = _tensorboard(run.path/"tensorboard")
+        if run is not None and tracker and writes:
+            self.board = _tensorboard(run.path / "tensorboard")
 
-    def log(self, at:Position, **values):
+    def log(self, at: Position, **values):
         "One line, with epoch and step."
-        if not self.writes: return
+        if not self.writes:
+            return
         line = dict(epoch=at.epoch, step=at.step, **values)
         at.lines += 1
-        if self.run is None: self.lines.append(line)
-        else: self.run.log(**line)
+        if self.run is None:
+            self.lines.append(line)
+        else:
+            self.run.log(**line)
         if self.board:
             for k, v in values.items():
-                if v is not None: self.board.add_scalar(k, v, at.step)
+                if v is not None:
+                    self.board.add_scalar(k, v, at.step)
 
-    def rewind(self, lines:int):
+    def rewind(self, lines: int):
         "Cut the log of the run back to its first lines."
-        if self.writes: rewind_log(self.run.path/"log.jsonl", lines)
+        if self.writes:
+            rewind_log(self.run.path / "log.jsonl", lines)
 
-    def history(self)->list:
+    def history(self) -> list:
         "All lines of the log."
         return self.lines if self.run is None else self.run.history()
 
 # %% ../../nbs/api/train/loop.ipynb #41c8f562
-FREE = ("workers", "log_every", "device", "tracker", "max_seconds", "compile", "save_every")  # may change when a run goes on
+FREE = (
+    "workers",
+    "log_every",
+    "device",
+    "tracker",
+    "max_seconds",
+    "compile",
+    "save_every",
+)  # may change when a run goes on
+
 
 def training_facts(
-    model:nn.Module,  # unwrapped
-    args:TrainArgs,   # settings
-    facts:dict,       # others: world, length of the data set
-)->dict:              # name -> value
+    model: nn.Module,  # unwrapped
+    args: TrainArgs,  # settings
+    facts: dict,  # others: world, length of the data set
+) -> dict:  # name -> value
     "What must be the same when a run goes on."
-    return dict(facts, **{k: v for k, v in asdict(args).items() if k not in FREE}, parameters=settings_hash({n: list(p.shape) for n, p in model.named_parameters()}, 12))
+    return dict(
+        facts,
+        **{k: v for k, v in asdict(args).items() if k not in FREE},
+        parameters=settings_hash({n: list(p.shape) for n, p in model.named_parameters()}, 12),
+    )
+
 
 def check_facts(
-    path,        # of the run, for the error
-    there:dict,  # of the checkpoint
-    now:dict,    # of this training
+    path,  # of the run, for the error
+    there: dict,  # of the checkpoint
+    now: dict,  # of this training
 ):
     "Raise `InputError` unless a run goes on as it was begun."
     if wrong := [f"{k} ({there.get(k)} there, {v} now)" for k, v in now.items() if there.get(k) != v]:
-        raise InputError(f"{path} was begun with other settings: {'; '.join(wrong[:3])}; give a new run, or the same settings")
+        raise InputError(
+            f"{path} was begun with other settings: {'; '.join(wrong[:3])}; give a new run, or the same settings"
+        )
 
 # %% ../../nbs/api/train/loop.ipynb #8fcf7357
 class Saver(TrainLog):
     "Log of one training, and how its checkpoints are written."
-    def __init__(self,
-        run,              # Run or None
-        model:nn.Module,  # unwrapped
-        optimiser,        # torch optimiser
-        args:TrainArgs,   # settings
-        facts:dict,       # what must be the same when the run goes on: world, length of the data set
-        ema:Average=None, # averaged weights
-        writes:bool=True, # whether this process writes
-        saved:Callable=None,  # called after a checkpoint was written, in that process, with its name, the position, and all weights
+
+    def __init__(
+        self,
+        run,  # Run or None
+        model: nn.Module,  # unwrapped
+        optimiser,  # torch optimiser
+        args: TrainArgs,  # settings
+        facts: dict,  # what must be the same when the run goes on: world, length of the data set
+        ema: Average = None,  # averaged weights
+        writes: bool = True,  # whether this process writes
+        saved: Callable = None,  # called after a checkpoint was written, in that process, with its name, the position, and all weights
     ):
         super().__init__(run, args.tracker, writes)
         self.model, self.optimiser, self.args, self.ema, self.saved = model, optimiser, args, ema, saved
-        self.facts, self.names, self.scaler, self.divided = training_facts(model, args, facts), trained_names(model), None, None
+        self.facts, self.names, self.scaler, self.divided = (
+            training_facts(model, args, facts),
+            trained_names(model),
+            None,
+            None,
+        )
 
     @property
-    def folder(self)->Path: "Where checkpoints are written."; return self.run.path/"checkpoints"
+    def folder(self) -> Path:
+        "Where checkpoints are written."
+        return self.run.path / "checkpoints"
 
-    def save(self, at:Position, name:str="last")->Path:
+    def save(self, at: Position, name: str = "last") -> Path:
         "Write a checkpoint; best keeps only the weights that were validated."
-        if self.run is None: return None
+        if self.run is None:
+            return None
         whole, state = name != "best", dict(asdict(at), facts=self.facts)
         if self.divided:
-            weights = save_divided(self.folder/name, *self.divided, self.names, state, whole, self.writes)
-            if self.saved and self.writes: self.saved(name, at, weights)
+            weights = save_divided(self.folder / name, *self.divided, self.names, state, whole, self.writes)
+            if self.saved and self.writes:
+                self.saved(name, at, weights)
         elif self.writes:
             model = self.model if whole or self.ema is None else self.ema.model
-            optimiser = dict(optimizer=self.optimiser.state_dict(), scaler=self.scaler.state_dict() if self.scaler else {}) if whole else None
-            save_checkpoint(self.folder/name, model, state, optimiser, self.ema.model if whole and self.ema else None)
-            if self.saved: self.saved(name, at, (self.ema.model if self.ema else self.model).state_dict())
-        return self.folder/name
+            optimiser = (
+                dict(
+                    optimizer=self.optimiser.state_dict(),
+                    scaler=self.scaler.state_dict() if self.scaler else {},
+                )
+                if whole
+                else None
+            )
+            save_checkpoint(
+                self.folder / name, model, state, optimiser, self.ema.model if whole and self.ema else None
+            )
+            if self.saved:
+                self.saved(name, at, (self.ema.model if self.ema else self.model).state_dict())
+        return self.folder / name
 
 # %% ../../nbs/api/train/loop.ipynb #a4ea73c4
 class Keeper(Saver):
     "Checkpoints and log of one training."
+
     saved_scaler = None  # state of the scaler of fp16, for when there is one
 
-    def restore(self)->Position:
+    def restore(self) -> Position:
         "Where the run left off: weights, optimiser and averages are loaded, the log is cut back."
-        if self.run is None: return Position()
+        if self.run is None:
+            return Position()
         if self.writes:
-            for name in ("best", "last"): recover(self.folder/name)
-        path = self.folder/"last"
+            for name in ("best", "last"):
+                recover(self.folder / name)
+        path = self.folder / "last"
         if not path.exists():
             self.rewind(0)
             return Position()
@@ -479,88 +625,119 @@ class Keeper(Saver):
         self._load(path)
         at = Position(**{f.name: state[f.name] for f in fields(Position)})
         self.rewind(at.lines)
-        if at.stopped == "max_seconds": at.stopped = ""
+        if at.stopped == "max_seconds":
+            at.stopped = ""
         return at
 
     def _load(self, path):
         "Weights, averages and optimiser of a checkpoint."
-        load_weights(path/"model.safetensors", self.model)
-        if self.ema: load_weights(path/"ema.safetensors", self.ema.model, trained_names(self.model))
+        load_weights(path / "model.safetensors", self.model)
+        if self.ema:
+            load_weights(path / "ema.safetensors", self.ema.model, trained_names(self.model))
         if not self.args.zero:
-            saved = torch.load(path/"optimizer.pt", map_location="cpu", weights_only=True)
+            saved = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
             self.optimiser.load_state_dict(saved["optimizer"])
             self.saved_scaler = saved["scaler"]
 
 # %% ../../nbs/api/train/loop.ipynb #4cd1b8a1
 def seed_devices(
-    seed:int,  # 0 to 2^63 - 1
+    seed: int,  # 0 to 2^63 - 1
 ):
     "Seed the generators of CPU and GPUs; `torch.manual_seed` also notes the call stack each time, a millisecond."
     torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_available(): torch.cuda.manual_seed_all(seed)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(seed)
 
 # %% ../../nbs/api/train/loop.ipynb #3930885a
 def make_accelerator(
-    args:TrainArgs,  # device and precision
-)->Accelerator:
+    args: TrainArgs,  # device and precision
+) -> Accelerator:
     "Devices and processes as they are found, precision as it was asked for."
-    if launched()[1] == 1: AcceleratorState._reset_state(reset_partial_state=True)  # a second training in this process may differ
+    if launched()[1] == 1:
+        AcceleratorState._reset_state(
+            reset_partial_state=True
+        )  # a second training in this process may differ
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if device not in ("cpu", "cuda") or device == "cuda" and not torch.cuda.is_available(): raise InputError(f"device {args.device!r}: expected auto, cpu, or cuda where there is a GPU")
-    half = args.precision if args.precision != "auto" else "bf16" if device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    if not args.zero: return Accelerator(mixed_precision=half, cpu=device == "cpu")
+    if device not in ("cpu", "cuda") or device == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {args.device!r}: expected auto, cpu, or cuda where there is a GPU")
+    half = (
+        args.precision
+        if args.precision != "auto"
+        else "bf16"
+        if device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        else "no"
+    )
+    if not args.zero:
+        return Accelerator(mixed_precision=half, cpu=device == "cpu")
     need_deepspeed(device)
     config = zero_config(args.zero, args.batch_size, launched()[1], args.clip, half)
     return Accelerator(mixed_precision="no", deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
 
 # %% ../../nbs/api/train/loop.ipynb #28477ef5
 def accumulate(
-    net:nn.Module,     # as prepared
-    step:Callable,     # of the task
-    batches:Iterator,  # of the loader
-    count:int,         # batches in this optimiser step
-    accelerator:Accelerator,
-    at:Position,       # optimiser steps done
-    total:int,         # of the whole training
-    seed:int,          # of the run
-    save:Callable,     # keeps the state when a loss is not finite
-)->dict:               # sums of loss and logs, tensors
+    net: nn.Module,  # as prepared
+    step: Callable,  # of the task
+    batches: Iterator,  # of the loader
+    count: int,  # batches in this optimiser step
+    accelerator: Accelerator,
+    at: Position,  # optimiser steps done
+    total: int,  # of the whole training
+    seed: int,  # of the run
+    save: Callable,  # keeps the state when a loss is not finite
+) -> dict:  # sums of loss and logs, tensors
     "Gradients of one optimiser step."
     sums = {}
     for i in range(count):
         batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
-        if isinstance(batch, dict): batch["progress"] = at.step / total
+        if isinstance(batch, dict):
+            batch["progress"] = at.step / total
         seed_devices(key_seed(seed, "step", at.step, i, place()[0]))
         with nullcontext() if i == count - 1 else accelerator.no_sync(net):
-            with accelerator.autocast(): loss, logs = step(net, batch)
+            with accelerator.autocast():
+                loss, logs = step(net, batch)
             check_finite_loss(loss.detach(), batch, at.step, save)
             accelerator.backward(loss / count)
-        for k, v in dict(loss=loss, **logs).items(): sums[k] = sums.get(k, 0.) + (v.detach().float() if isinstance(v, Tensor) else v) / count
+        for k, v in dict(loss=loss, **logs).items():
+            sums[k] = sums.get(k, 0.0) + (v.detach().float() if isinstance(v, Tensor) else v) / count
     return sums
 
 # %% ../../nbs/api/train/loop.ipynb #72efa756
 def _update(keeper, net, prepared, step, batches, count, accelerator, at, total):
     "One optimiser step; returns means of the loss and the logs, and the norm of the gradient."
     args, save = keeper.args, lambda: keeper.save(at, "nan")
-    for g in keeper.optimiser.param_groups: g["lr"] = args.lr * g["lr_scale"] * lr_factor(at.step, total, args.warmup, args.schedule)
+    for g in keeper.optimiser.param_groups:
+        g["lr"] = args.lr * g["lr_scale"] * lr_factor(at.step, total, args.warmup, args.schedule)
     sums = accumulate(net, step, batches, count, accelerator, at, total, args.seed, save)
-    if args.clip: sums["grad_norm"] = check_finite_gradient(torch.as_tensor(accelerator.clip_grad_norm_(net.parameters(), args.clip)), at.step, accelerator.scaler, save)
-    prepared.step(); prepared.zero_grad()
+    if args.clip:
+        sums["grad_norm"] = check_finite_gradient(
+            torch.as_tensor(accelerator.clip_grad_norm_(net.parameters(), args.clip)),
+            at.step,
+            accelerator.scaler,
+            save,
+        )
+    prepared.step()
+    prepared.zero_grad()
     return sums
+
 
 def _prepare(keeper, accelerator, at):
     "Network and optimiser as accelerate wraps them, with what could not be loaded before: parts under ZeRO, the scaler of fp16."
     args, model = keeper.args, keeper.model
     net, prepared = accelerator.prepare(torch.compile(model) if args.compile else model, keeper.optimiser)
     keeper.scaler, keeper.divided = accelerator.scaler, (accelerator, net) if args.zero else None
-    if args.zero and at.step: load_shards(net, keeper.folder/"last")
-    if keeper.scaler and keeper.saved_scaler: keeper.scaler.load_state_dict(keeper.saved_scaler)
+    if args.zero and at.step:
+        load_shards(net, keeper.folder / "last")
+    if keeper.scaler and keeper.saved_scaler:
+        keeper.scaler.load_state_dict(keeper.saved_scaler)
     return net, prepared
 
 # %% ../../nbs/api/train/loop.ipynb #daa590ad
 def _report(keeper, at, window, optimiser):
     "Log the means since the last line; returns what the bar shows."
-    means = {k: float(torch.stack([torch.as_tensor(v, dtype=torch.float32) for v in values]).mean()) for k, values in window.items()}
+    means = {
+        k: float(torch.stack([torch.as_tensor(v, dtype=torch.float32) for v in values]).mean())
+        for k, values in window.items()
+    }
     window.clear()
     keeper.log(at, **means, lr=optimiser.param_groups[0]["lr"])
     return f"loss {means['loss']:.4g}"
@@ -568,114 +745,172 @@ def _report(keeper, at, window, optimiser):
 # %% ../../nbs/api/train/loop.ipynb #d5e3c3f4
 def _look(keeper, at, args, found):
     "Log a validation, keep the best weights, count the validations without improvement."
-    if args.monitor not in found: raise InputError(f"monitor {args.monitor!r}: validation gives {', '.join(found) or 'nothing'}; choose one of these")
+    if args.monitor not in found:
+        raise InputError(
+            f"monitor {args.monitor!r}: validation gives {', '.join(found) or 'nothing'}; choose one of these"
+        )
     value = found[args.monitor]
     keeper.log(at, **{f"valid/{k}": v for k, v in found.items()})
-    if math.isfinite(value) and (at.best is None or (value < at.best if args.mode == "min" else value > at.best)):
+    if math.isfinite(value) and (
+        at.best is None or (value < at.best if args.mode == "min" else value > at.best)
+    ):
         at.best, at.waited = value, 0
         keeper.save(at, "best")
-    else: at.waited += 1
-    if args.patience and at.waited >= args.patience and not at.stopped: at.stopped = "patience"
+    else:
+        at.waited += 1
+    if args.patience and at.waited >= args.patience and not at.stopped:
+        at.stopped = "patience"
 
 # %% ../../nbs/api/train/loop.ipynb #2a47f981
 def _any(yes):
     "Whether any process says yes."
     return bool(sum_over_all(torch.tensor(float(yes))))
 
+
 @contextmanager
 def _loading(at):
     "A worker that dies is reported in one line: torch says so in the middle of whatever runs, or the connection to it breaks."
-    try: yield
+    try:
+        yield
     except (RuntimeError, ConnectionError, EOFError) as e:
-        if isinstance(e, RuntimeError) and "DataLoader worker" not in str(e): raise
-        raise InputError(f"a loading worker died after step {at.step} ({type(e).__name__}): out of memory? lower workers or batch_size, then run again to go on") from e
+        if isinstance(e, RuntimeError) and "DataLoader worker" not in str(e):
+            raise
+        raise InputError(
+            f"a loading worker died after step {at.step} ({type(e).__name__}): out of memory? lower workers or batch_size, then run again to go on"
+        ) from e
 
 # %% ../../nbs/api/train/loop.ipynb #8bd73e04
 @dataclass
 class Fit:
     "What a training has come to."
-    model:nn.Module    # with the weights of the last step
-    history:list       # lines of the log
-    step:int           # optimiser steps done
-    best:float         # of the monitored value; None without validation
-    seconds:float      # of training, over all its starts
-    stopped:str        # done, patience or max_seconds
+
+    model: nn.Module  # with the weights of the last step
+    history: list  # lines of the log
+    step: int  # optimiser steps done
+    best: float  # of the monitored value; None without validation
+    seconds: float  # of training, over all its starts
+    stopped: str  # done, patience or max_seconds
 
 # %% ../../nbs/api/train/loop.ipynb #60525a18
 def fit(
-    model:nn.Module,      # changed in place
-    step:Callable,        # (model, batch) -> (loss, dict of numbers); a dict batch also holds progress, 0..1
-    train,                # data set: len, and item(index, seed) or [index]
-    valid=None,           # data set, or callable: model -> dict of numbers
-    args:TrainArgs=TrainArgs(),  # settings
-    run:Run=None,         # where checkpoints and log go; a run that has checkpoints goes on
-    scales:dict=None,     # parameter name -> factor of the learning rate
-    saved:Callable=None,  # called in the first process after a checkpoint was written: (last or best, Position, all weights by name)
-)->Fit:
+    model: nn.Module,  # changed in place
+    step: Callable,  # (model, batch) -> (loss, dict of numbers); a dict batch also holds progress, 0..1
+    train,  # data set: len, and item(index, seed) or [index]
+    valid=None,  # data set, or callable: model -> dict of numbers
+    args: TrainArgs = TrainArgs(),  # settings
+    run: Run = None,  # where checkpoints and log go; a run that has checkpoints goes on
+    scales: dict = None,  # parameter name -> factor of the learning rate
+    saved: Callable = None,  # called in the first process after a checkpoint was written: (last or best, Position, all weights by name)
+) -> Fit:
     "Train a model; a run that was killed goes on from its last checkpoint and ends with the same bytes."
     accelerator = make_accelerator(args)
     rank, world = place()
     per_epoch = batches_per_epoch(len(train), args.batch_size, world)
     total = args.max_steps or args.epochs * -(-per_epoch // args.accumulate)
-    model.to(accelerator.device, memory_format=torch.contiguous_format if args.zero else torch.preserve_format)  # DeepSpeed sends weights as bytes in a row
+    model.to(
+        accelerator.device, memory_format=torch.contiguous_format if args.zero else torch.preserve_format
+    )  # DeepSpeed sends weights as bytes in a row
     optimiser = torch.optim.AdamW(parameter_groups(model, args.weight_decay, scales), lr=args.lr)
     ema = Average(model, args.ema) if args.ema else None
     keeper = Keeper(run, model, optimiser, args, dict(world=world, items=len(train)), ema, rank == 0, saved)
     at = keeper.restore()
-    if at.stopped or at.step >= total: return Fit(model, keeper.history(), at.step, at.best, at.seconds, at.stopped or "done")
+    if at.stopped or at.step >= total:
+        return Fit(model, keeper.history(), at.step, at.best, at.seconds, at.stopped or "done")
     net, prepared = _prepare(keeper, accelerator, at)
-    loader = keyed_loader(train, args, args.epochs if not args.max_steps else total, (at.epoch, at.batch), rank, world, accelerator.device.type == "cuda")
+    loader = keyed_loader(
+        train,
+        args,
+        args.epochs if not args.max_steps else total,
+        (at.epoch, at.batch),
+        rank,
+        world,
+        accelerator.device.type == "cuda",
+    )
     batches, window, clock = iter(loader), {}, time.perf_counter() - at.seconds
     net.train()
-    with progress(total=total, initial=at.step, desc="train", unit="step", quiet=rank > 0) as bar, _loading(at):
+    with (
+        progress(total=total, initial=at.step, desc="train", unit="step", quiet=rank > 0) as bar,
+        _loading(at),
+    ):
         while not at.stopped:
             count = min(args.accumulate, per_epoch - at.batch)
             sums = _update(keeper, net, prepared, step, batches, count, accelerator, at, total)
             at.step, at.batch, at.seconds = at.step + 1, at.batch + count, time.perf_counter() - clock
-            if ema: ema.update(model, at.step)
-            for k, v in sums.items(): window.setdefault(k, []).append(v)
+            if ema:
+                ema.update(model, at.step)
+            for k, v in sums.items():
+                window.setdefault(k, []).append(v)
             end = at.batch == per_epoch
-            if end: at.epoch, at.batch = at.epoch + 1, 0
-            if at.step >= total: at.stopped = "done"
-            elif args.max_seconds and _any(at.seconds >= args.max_seconds): at.stopped = "max_seconds"
+            if end:
+                at.epoch, at.batch = at.epoch + 1, 0
+            if at.step >= total:
+                at.stopped = "done"
+            elif args.max_seconds and _any(at.seconds >= args.max_seconds):
+                at.stopped = "max_seconds"
             save = end or at.stopped or args.save_every and at.step % args.save_every == 0
-            if save or at.step % args.log_every == 0: bar.set_postfix_str(_report(keeper, at, window, optimiser))
+            if save or at.step % args.log_every == 0:
+                bar.set_postfix_str(_report(keeper, at, window, optimiser))
             bar.update()
-            if valid is not None and (at.stopped or end and at.epoch % args.valid_every == 0): _look(keeper, at, args, validate(ema.model if ema else net, step, valid, accelerator, args.batch_size))
-            if save: keeper.save(at)
-            if save: wait_for_all()
-    if keeper.board: keeper.board.close()
+            if valid is not None and (at.stopped or end and at.epoch % args.valid_every == 0):
+                _look(
+                    keeper,
+                    at,
+                    args,
+                    validate(ema.model if ema else net, step, valid, accelerator, args.batch_size),
+                )
+            if save:
+                keeper.save(at)
+            if save:
+                wait_for_all()
+    if keeper.board:
+        keeper.board.close()
     return Fit(model, keeper.history(), at.step, at.best, at.seconds, at.stopped)
 
 # %% ../../nbs/api/train/loop.ipynb #5312e279
 def training_curves(
-    history:list,  # lines of the log
-):                 # figure
+    history: list,  # lines of the log
+):  # figure
     "Loss, validation values and learning rate over optimiser steps."
-    names = [k for k in dict.fromkeys(k for line in history for k in line) if k not in ("epoch", "step", "seconds", "grad_norm", "lr") and any(isinstance(line.get(k), (int, float)) for line in history)]
-    panels = [["loss", "valid/loss"] if "valid/loss" in names else ["loss"], *[[n] for n in names if n not in ("loss", "valid/loss")][:4], ["lr"]]
+    names = [
+        k
+        for k in dict.fromkeys(k for line in history for k in line)
+        if k not in ("epoch", "step", "seconds", "grad_norm", "lr")
+        and any(isinstance(line.get(k), (int, float)) for line in history)
+    ]
+    panels = [
+        ["loss", "valid/loss"] if "valid/loss" in names else ["loss"],
+        *[[n] for n in names if n not in ("loss", "valid/loss")][:4],
+        ["lr"],
+    ]
     fig = new_figure(2.9 * len(panels), 2.3)
     for ax, group in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels):
         for name in group:
             points = [(line["step"], line[name]) for line in history if line.get(name) is not None]
-            if points: ax.plot(*zip(*points), label=name, marker="." if len(points) < 30 else None)
+            if points:
+                ax.plot(*zip(*points), label=name, marker="." if len(points) < 30 else None)
         ax.set_title(", ".join(group) if len(group) == 1 else "loss", fontsize=9)
-        if len(group) > 1: ax.legend(fontsize=7)
-        ax.set_xlabel("optimiser step", fontsize=8); ax.tick_params(labelsize=7)
+        if len(group) > 1:
+            ax.legend(fontsize=7)
+        ax.set_xlabel("optimiser step", fontsize=8)
+        ax.tick_params(labelsize=7)
     fig.set_layout_engine("tight")
     return fig
 
 # %% ../../nbs/api/train/loop.ipynb #dc61037e
 def fit_run(
-    run:Run,         # new, or one to go on with; done afterwards, or failed
-    *args,           # of fit: model, step, train, valid, args
-    metrics:Mapping=None, # further numbers for metrics.json
-    **options,       # of fit: scales, saved
-)->Fit:
+    run: Run,  # new, or one to go on with; done afterwards, or failed
+    *args,  # of fit: model, step, train, valid, args
+    metrics: Mapping = None,  # further numbers for metrics.json
+    **options,  # of fit: scales, saved
+) -> Fit:
     "Train a model, and finish the run."
-    if launched()[0] > 0: return fit(*args, run=run, **options)
+    if launched()[0] > 0:
+        return fit(*args, run=run, **options)
     with run:
         done = fit(*args, run=run, **options)
         run.figure(training_curves(done.history), "curves")
-        run.metrics({"train/seconds": done.seconds, "train/steps": done.step, "valid/best": done.best} | dict(metrics or {}))
+        run.metrics(
+            {"train/seconds": done.seconds, "train/steps": done.step, "valid/best": done.best}
+            | dict(metrics or {})
+        )
     return done

@@ -21,27 +21,42 @@ from ..core.errors import InputError, pick
 
 # %% ../../nbs/api/train/losses.ipynb #b73e6c95
 def check_target(
-    logits:Tensor,     # b n *s
-    target:Tensor,     # b *s, integers
-    mask:Tensor=None,  # b *s, boolean; None: all
-)->Tensor:             # b *s, boolean
+    logits: Tensor,  # b n *s
+    target: Tensor,  # b *s, integers
+    mask: Tensor = None,  # b *s, boolean; None: all
+) -> Tensor:  # b *s, boolean
     "The mask, after shapes, label values and the mask itself were checked."
-    if logits.shape[0] != target.shape[0] or logits.shape[2:] != target.shape[1:]: raise InputError(f"logits {tuple(logits.shape)}, labels {tuple(target.shape)}: expected b n *s and b *s")
+    if logits.shape[0] != target.shape[0] or logits.shape[2:] != target.shape[1:]:
+        raise InputError(
+            f"logits {tuple(logits.shape)}, labels {tuple(target.shape)}: expected b n *s and b *s"
+        )
     whole, classes = mask is None, max(2, logits.shape[1])
     mask = target.new_ones((), dtype=torch.bool).expand(target.shape) if whole else mask.bool()
-    if mask.shape != target.shape: raise InputError(f"mask {tuple(mask.shape)}, labels {tuple(target.shape)}: expected the same shape")
-    low, high, some = torch.stack([*(target if whole else torch.where(mask, target, 0)).aminmax(), mask.any().to(target.dtype)]).tolist()
-    if not some: raise InputError("the mask is empty: expected at least one labelled voxel; draw crops with a minimum of them")
-    if low < 0 or high >= classes: raise InputError(f"labels from {low} to {high}, {classes} classes: expected 0 to {classes - 1}; mask the others")
+    if mask.shape != target.shape:
+        raise InputError(f"mask {tuple(mask.shape)}, labels {tuple(target.shape)}: expected the same shape")
+    low, high, some = torch.stack(
+        [*(target if whole else torch.where(mask, target, 0)).aminmax(), mask.any().to(target.dtype)]
+    ).tolist()
+    if not some:
+        raise InputError(
+            "the mask is empty: expected at least one labelled voxel; draw crops with a minimum of them"
+        )
+    if low < 0 or high >= classes:
+        raise InputError(
+            f"labels from {low} to {high}, {classes} classes: expected 0 to {classes - 1}; mask the others"
+        )
     return mask
 
 # %% ../../nbs/api/train/losses.ipynb #84af2a02
 def _prepare(logits, target, mask):
     "Logits of all classes, labels, and the mask or None; logits and labels are 0 where it is off."
     on, x = check_target(logits, target, mask), logits.float()
-    if x.shape[1] == 1: x = torch.cat([torch.zeros_like(x), x], 1)  # softmax of (0, x) is the sigmoid of x
-    if mask is None: return x, target.long(), None
+    if x.shape[1] == 1:
+        x = torch.cat([torch.zeros_like(x), x], 1)  # softmax of (0, x) is the sigmoid of x
+    if mask is None:
+        return x, target.long(), None
     return torch.where(on[:, None], x, 0), torch.where(on, target, 0).long(), on
+
 
 def _on(weight, x):
     "Class weights beside `x`."
@@ -49,125 +64,151 @@ def _on(weight, x):
 
 # %% ../../nbs/api/train/losses.ipynb #0550f338
 def cross_entropy(
-    logits:Tensor,          # b n *s
-    target:Tensor,          # b *s
-    mask:Tensor=None,       # b *s
-    weight=None,            # per class
+    logits: Tensor,  # b n *s
+    target: Tensor,  # b *s
+    mask: Tensor = None,  # b *s
+    weight=None,  # per class
     *,
-    label_smoothing:float=0.,   # share of the label given to all classes
-    voxel_weight:Tensor=None,   # b *s, as from boundary_weight
-)->Tensor:                  # scalar
+    label_smoothing: float = 0.0,  # share of the label given to all classes
+    voxel_weight: Tensor = None,  # b *s, as from boundary_weight
+) -> Tensor:  # scalar
     "Mean cross-entropy over the labelled voxels."
     x, y, on = _prepare(logits, target, mask)
     weight = _on(weight, x)
-    if voxel_weight is None: return F.cross_entropy(x, y if on is None else torch.where(on, y, -100), weight, label_smoothing=label_smoothing)  # -100 is left out
+    if voxel_weight is None:
+        return F.cross_entropy(
+            x, y if on is None else torch.where(on, y, -100), weight, label_smoothing=label_smoothing
+        )  # -100 is left out
     each = voxel_weight.float() * (1 if weight is None else weight[y])
-    if on is not None: each = torch.where(on, each, 0)
-    return (each * F.cross_entropy(x, y, label_smoothing=label_smoothing, reduction="none")).sum() / each.sum().clamp_min(1e-12)
+    if on is not None:
+        each = torch.where(on, each, 0)
+    return (
+        each * F.cross_entropy(x, y, label_smoothing=label_smoothing, reduction="none")
+    ).sum() / each.sum().clamp_min(1e-12)
 
 # %% ../../nbs/api/train/losses.ipynb #912f20ea
 def tversky_loss(
-    logits:Tensor,       # b n *s
-    target:Tensor,       # b *s
-    mask:Tensor=None,    # b *s
-    weight=None,         # per class, in the mean over classes
+    logits: Tensor,  # b n *s
+    target: Tensor,  # b *s
+    mask: Tensor = None,  # b *s
+    weight=None,  # per class, in the mean over classes
     *,
-    alpha:float=0.3,     # weight of false positives
-    beta:float=0.7,      # weight of false negatives
-    smooth:float=1e-5,   # added to both sides of the fraction, relative to one voxel
-    gamma:float=1.,      # exponent of 1 - index; > 1 turns to the classes that are worst
-)->Tensor:               # scalar in 0..1
+    alpha: float = 0.3,  # weight of false positives
+    beta: float = 0.7,  # weight of false negatives
+    smooth: float = 1e-5,  # added to both sides of the fraction, relative to one voxel
+    gamma: float = 1.0,  # exponent of 1 - index; > 1 turns to the classes that are worst
+) -> Tensor:  # scalar in 0..1
     "One minus the Tversky index, averaged over the classes that occur; for one channel over class 1 alone."
     x, y, on = _prepare(logits, target, mask)
     p, t = x.softmax(1), y[:, None] == torch.arange(x.shape[1], device=x.device).view(-1, *[1] * (y.ndim - 1))
-    if on is not None: p, t = p * on[:, None], t & on[:, None]
+    if on is not None:
+        p, t = p * on[:, None], t & on[:, None]
     hit, guessed, true = (v.transpose(0, 1).flatten(1).sum(1) for v in (p * t, p, t))
     index = (hit + smooth) / (hit + alpha * (guessed - hit) + beta * (true - hit) + smooth)
     weight = _on(weight, x)
     share = (true > 0).float() * (1 if weight is None else weight)
-    if logits.shape[1] == 1: share = share.new_tensor([0., 1.])  # of the two classes only one has a channel
+    if logits.shape[1] == 1:
+        share = share.new_tensor([0.0, 1.0])  # of the two classes only one has a channel
     return ((1 - index).clamp_min(0) ** gamma * share).sum() / share.sum().clamp_min(1e-12)
 
+
 def dice_loss(
-    logits:Tensor,       # b n *s
-    target:Tensor,       # b *s
-    mask:Tensor=None,    # b *s
-    weight=None,         # per class, in the mean over classes
+    logits: Tensor,  # b n *s
+    target: Tensor,  # b *s
+    mask: Tensor = None,  # b *s
+    weight=None,  # per class, in the mean over classes
     *,
-    smooth:float=1e-5,   # relative to one voxel
-)->Tensor:               # scalar in 0..1
+    smooth: float = 1e-5,  # relative to one voxel
+) -> Tensor:  # scalar in 0..1
     "Soft Dice loss (Milletari et al. 2016, without squares), averaged over the classes that occur."
     return tversky_loss(logits, target, mask, weight, alpha=0.5, beta=0.5, smooth=smooth)
 
 # %% ../../nbs/api/train/losses.ipynb #65e485a5
 def focal_loss(
-    logits:Tensor,     # b n *s
-    target:Tensor,     # b *s
-    mask:Tensor=None,  # b *s
-    weight=None,       # per class (the α of the paper)
+    logits: Tensor,  # b n *s
+    target: Tensor,  # b *s
+    mask: Tensor = None,  # b *s
+    weight=None,  # per class (the α of the paper)
     *,
-    gamma:float=2.,    # 0 is the cross-entropy
-)->Tensor:             # scalar
+    gamma: float = 2.0,  # 0 is the cross-entropy
+) -> Tensor:  # scalar
     "Mean over the labelled voxels of w (1 - p)^γ (-log p), divided by the mean weight."
     x, y, on = _prepare(logits, target, mask)
     minus_log_p, weight = F.cross_entropy(x, y, reduction="none"), _on(weight, x)
     each = torch.ones_like(minus_log_p) if weight is None else weight[y]
-    if on is not None: each = torch.where(on, each, 0)
-    return (each * (1 - (-minus_log_p).exp()).clamp_min(0) ** gamma * minus_log_p).sum() / each.sum().clamp_min(1e-12)
+    if on is not None:
+        each = torch.where(on, each, 0)
+    return (
+        each * (1 - (-minus_log_p).exp()).clamp_min(0) ** gamma * minus_log_p
+    ).sum() / each.sum().clamp_min(1e-12)
 
 # %% ../../nbs/api/train/losses.ipynb #ddf8e68b
 def boundary_weight(
-    labels,               # z y x or y x, integers
-    voxel_size=1.,        # nm per axis, or one number
-    sigma:float=20.,      # nm, reach of the weight
-    height:float=4.,      # weight on a border above that elsewhere
-)->np.ndarray:            # as in labels, float32, 1 to 1 + height
+    labels,  # z y x or y x, integers
+    voxel_size=1.0,  # nm per axis, or one number
+    sigma: float = 20.0,  # nm, reach of the weight
+    height: float = 4.0,  # weight on a border above that elsewhere
+) -> np.ndarray:  # as in labels, float32, 1 to 1 + height
     "Weight of each voxel by its distance from the nearest change of label."
     labels = np.asarray(labels)
     size = np.broadcast_to(np.asarray(voxel_size, float), labels.ndim)
-    if sigma <= 0: raise InputError(f"sigma {sigma} nm: expected a positive length")
+    if sigma <= 0:
+        raise InputError(f"sigma {sigma} nm: expected a positive length")
     border = np.zeros(labels.shape, bool)
     for a in range(labels.ndim):
         change = np.diff(labels, axis=a) != 0
-        border |= np.pad(change, [(0, int(b == a)) for b in range(labels.ndim)]) | np.pad(change, [(int(b == a), 0) for b in range(labels.ndim)])
-    if not border.any(): return np.ones(labels.shape, np.float32)
-    return (1 + height * np.exp(-0.5 * (distance_transform_edt(~border, sampling=size) / sigma) ** 2)).astype(np.float32)
+        border |= np.pad(change, [(0, int(b == a)) for b in range(labels.ndim)]) | np.pad(
+            change, [(int(b == a), 0) for b in range(labels.ndim)]
+        )
+    if not border.any():
+        return np.ones(labels.shape, np.float32)
+    return (1 + height * np.exp(-0.5 * (distance_transform_edt(~border, sampling=size) / sigma) ** 2)).astype(
+        np.float32
+    )
 
 # %% ../../nbs/api/train/losses.ipynb #914e2162
 def boundary_cross_entropy(
-    logits:Tensor,        # b n *s
-    target:Tensor,        # b *s
-    mask:Tensor=None,     # b *s
-    weight=None,          # per class
+    logits: Tensor,  # b n *s
+    target: Tensor,  # b *s
+    mask: Tensor = None,  # b *s
+    weight=None,  # per class
     *,
-    voxel_size=1.,        # nm per axis, or one number
-    sigma:float=20.,      # nm, reach of the weight
-    height:float=4.,      # of the weight on a border
-    label_smoothing:float=0.,
-)->Tensor:                # scalar
+    voxel_size=1.0,  # nm per axis, or one number
+    sigma: float = 20.0,  # nm, reach of the weight
+    height: float = 4.0,  # of the weight on a border
+    label_smoothing: float = 0.0,
+) -> Tensor:  # scalar
     "Cross-entropy weighted by `boundary_weight`."
     maps = np.stack([boundary_weight(t, voxel_size, sigma, height) for t in target.cpu().numpy()])
-    return cross_entropy(logits, target, mask, weight, label_smoothing=label_smoothing, voxel_weight=torch.from_numpy(maps).to(logits.device))
+    return cross_entropy(
+        logits,
+        target,
+        mask,
+        weight,
+        label_smoothing=label_smoothing,
+        voxel_weight=torch.from_numpy(maps).to(logits.device),
+    )
 
 # %% ../../nbs/api/train/losses.ipynb #70a5455c
 def iou_loss(
-    logits:Tensor,       # b n *s
-    target:Tensor,       # b *s
-    mask:Tensor=None,    # b *s
-    weight=None,         # per class, in the mean over classes
+    logits: Tensor,  # b n *s
+    target: Tensor,  # b *s
+    mask: Tensor = None,  # b *s
+    weight=None,  # per class, in the mean over classes
     *,
-    smooth:float=1e-5,   # relative to one voxel
-)->Tensor:               # scalar in 0..1
+    smooth: float = 1e-5,  # relative to one voxel
+) -> Tensor:  # scalar in 0..1
     "One minus the soft IoU, averaged over the classes that occur."
-    return tversky_loss(logits, target, mask, weight, alpha=1., beta=1., smooth=smooth)
+    return tversky_loss(logits, target, mask, weight, alpha=1.0, beta=1.0, smooth=smooth)
 
 # %% ../../nbs/api/train/losses.ipynb #6aa06685
 SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # weights of the scales in Wang et al. 2003
 
+
 def smooth_window(
-    x:Tensor,       # b n *s
-    window:Tensor,  # k
-)->Tensor:          # b n *s, each side shorter by k - 1
+    x: Tensor,  # b n *s
+    window: Tensor,  # k
+) -> Tensor:  # b n *s, each side shorter by k - 1
     "Weighted mean under a separable window, where it fits."
     conv, n = (F.conv1d, F.conv2d, F.conv3d)[x.ndim - 3], x.shape[1]
     for axis in range(2, x.ndim):
@@ -175,62 +216,84 @@ def smooth_window(
         x = conv(x, window.view(1, 1, *shape).expand(n, 1, *shape), groups=n)
     return x
 
+
 def similarity(
-    x:Tensor,  # b n *s in 0..1
-    y:Tensor,  # likewise
-)->tuple:      # structural similarity, and its contrast and structure term: b n each
+    x: Tensor,  # b n *s in 0..1
+    y: Tensor,  # likewise
+) -> tuple:  # structural similarity, and its contrast and structure term: b n each
     "Means over an image of SSIM (Wang et al. 2004): window of 11, sigma 1.5, or as much of it as fits."
     k = min(11, min(x.shape[2:]) - 1 | 1)
     window = torch.exp(-0.5 * ((torch.arange(k, device=x.device, dtype=x.dtype) - k // 2) / 1.5) ** 2)
     mx, my, xx, yy, xy = (smooth_window(v, window / window.sum()) for v in (x, y, x * x, y * y, x * y))
-    contrast = (2 * (xy - mx * my) + 0.03 ** 2) / (xx - mx ** 2 + yy - my ** 2 + 0.03 ** 2)
-    both = (2 * mx * my + 0.01 ** 2) / (mx ** 2 + my ** 2 + 0.01 ** 2) * contrast
+    contrast = (2 * (xy - mx * my) + 0.03**2) / (xx - mx**2 + yy - my**2 + 0.03**2)
+    both = (2 * mx * my + 0.01**2) / (mx**2 + my**2 + 0.01**2) * contrast
     return both.flatten(2).mean(2), contrast.flatten(2).mean(2)
 
+
 def ms_ssim_loss(
-    logits:Tensor,     # b n *s
-    target:Tensor,     # b *s
-    mask:Tensor=None,  # b *s
-    weight=None,       # per class, in the mean over classes
-)->Tensor:             # scalar in 0..1
+    logits: Tensor,  # b n *s
+    target: Tensor,  # b *s
+    mask: Tensor = None,  # b *s
+    weight=None,  # per class, in the mean over classes
+) -> Tensor:  # scalar in 0..1
     "One minus the multi-scale structural similarity of probabilities and labels."
     mask = check_target(logits, target, mask)[:, None]
     x = torch.cat([torch.zeros_like(logits), logits], 1) if logits.shape[1] == 1 else logits
     x = x.float().softmax(1) * mask
     y = F.one_hot(torch.where(mask[:, 0], target, 0).long(), x.shape[1]).movedim(-1, 1).float() * mask
     scales = next(n for n in (5, 4, 3, 2, 1) if min(x.shape[2:]) >= 11 * 2 ** (n - 1) or n == 1)
-    product, pool = 1., (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[x.ndim - 3]
+    product, pool = 1.0, (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[x.ndim - 3]
     for i, share in enumerate(SCALES[:scales]):
         both, contrast = similarity(x, y)
-        product = product * (both if i == scales - 1 else contrast).clamp_min(1e-4) ** (share / sum(SCALES[:scales]))
+        product = product * (both if i == scales - 1 else contrast).clamp_min(1e-4) ** (
+            share / sum(SCALES[:scales])
+        )
         x, y = pool(x, 2) if i < scales - 1 else x, pool(y, 2) if i < scales - 1 else y
     share = torch.ones_like(product) if weight is None else _on(weight, product).expand_as(product)
     return 1 - (product * share).sum() / share.sum()
 
 # %% ../../nbs/api/train/losses.ipynb #3f76dc3d
-LOSSES = dict(ce=cross_entropy, dice=dice_loss, focal=focal_loss, tversky=tversky_loss, boundary=boundary_cross_entropy, iou=iou_loss, ms_ssim=ms_ssim_loss)
+LOSSES = dict(
+    ce=cross_entropy,
+    dice=dice_loss,
+    focal=focal_loss,
+    tversky=tversky_loss,
+    boundary=boundary_cross_entropy,
+    iou=iou_loss,
+    ms_ssim=ms_ssim_loss,
+)
+
 
 def output_weights(
-    outputs:int,             # of a network with deep supervision
-    side_weight:float=None,  # as in make_loss
-)->list:                     # one number each, the finest first
+    outputs: int,  # of a network with deep supervision
+    side_weight: float = None,  # as in make_loss
+) -> list:  # one number each, the finest first
     "Weights of the outputs."
-    if side_weight is not None: return [1.] + [side_weight / max(1, outputs - 1)] * (outputs - 1)
-    return [2. ** (outputs - 1 - i) / (2 ** outputs - 1) for i in range(outputs)]
+    if side_weight is not None:
+        return [1.0] + [side_weight / max(1, outputs - 1)] * (outputs - 1)
+    return [2.0 ** (outputs - 1 - i) / (2**outputs - 1) for i in range(outputs)]
+
 
 def make_loss(
-    name:str="ce+dice",      # names in LOSSES joined by +
-    weight=None,             # per class
+    name: str = "ce+dice",  # names in LOSSES joined by +
+    weight=None,  # per class
     *,
-    side_weight:float=None,  # of deep supervision: so much of the mean over all outputs but the finest is added to the finest; None: weights 1, 1/2, 1/4 ..., which sum to one
-    **options,               # of these losses, such as gamma or label_smoothing
-)->Callable:                 # (logits, target, mask=None) -> scalar; logits may be a list, finest first
+    side_weight: float = None,  # of deep supervision: so much of the mean over all outputs but the finest is added to the finest; None: weights 1, 1/2, 1/4 ..., which sum to one
+    **options,  # of these losses, such as gamma or label_smoothing
+) -> Callable:  # (logits, target, mask=None) -> scalar; logits may be a list, finest first
     "A sum of losses; a list of logits (deep supervision) is weighted, each compared with the labels at its own size."
     chosen = [pick(LOSSES, part.strip(), "loss") for part in name.split("+")]
     for key in options:
-        if not any(key in (f.__kwdefaults__ or ()) for f in chosen): raise InputError(f"loss {name}: no option {key!r}: expected one of {', '.join(sorted({k for f in chosen for k in f.__kwdefaults__ or ()} - {'voxel_weight'}))}")
-    parts = [partial(f, weight=weight, **{k: v for k, v in options.items() if k in (f.__kwdefaults__ or ())}) for f in chosen]
+        if not any(key in (f.__kwdefaults__ or ()) for f in chosen):
+            raise InputError(
+                f"loss {name}: no option {key!r}: expected one of {', '.join(sorted({k for f in chosen for k in f.__kwdefaults__ or ()} - {'voxel_weight'}))}"
+            )
+    parts = [
+        partial(f, weight=weight, **{k: v for k, v in options.items() if k in (f.__kwdefaults__ or ())})
+        for f in chosen
+    ]
     return partial(_weighted_sum, parts, side_weight)
+
 
 def _weighted_sum(parts, side_weight, logits, target, mask=None):
     "Sum over losses and outputs."
@@ -238,17 +301,22 @@ def _weighted_sum(parts, side_weight, logits, target, mask=None):
     share, total = output_weights(len(levels), side_weight), 0
     for w, x in zip(share, levels):
         y, m = resize_labels(target, mask, x.shape[2:])
-        if m is None or len(levels) == 1 or m.any(): total = total + w * sum(f(x, y, m) for f in parts)
+        if m is None or len(levels) == 1 or m.any():
+            total = total + w * sum(f(x, y, m) for f in parts)
     return total
 
+
 def resize_labels(
-    target:Tensor,  # b *s
-    mask:Tensor,    # b *s or None
-    size:tuple,     # wanted
-)->tuple:           # both at that size
+    target: Tensor,  # b *s
+    mask: Tensor,  # b *s or None
+    size: tuple,  # wanted
+) -> tuple:  # both at that size
     "Labels and mask at another size, nearest."
-    if target.shape[1:] == tuple(size): return target, mask
-    nearest = lambda x: F.interpolate(x[:, None].float(), size=tuple(size), mode="nearest-exact")[:, 0].to(x.dtype)
+    if target.shape[1:] == tuple(size):
+        return target, mask
+    nearest = lambda x: F.interpolate(x[:, None].float(), size=tuple(size), mode="nearest-exact")[:, 0].to(
+        x.dtype
+    )
     return nearest(target), None if mask is None else nearest(mask)
 
 # %% ../../nbs/api/train/losses.ipynb #9b261b3c
@@ -259,47 +327,65 @@ WEIGHTINGS = dict(
     effective=lambda c: 1 / -np.expm1(c * np.log1p(-1e-6)),
 )
 
+
 def class_weights(
-    counts,                   # voxels of each class
-    how:str="inverse_sqrt",   # none, inverse, inverse_sqrt or effective
-)->np.ndarray:                # one per class, mean 1 over those that occur
+    counts,  # voxels of each class
+    how: str = "inverse_sqrt",  # none, inverse, inverse_sqrt or effective
+) -> np.ndarray:  # one per class, mean 1 over those that occur
     "Weights that make rare classes count."
     counts, there = np.asarray(counts, float), np.asarray(counts) > 0
-    if not there.any(): raise InputError("class counts are all 0: expected at least one labelled voxel")
+    if not there.any():
+        raise InputError("class counts are all 0: expected at least one labelled voxel")
     weights = np.where(there, pick(WEIGHTINGS, how, "weighting")(np.maximum(counts, 1)), 0)
     return (weights / weights[there].mean()).astype(np.float32)
 
 # %% ../../nbs/api/train/losses.ipynb #d5df97a5
 def _float_mask(logits, target, mask):
-    if logits.shape != target.shape: raise InputError(f"predictions {tuple(logits.shape)}, targets {tuple(target.shape)}: expected the same shape")
+    if logits.shape != target.shape:
+        raise InputError(
+            f"predictions {tuple(logits.shape)}, targets {tuple(target.shape)}: expected the same shape"
+        )
     mask = torch.ones_like(target, dtype=torch.float32) if mask is None else mask.expand_as(target).float()
-    if not mask.any(): raise InputError("the mask is empty: expected at least one labelled voxel; draw crops with a minimum of them")
+    if not mask.any():
+        raise InputError(
+            "the mask is empty: expected at least one labelled voxel; draw crops with a minimum of them"
+        )
     return mask
 
+
 def affinity_loss(
-    logits:Tensor,        # b k *s
-    target:Tensor,        # b k *s, 0 or 1
-    mask:Tensor=None,     # b k *s
+    logits: Tensor,  # b k *s
+    target: Tensor,  # b k *s, 0 or 1
+    mask: Tensor = None,  # b k *s
     *,
-    balanced:bool=True,   # zeros and ones of a channel weigh the same
-    gamma:float=0.,       # focal exponent; 0 is plain
-)->Tensor:                # scalar
+    balanced: bool = True,  # zeros and ones of a channel weigh the same
+    gamma: float = 0.0,  # focal exponent; 0 is plain
+) -> Tensor:  # scalar
     "Masked binary cross-entropy of affinities."
     mask, x, y = _float_mask(logits, target, mask), logits.float(), target.float()
     if balanced:
         dims = (0, *range(2, x.ndim))
         ones, total = (mask * y).sum(dims, keepdim=True), mask.sum(dims, keepdim=True)
         mixed = (ones > 0) & (ones < total)
-        mask = torch.where(mixed, mask * torch.where(y > 0.5, total / (2 * ones).clamp_min(1), total / (2 * (total - ones)).clamp_min(1)), mask)
+        mask = torch.where(
+            mixed,
+            mask
+            * torch.where(
+                y > 0.5, total / (2 * ones).clamp_min(1), total / (2 * (total - ones)).clamp_min(1)
+            ),
+            mask,
+        )
     each = F.binary_cross_entropy_with_logits(x, y, reduction="none")
-    if gamma: each = each * (1 - torch.exp(-each)) ** gamma
+    if gamma:
+        each = each * (1 - torch.exp(-each)) ** gamma
     return (each * mask).sum() / mask.sum()
 
+
 def descriptor_loss(
-    values:Tensor,     # b k *s, in 0..1
-    target:Tensor,     # b k *s
-    mask:Tensor=None,  # b k *s
-)->Tensor:             # scalar
+    values: Tensor,  # b k *s, in 0..1
+    target: Tensor,  # b k *s
+    mask: Tensor = None,  # b k *s
+) -> Tensor:  # scalar
     "Masked mean squared error of local shape descriptors."
     mask = _float_mask(values, target, mask)
     return ((values.float() - target.float()) ** 2 * mask).sum() / mask.sum()

@@ -23,43 +23,56 @@ from ..core.show import new_figure
 
 # %% ../../nbs/api/train/metrics.ipynb #a2688b5b
 def as_integers(
-    x,         # any shape: array or tensor of integers or booleans
-    what:str,  # for the error
-)->np.ndarray: # likewise
+    x,  # any shape: array or tensor of integers or booleans
+    what: str,  # for the error
+) -> np.ndarray:  # likewise
     "Labels as an array of integers."
     x = x.detach().cpu().numpy() if hasattr(x, "detach") else np.asarray(x)
-    if x.dtype.kind not in "iub": raise InputError(f"{what} holds {x.dtype}: expected integer labels; take the argmax first")
+    if x.dtype.kind not in "iub":
+        raise InputError(f"{what} holds {x.dtype}: expected integer labels; take the argmax first")
     return x
 
+
 def count_pairs(
-    pred,       # any shape, integers
-    target,     # same shape
-    n:int,      # classes
+    pred,  # any shape, integers
+    target,  # same shape
+    n: int,  # classes
     mask=None,  # same shape; None: all
-)->np.ndarray:  # n n, int64: rows are labels, columns predictions
+) -> np.ndarray:  # n n, int64: rows are labels, columns predictions
     "How often each label meets each prediction."
     pred, target = as_integers(pred, "prediction"), as_integers(target, "labels")
-    if pred.shape != target.shape: raise InputError(f"prediction {pred.shape}, labels {target.shape}: expected the same shape")
+    if pred.shape != target.shape:
+        raise InputError(f"prediction {pred.shape}, labels {target.shape}: expected the same shape")
     if mask is not None:
         on = np.asarray(mask.cpu() if hasattr(mask, "cpu") else mask) != 0
-        if on.shape != target.shape: raise InputError(f"mask {on.shape}, labels {target.shape}: expected the same shape")
+        if on.shape != target.shape:
+            raise InputError(f"mask {on.shape}, labels {target.shape}: expected the same shape")
         pred, target = pred[on], target[on]
     for what, x in dict(prediction=pred, labels=target).items():
-        if x.size and not 0 <= int(x.min()) <= int(x.max()) < n: raise InputError(f"{what} from {x.min()} to {x.max()}, {n} classes: expected 0 to {n - 1}; mask the others")
+        if x.size and not 0 <= int(x.min()) <= int(x.max()) < n:
+            raise InputError(
+                f"{what} from {x.min()} to {x.max()}, {n} classes: expected 0 to {n - 1}; mask the others"
+            )
     return np.bincount(target.ravel().astype(np.int64) * n + pred.ravel(), minlength=n * n).reshape(n, n)
 
 # %% ../../nbs/api/train/metrics.ipynb #61c0f13b
 def class_scores(
-    counts:np.ndarray,  # n n, rows are labels
-)->dict:                # iou, dice, precision, recall -> list with a number or None per class
+    counts: np.ndarray,  # n n, rows are labels
+) -> dict:  # iou, dice, precision, recall -> list with a number or None per class
     "Scores of each class; None where there is nothing to divide by."
     hit, pred, true = np.diag(counts).astype(float), counts.sum(0), counts.sum(1)
     ratio = lambda a, b: [float(x / y) if y else None for x, y in zip(a, b)]
-    return dict(iou=ratio(hit, pred + true - hit), dice=ratio(2 * hit, pred + true), precision=ratio(hit, pred), recall=ratio(hit, true))
+    return dict(
+        iou=ratio(hit, pred + true - hit),
+        dice=ratio(2 * hit, pred + true),
+        precision=ratio(hit, pred),
+        recall=ratio(hit, true),
+    )
+
 
 def mean_of(
     values,  # numbers and None
-):           # float or None
+):  # float or None
     "Mean of what is not None."
     known = [v for v in values if v is not None]
     return float(np.mean(known)) if known else None
@@ -67,25 +80,29 @@ def mean_of(
 # %% ../../nbs/api/train/metrics.ipynb #7fa60391
 class ClassCounts:
     "Counts of labels against predictions, added up over volumes."
-    def __init__(self,
+
+    def __init__(
+        self,
         classes,  # names of the classes, or how many
     ):
         self.classes = [str(i) for i in range(classes)] if isinstance(classes, int) else list(classes)
-        if len(self.classes) < 2 or len(set(self.classes)) < len(self.classes): raise InputError(f"classes {self.classes}: expected two or more different names")
+        if len(self.classes) < 2 or len(set(self.classes)) < len(self.classes):
+            raise InputError(f"classes {self.classes}: expected two or more different names")
         self.matrix = np.zeros((len(self.classes),) * 2, np.int64)
 
-    def update(self, pred, target, mask=None)->"ConfusionMatrix":
+    def update(self, pred, target, mask=None) -> "ConfusionMatrix":
         "Add one volume, crop or batch of integer labels, of any shape."
         self.matrix += count_pairs(pred, target, len(self.classes), mask)
         return self
 
-    def merge(self, other:"ConfusionMatrix")->"ConfusionMatrix":
+    def merge(self, other: "ConfusionMatrix") -> "ConfusionMatrix":
         "Add the counts of another one."
-        if other.classes != self.classes: raise InputError(f"classes {other.classes} merged into {self.classes}: expected the same")
+        if other.classes != self.classes:
+            raise InputError(f"classes {other.classes} merged into {self.classes}: expected the same")
         self.matrix += other.matrix
         return self
 
-    def all_reduce(self)->"ConfusionMatrix":
+    def all_reduce(self) -> "ConfusionMatrix":
         "Sum over all processes, where there are several."
         if dist.is_available() and dist.is_initialized():
             device = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -97,17 +114,31 @@ class ClassCounts:
 # %% ../../nbs/api/train/metrics.ipynb #bcb5c4dc
 class ConfusionMatrix(ClassCounts):
     "Counts of labels against predictions, and what follows from them."
-    def metrics(self)->dict:
+
+    def metrics(self) -> dict:
         "`iou/<class>`, `dice/<class>`, `precision/<class>`, `recall/<class>`, their means, and the share of right voxels."
         scores, total = class_scores(self.matrix), int(self.matrix.sum())
         flat = {f"{name}/{c}": v for name, values in scores.items() for c, v in zip(self.classes, values)}
-        return flat | {f"mean_{name}": mean_of(values) for name, values in scores.items()} | dict(accuracy=float(np.trace(self.matrix) / total) if total else None)
+        return (
+            flat
+            | {f"mean_{name}": mean_of(values) for name, values in scores.items()}
+            | dict(accuracy=float(np.trace(self.matrix) / total) if total else None)
+        )
 
-    def table(self)->str:
+    def table(self) -> str:
         "Scores of each class as text."
         scores, true = class_scores(self.matrix), self.matrix.sum(1)
-        rows = [{"class": c, **{k: v[i] for k, v in scores.items()}, "voxels": int(true[i])} for i, c in enumerate(self.classes)]
-        return format_table([*rows, {"class": "mean", **{k: mean_of(v) for k, v in scores.items()}, "voxels": int(true.sum())}], digits=3)
+        rows = [
+            {"class": c, **{k: v[i] for k, v in scores.items()}, "voxels": int(true[i])}
+            for i, c in enumerate(self.classes)
+        ]
+        return format_table(
+            [
+                *rows,
+                {"class": "mean", **{k: mean_of(v) for k, v in scores.items()}, "voxels": int(true.sum())},
+            ],
+            digits=3,
+        )
 
     def figure(self):
         "Share of each label's voxels (rows) predicted as each class (columns)."
@@ -118,7 +149,16 @@ class ConfusionMatrix(ClassCounts):
         ax = fig.add_subplot()
         ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
         for (i, j), v in np.ndenumerate(share):
-            if v >= 0.005: ax.text(j, i, f"{v:.2f}"[1:] if v < 0.995 else "1", ha="center", va="center", fontsize=7, color="white" if v > 0.55 else "black")
+            if v >= 0.005:
+                ax.text(
+                    j,
+                    i,
+                    f"{v:.2f}"[1:] if v < 0.995 else "1",
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color="white" if v > 0.55 else "black",
+                )
         ax.set_xticks(range(n), self.classes, rotation=45, ha="right")
         ax.set_yticks(range(n), self.classes)
         ax.set(xlabel="predicted", ylabel="label")
@@ -127,44 +167,58 @@ class ConfusionMatrix(ClassCounts):
 
     def write_csv(self, path):
         "Counts as a table: rows are labels, columns predictions."
-        with atomic_write(path, "w") as f: csv.writer(f, lineterminator="\n").writerows([["label", *self.classes], *([c, *map(int, row)] for c, row in zip(self.classes, self.matrix))])
+        with atomic_write(path, "w") as f:
+            csv.writer(f, lineterminator="\n").writerows(
+                [
+                    ["label", *self.classes],
+                    *([c, *map(int, row)] for c, row in zip(self.classes, self.matrix)),
+                ]
+            )
 
 # %% ../../nbs/api/train/metrics.ipynb #6c3870e4
 def per_image_mean(
-    matrices:Sequence,  # of ConfusionMatrix, one per image or volume
-    metric:str="iou",   # iou, dice, precision or recall
-):                      # float or None
+    matrices: Sequence,  # of ConfusionMatrix, one per image or volume
+    metric: str = "iou",  # iou, dice, precision or recall
+):  # float or None
     "Mean over images of each image's mean over the classes it has."
     return mean_of([m.metrics()[f"mean_{metric}"] for m in matrices])
 
 # %% ../../nbs/api/train/metrics.ipynb #ee9042a2
 def border(
-    on:np.ndarray,  # z y x or y x, boolean
-)->np.ndarray:      # likewise
+    on: np.ndarray,  # z y x or y x, boolean
+) -> np.ndarray:  # likewise
     "Voxels of an object with a face neighbour outside it; the edge of the image is no border."
     inner = np.ones_like(on)
     for a in range(on.ndim):
         same = np.diff(on.astype(np.int8), axis=a) == 0
-        inner &= np.pad(same, [(0, int(b == a)) for b in range(on.ndim)], constant_values=True) & np.pad(same, [(int(b == a), 0) for b in range(on.ndim)], constant_values=True)
+        inner &= np.pad(same, [(0, int(b == a)) for b in range(on.ndim)], constant_values=True) & np.pad(
+            same, [(int(b == a), 0) for b in range(on.ndim)], constant_values=True
+        )
     return on & ~inner
 
 # %% ../../nbs/api/train/metrics.ipynb #ab166762
 class BoundaryF:
     "F-score of borders with a tolerance, added up over volumes."
-    def __init__(self,
-        classes,            # names of the classes, or how many
-        tolerance:float=1., # in the unit of voxel_size
-        voxel_size=1.,      # per axis, or one number; nm
+
+    def __init__(
+        self,
+        classes,  # names of the classes, or how many
+        tolerance: float = 1.0,  # in the unit of voxel_size
+        voxel_size=1.0,  # per axis, or one number; nm
     ):
         self.classes = [str(i) for i in range(classes)] if isinstance(classes, int) else list(classes)
         self.tolerance, self.voxel_size = tolerance, voxel_size
-        if tolerance < 0: raise InputError(f"tolerance {tolerance}: expected 0 or more, in the unit of the voxel size")
-        self.counts = np.zeros((len(self.classes), 4), np.int64)  # right and all of the prediction, found and all of the labels
+        if tolerance < 0:
+            raise InputError(f"tolerance {tolerance}: expected 0 or more, in the unit of the voxel size")
+        self.counts = np.zeros(
+            (len(self.classes), 4), np.int64
+        )  # right and all of the prediction, found and all of the labels
 
-    def update(self, pred, target, mask=None)->"BoundaryF":
+    def update(self, pred, target, mask=None) -> "BoundaryF":
         "Add one volume or image."
         pred, target = as_integers(pred, "prediction"), as_integers(target, "labels")
-        if pred.shape != target.shape: raise InputError(f"prediction {pred.shape}, labels {target.shape}: expected the same shape")
+        if pred.shape != target.shape:
+            raise InputError(f"prediction {pred.shape}, labels {target.shape}: expected the same shape")
         on = np.ones(target.shape, bool) if mask is None else np.asarray(mask) != 0
         size = np.broadcast_to(np.asarray(self.voxel_size, float), target.ndim)
         for c in range(len(self.classes)):
@@ -174,56 +228,73 @@ class BoundaryF:
 
     def _near(self, a, b, size):
         "How many voxels of `a` lie within the tolerance of `b`."
-        if not a.any() or not b.any(): return 0
+        if not a.any() or not b.any():
+            return 0
         return int((distance_transform_edt(~b, sampling=size)[a] <= self.tolerance + 1e-6).sum())
 
-    def metrics(self)->dict:
+    def metrics(self) -> dict:
         "`boundary_f/<class>` and the mean; None where neither has a border."
+
         def score(right, pred, found, true):
-            if not pred and not true: return None
+            if not pred and not true:
+                return None
             p, r = right / max(pred, 1), found / max(true, 1)
-            return float(2 * p * r / (p + r)) if p + r else 0.
+            return float(2 * p * r / (p + r)) if p + r else 0.0
+
         values = [score(*map(int, row)) for row in self.counts]
-        return {f"boundary_f/{c}": v for c, v in zip(self.classes, values)} | dict(mean_boundary_f=mean_of(values))
+        return {f"boundary_f/{c}": v for c, v in zip(self.classes, values)} | dict(
+            mean_boundary_f=mean_of(values)
+        )
 
 # %% ../../nbs/api/train/metrics.ipynb #81a7aa0f
 def overlaps(
-    pred,    # integers
+    pred,  # integers
     target,  # same shape, 0 is background
     mask=None,  # same shape; None: all
-)->tuple:    # joint counts, of labels, of predictions
+) -> tuple:  # joint counts, of labels, of predictions
     "Voxels shared by each true and each predicted object."
     pred, target = as_integers(pred, "prediction"), as_integers(target, "labels")
-    if pred.shape != target.shape: raise InputError(f"prediction {pred.shape}, labels {target.shape}: expected the same shape")
+    if pred.shape != target.shape:
+        raise InputError(f"prediction {pred.shape}, labels {target.shape}: expected the same shape")
     on = (target != 0) if mask is None else (target != 0) & (np.asarray(mask) != 0)
-    if not on.any(): raise InputError("no object in the labels: expected at least one voxel that is not 0")
+    if not on.any():
+        raise InputError("no object in the labels: expected at least one voxel that is not 0")
     joint = coo_matrix((np.ones(on.sum()), (_positions(target[on]), _positions(pred[on])))).tocsr()
     sums = (np.asarray(joint.sum(a)).ravel() for a in (1, 0))
     return joint.data, *(s[s > 0] for s in sums)
 
+
 def _positions(x):
     "Numbers of objects as small indices: less their lowest, or their rank where they are far apart (sorting takes longer)."
     low, high = x.min(), x.max()
-    return (x - low).astype(np.intp) if high - low <= 4 * x.size else np.unique(x, return_inverse=True)[1].ravel()
+    return (
+        (x - low).astype(np.intp)
+        if high - low <= 4 * x.size
+        else np.unique(x, return_inverse=True)[1].ravel()
+    )
 
 # %% ../../nbs/api/train/metrics.ipynb #1ff03fdb
 def adapted_rand(
-    pred,    # integers
+    pred,  # integers
     target,  # same shape, 0 is background
     mask=None,
-)->dict:     # error, precision, recall
+) -> dict:  # error, precision, recall
     "Adapted Rand error: one minus the F-score of pairs of voxels that belong together."
     joint, true, got = (np.square(x.astype(float)).sum() - x.sum() for x in overlaps(pred, target, mask))
-    precision, recall = joint / got if got else 1., joint / true if true else 1.
-    return dict(error=float(1 - 2 * precision * recall / (precision + recall)) if precision + recall else 1., precision=float(precision), recall=float(recall))
+    precision, recall = joint / got if got else 1.0, joint / true if true else 1.0
+    return dict(
+        error=float(1 - 2 * precision * recall / (precision + recall)) if precision + recall else 1.0,
+        precision=float(precision),
+        recall=float(recall),
+    )
 
 # %% ../../nbs/api/train/metrics.ipynb #641912e4
 def variation_of_information(
-    pred,    # integers
+    pred,  # integers
     target,  # same shape, 0 is background
     mask=None,
-)->dict:     # split and merge, bits
+) -> dict:  # split and merge, bits
     "Conditional entropies: of the prediction given the labels (split), of the labels given the prediction (merge)."
     joint, true, got = overlaps(pred, target, mask)
     entropy = lambda n: float(-(n / n.sum() * np.log2(n / n.sum())).sum())
-    return dict(split=max(0., entropy(joint) - entropy(true)), merge=max(0., entropy(joint) - entropy(got)))
+    return dict(split=max(0.0, entropy(joint) - entropy(true)), merge=max(0.0, entropy(joint) - entropy(got)))

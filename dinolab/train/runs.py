@@ -24,7 +24,7 @@ from datetime import datetime, timezone
 from importlib import metadata
 from numbers import Number
 from pathlib import Path
-from typing import Mapping
+from collections.abc import Mapping
 
 import yaml
 
@@ -36,41 +36,49 @@ from ..core.progress import format_table
 
 # %% ../../nbs/api/train/runs.ipynb #7d85454b
 def new_folder(
-    parent:str|Path,  # where runs of this experiment lie
-    key:str,          # hash of the parameters
-)->Path:              # a folder that did not exist before
+    parent: str | Path,  # where runs of this experiment lie
+    key: str,  # hash of the parameters
+) -> Path:  # a folder that did not exist before
     "Make `parent/<utc>-<key>`; a second one of the same second ends in -2, and so on."
     try:
         Path(parent).mkdir(parents=True, exist_ok=True)
         stem = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{key}"
         for n in itertools.count(1):
-            path = Path(parent)/(stem if n == 1 else f"{stem}-{n}")
-            try: path.mkdir()
-            except FileExistsError: continue
+            path = Path(parent) / (stem if n == 1 else f"{stem}-{n}")
+            try:
+                path.mkdir()
+            except FileExistsError:
+                continue
             return path
     except OSError as e:
-        raise InputError(f"cannot make a run folder in {str(parent)!r}: {e.strerror}; give another folder with --out") from e
+        raise InputError(
+            f"cannot make a run folder in {str(parent)!r}: {e.strerror}; give another folder with --out"
+        ) from e
 
 # %% ../../nbs/api/train/runs.ipynb #02b95c61
 def versions(
-    packages:tuple=("dinolab", "torch", "timm", "zarr"),  # distributions to look up
-)->dict:                                                  # name -> version, None where not installed
+    packages: tuple = ("dinolab", "torch", "timm", "zarr"),  # distributions to look up
+) -> dict:  # name -> version, None where not installed
     "Versions of Python and of `packages`, without importing them."
     found = {"python": platform.python_version()}
     for p in packages:
-        try: found[p] = metadata.version(p)
-        except metadata.PackageNotFoundError: found[p] = None
+        try:
+            found[p] = metadata.version(p)
+        except metadata.PackageNotFoundError:
+            found[p] = None
     return found
 
 # %% ../../nbs/api/train/runs.ipynb #2c6abfba
 def git_state(
-    folders:tuple=(),  # where to look, in order; empty: the package, then the working directory
-)->dict:               # commit (40 digits, None outside a repository) and dirty (tracked files differ from it)
+    folders: tuple = (),  # where to look, in order; empty: the package, then the working directory
+) -> dict:  # commit (40 digits, None outside a repository) and dirty (tracked files differ from it)
     "The commit of the code that runs."
     for folder in folders or (Path(dinolab.__file__).parent, "."):
         ask = ["git", "-C", folder, "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"]
-        try: found = subprocess.run(ask, capture_output=True, text=True)
-        except OSError: break
+        try:
+            found = subprocess.run(ask, capture_output=True, text=True)
+        except OSError:
+            break
         if found.returncode == 0:
             commit, _, dirty = found.stdout.strip().partition("-")
             return dict(commit=commit, dirty=bool(dirty))
@@ -78,75 +86,102 @@ def git_state(
 
 # %% ../../nbs/api/train/runs.ipynb #ea428959
 def new_record(
-    experiment:str,  # name of the experiment
-    key:str,         # hash of its parameters
-)->dict:             # content of run.json
+    experiment: str,  # name of the experiment
+    key: str,  # hash of its parameters
+) -> dict:  # content of run.json
     "What is known when a run starts."
     process = dict(host=platform.node(), pid=os.getpid(), start=process_start(os.getpid()))
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    return dict(experiment=experiment, status="running", started=datetime.now(timezone.utc).isoformat(), ended=None, seconds=None,
-                hash=key, **git_state(), command=command, versions=versions(), machine=machine(), process=process)
+    return dict(
+        experiment=experiment,
+        status="running",
+        started=datetime.now(timezone.utc).isoformat(),
+        ended=None,
+        seconds=None,
+        hash=key,
+        **git_state(),
+        command=command,
+        versions=versions(),
+        machine=machine(),
+        process=process,
+    )
 
 # %% ../../nbs/api/train/runs.ipynb #f9041f81
 def append_line(
-    path:str|Path,   # a .jsonl file, made when missing
-    values:Mapping,  # anything that core.plain takes
+    path: str | Path,  # a .jsonl file, made when missing
+    values: Mapping,  # anything that core.plain takes
 ):
     "Append `values` as one line of JSON, on a line of its own whatever stood there before."
     with open(path, "ab+") as f:
-        if f.seek(0, os.SEEK_END) and (f.seek(-1, os.SEEK_END), f.read(1))[1] != b"\n": f.write(b"\n")
+        if f.seek(0, os.SEEK_END) and (f.seek(-1, os.SEEK_END), f.read(1))[1] != b"\n":
+            f.write(b"\n")
         f.write(json.dumps(plain(values), ensure_ascii=False).encode() + b"\n")
 
 # %% ../../nbs/api/train/runs.ipynb #3a99a363
 def read_lines(
-    path:str|Path,  # a .jsonl file
-)->list:            # one dict per whole line; empty when there is no file
+    path: str | Path,  # a .jsonl file
+) -> list:  # one dict per whole line; empty when there is no file
     "The lines of `path` without the ones that a kill has torn."
     rows = []
     for line in Path(path).read_bytes().splitlines() if Path(path).exists() else ():
-        try: rows.append(json.loads(line))
-        except ValueError: pass
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            pass
     return rows
 
 # %% ../../nbs/api/train/runs.ipynb #a3c09102
 def flatten(
-    values:Mapping,  # nested dicts whose leaves are numbers or None
-    prefix:str="",   # name of the level above, ending in a slash
-)->dict:             # split/metric/class -> number
+    values: Mapping,  # nested dicts whose leaves are numbers or None
+    prefix: str = "",  # name of the level above, ending in a slash
+) -> dict:  # split/metric/class -> number
     "Join the names of nested dicts with slashes."
     flat = {}
     for name, v in values.items():
-        if isinstance(v, Mapping): flat |= flatten(v, f"{prefix}{name}/")
-        elif (v := plain(v)) is None or isinstance(v, Number): flat[f"{prefix}{name}"] = v
-        else: raise InputError(f"metric {prefix + str(name)!r} is {v!r}: expected a number or None; log other values with run.log")
+        if isinstance(v, Mapping):
+            flat |= flatten(v, f"{prefix}{name}/")
+        elif (v := plain(v)) is None or isinstance(v, Number):
+            flat[f"{prefix}{name}"] = v
+        else:
+            raise InputError(
+                f"metric {prefix + str(name)!r} is {v!r}: expected a number or None; log other values with run.log"
+            )
     return flat
 
 # %% ../../nbs/api/train/runs.ipynb #0a9c5832
 class RunFolder:
     "A run folder's parameters, record and status."
-    def __init__(self, path:str|Path): self.path = Path(path)
-    def __repr__(self)->str: return f"Run({str(self.path)!r}, {self.status})"
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r}, {self.status})"
 
     @classmethod
-    def open(cls,
-        path:str|Path,  # folder of a run
+    def open(
+        cls,
+        path: str | Path,  # folder of a run
     ):
         "The run that lies in `path`."
-        if (Path(path)/"run.json").is_file(): return cls(path)
-        raise MissingError(f"no run in {str(path)!r}: expected a folder with a run.json, such as runs/<experiment>/<utc>-<hash>")
+        if (Path(path) / "run.json").is_file():
+            return cls(path)
+        raise MissingError(
+            f"no run in {str(path)!r}: expected a folder with a run.json, such as runs/<experiment>/<utc>-<hash>"
+        )
 
     @property
-    def info(self)->dict:
+    def info(self) -> dict:
         "Content of run.json."
-        return json.loads((self.path/"run.json").read_text(encoding="utf-8"))
+        return json.loads((self.path / "run.json").read_text(encoding="utf-8"))
 
     @property
-    def params(self)->dict:
+    def params(self) -> dict:
         "Content of params.yaml."
-        return yaml.safe_load((self.path/"params.yaml").read_text(encoding="utf-8")) or {}
+        return yaml.safe_load((self.path / "params.yaml").read_text(encoding="utf-8")) or {}
 
     @property
-    def status(self)->str:
+    def status(self) -> str:
         "running, done or failed; died when run.json says running and the process is gone."
         info = self.info
         return "died" if info["status"] == "running" and is_dead(info["process"]) else info["status"]
@@ -154,18 +189,25 @@ class RunFolder:
 # %% ../../nbs/api/train/runs.ipynb #27e44582
 class RunState(RunFolder):
     "A run folder, and how it ends."
-    def __enter__(self): return self
+
+    def __enter__(self):
+        return self
+
     def __exit__(self, kind, error, trace):
-        if error is None: return self.finish()
-        with suppress(OSError): self.fail(error)  # a full disk must not hide what happened
+        if error is None:
+            return self.finish()
+        with suppress(OSError):
+            self.fail(error)  # a full disk must not hide what happened
 
     def finish(self):
         "The run is done."
         self._end(status="done", error=None, traceback=None)
 
-    def fail(self,
-        error:BaseException|str,  # what happened; one line of text where the exception arose in another process
-        trace:str=None,           # its traceback, where the error is a text
+    def fail(
+        self,
+        error: BaseException
+        | str,  # what happened; one line of text where the exception arose in another process
+        trace: str = None,  # its traceback, where the error is a text
     ):
         "The run has failed."
         if isinstance(error, BaseException):
@@ -176,152 +218,200 @@ class RunState(RunFolder):
     def _end(self, **values):
         info, now = self.info, datetime.now(timezone.utc)
         seconds = (now - datetime.fromisoformat(info["started"])).total_seconds()
-        write_json(self.path/"run.json", info | dict(ended=now.isoformat(), seconds=round(seconds, 3)) | values)
+        write_json(
+            self.path / "run.json", info | dict(ended=now.isoformat(), seconds=round(seconds, 3)) | values
+        )
 
 # %% ../../nbs/api/train/runs.ipynb #c6d194bb
 class RunFiles(RunState):
     "A run folder, and what is put into it."
-    def log(self,
+
+    def log(
+        self,
         **values,  # e.g. step, loss, lr
     ):
         "Append a line to log.jsonl, with the seconds since the run started."
-        if not hasattr(self, "_started"): self._started = datetime.fromisoformat(self.info["started"]).timestamp()
-        append_line(self.path/"log.jsonl", dict(seconds=round(time.time() - self._started, 3)) | values)
+        if not hasattr(self, "_started"):
+            self._started = datetime.fromisoformat(self.info["started"]).timestamp()
+        append_line(self.path / "log.jsonl", dict(seconds=round(time.time() - self._started, 3)) | values)
 
-    def history(self)->list:
+    def history(self) -> list:
         "The logged lines, oldest first."
-        return read_lines(self.path/"log.jsonl")
+        return read_lines(self.path / "log.jsonl")
 
-    def metrics(self,
-        values:Mapping=None,  # nested or flat; None to read only
-    )->dict:                  # all metrics of the run, flat
+    def metrics(
+        self,
+        values: Mapping = None,  # nested or flat; None to read only
+    ) -> dict:  # all metrics of the run, flat
         "Merge `values` into metrics.json."
-        path = self.path/"metrics.json"
+        path = self.path / "metrics.json"
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if values: write_json(path, known := known | flatten(values))
+        if values:
+            write_json(path, known := known | flatten(values))
         return known
 
-    def result(self,
-        name:str,     # what was measured, with its unit, e.g. "PSNR of blend at SNR 10, dB"
-        values,       # one number per seed, case or repetition; a single one; or their mean, low, high and n
-    )->dict:          # mean, low, high and n
+    def result(
+        self,
+        name: str,  # what was measured, with its unit, e.g. "PSNR of blend at SNR 10, dB"
+        values,  # one number per seed, case or repetition; a single one; or their mean, low, high and n
+    ) -> dict:  # mean, low, high and n
         "What the experiment found, with its spread: result/<name>/mean, low, high and n in metrics.json."
-        if isinstance(values, Mapping): about = {k: float(values[k]) for k in ("mean", "low", "high")} | dict(n=int(values["n"]))
+        if isinstance(values, Mapping):
+            about = {k: float(values[k]) for k in ("mean", "low", "high")} | dict(n=int(values["n"]))
         else:
             found = [float(v) for v in (values if hasattr(values, "__len__") else [values])] or [math.nan]
             about = dict(mean=sum(found) / len(found), low=min(found), high=max(found), n=len(found))
-        if not all(map(math.isfinite, about.values())) or "/" in name: raise InputError(f"result {name!r} is {values}: expected a name without a slash and finite numbers")
+        if not all(map(math.isfinite, about.values())) or "/" in name:
+            raise InputError(
+                f"result {name!r} is {values}: expected a name without a slash and finite numbers"
+            )
         self.metrics({"result": {name: about}})
         return about
 
-    def figure(self,
-        fig,        # anything with a savefig method
-        name:str,   # file name; without .png, .pdf, .svg or .jpg it is a PNG
-        **kwargs,   # passed to savefig, e.g. dpi
-    )->Path:        # the written file
+    def figure(
+        self,
+        fig,  # anything with a savefig method
+        name: str,  # file name; without .png, .pdf, .svg or .jpg it is a PNG
+        **kwargs,  # passed to savefig, e.g. dpi
+    ) -> Path:  # the written file
         "Save `fig` into figures/."
-        if Path(name).name != name: raise InputError(f"figure name {name!r}: expected a plain file name")
-        path = self.path/"figures"/(name if name.endswith((".png", ".pdf", ".svg", ".jpg")) else f"{name}.png")
-        with atomic_write(path, "wb") as f: fig.savefig(f, format=path.suffix[1:], **kwargs)
+        if Path(name).name != name:
+            raise InputError(f"figure name {name!r}: expected a plain file name")
+        path = (
+            self.path
+            / "figures"
+            / (name if name.endswith((".png", ".pdf", ".svg", ".jpg")) else f"{name}.png")
+        )
+        with atomic_write(path, "wb") as f:
+            fig.savefig(f, format=path.suffix[1:], **kwargs)
         return path
 
-    def save_manifest(self,
+    def save_manifest(
+        self,
         manifest,  # a mapping, an object with model_dump (pydantic), or the path of a YAML file
     ):
         "Keep `manifest` as manifest.yaml."
-        if isinstance(manifest, (str, Path)): manifest = yaml.safe_load(Path(manifest).read_text(encoding="utf-8"))
-        write_yaml(self.path/"manifest.yaml", manifest.model_dump(mode="json") if hasattr(manifest, "model_dump") else manifest)
+        if isinstance(manifest, (str, Path)):
+            manifest = yaml.safe_load(Path(manifest).read_text(encoding="utf-8"))
+        write_yaml(
+            self.path / "manifest.yaml",
+            manifest.model_dump(mode="json") if hasattr(manifest, "model_dump") else manifest,
+        )
 
 # %% ../../nbs/api/train/runs.ipynb #72f3e13d
 class Run(RunFiles):
     "The folder of one experiment."
+
     @classmethod
-    def create(cls,
-        experiment:str,        # name of the experiment, a folder name
-        params:Mapping,        # parameter -> value
-        root:str|Path="runs",  # folder of all runs
-        manifest=None,         # as save_manifest takes it
-        path:str|Path=None,    # the folder itself; None: a new one below root
-    )->"Run":
+    def create(
+        cls,
+        experiment: str,  # name of the experiment, a folder name
+        params: Mapping,  # parameter -> value
+        root: str | Path = "runs",  # folder of all runs
+        manifest=None,  # as save_manifest takes it
+        path: str | Path = None,  # the folder itself; None: a new one below root
+    ) -> "Run":
         "A new run, with status running."
-        if Path(experiment).name != experiment: raise InputError(f"experiment name {experiment!r}: expected a plain folder name")
+        if Path(experiment).name != experiment:
+            raise InputError(f"experiment name {experiment!r}: expected a plain folder name")
         key = settings_hash(dict(experiment=experiment, params=params), 8)
-        if path is not None and (Path(path)/"run.json").exists(): raise InputError(f"{path} holds a run: expected another folder")
-        run = cls(new_folder(Path(root)/experiment, key) if path is None else path)
-        write_yaml(run.path/"params.yaml", params)
-        if manifest is not None: run.save_manifest(manifest)
-        write_json(run.path/"run.json", new_record(experiment, key))
+        if path is not None and (Path(path) / "run.json").exists():
+            raise InputError(f"{path} holds a run: expected another folder")
+        run = cls(new_folder(Path(root) / experiment, key) if path is None else path)
+        write_yaml(run.path / "params.yaml", params)
+        if manifest is not None:
+            run.save_manifest(manifest)
+        write_json(run.path / "run.json", new_record(experiment, key))
         return run
 
 # %% ../../nbs/api/train/runs.ipynb #fb499da5
 def start_run(
-    experiment:str,  # name of the experiment, that of the notebook
-    params:Mapping,  # all parameters of the notebook, as they are used
-    manifest=None,   # as Run.save_manifest takes it
-)->Run:              # the launcher's run, else a new one
+    experiment: str,  # name of the experiment, that of the notebook
+    params: Mapping,  # all parameters of the notebook, as they are used
+    manifest=None,  # as Run.save_manifest takes it
+) -> Run:  # the launcher's run, else a new one
     "The run of the notebook that calls this."
     folder = os.environ.pop("DINOLAB_RUN", None)
     if folder is None:
-        if Path.cwd().parts[-2:] == ("nbs", "experiments"): os.chdir(Path.cwd().parents[1])
+        if Path.cwd().parts[-2:] == ("nbs", "experiments"):
+            os.chdir(Path.cwd().parents[1])
         return Run.create(experiment, params, params.get("out", "runs"), manifest)
     run = Run.open(folder)
     expected, got = (run.info["experiment"], *sorted(run.params)), (experiment, *sorted(params))
     if expected != got:
-        raise InputError(f"start_run got {', '.join(got)}: expected {', '.join(expected)} (the notebook's name and all of its parameters)")
-    write_yaml(run.path/"params.yaml", params)
-    if manifest is not None: run.save_manifest(manifest)
+        raise InputError(
+            f"start_run got {', '.join(got)}: expected {', '.join(expected)} (the notebook's name and all of its parameters)"
+        )
+    write_yaml(run.path / "params.yaml", params)
+    if manifest is not None:
+        run.save_manifest(manifest)
     return run
 
 # %% ../../nbs/api/train/runs.ipynb #9062e8fb
 def run_row(
-    path:str|Path,  # folder of a run
-)->dict:            # one flat row
+    path: str | Path,  # folder of a run
+) -> dict:  # one flat row
     "The row of one run in the table of all."
     path = Path(path)
     row = dict(experiment=path.parent.name, run=path.name)
     try:
         run = Run.open(path)
         info = run.info
-        row |= dict(status=run.status, seconds=info["seconds"], commit=info["commit"] and info["commit"][:10] + "+"*bool(info["dirty"]))
+        row |= dict(
+            status=run.status,
+            seconds=info["seconds"],
+            commit=info["commit"] and info["commit"][:10] + "+" * bool(info["dirty"]),
+        )
         return row | {f"params/{k}": v for k, v in run.params.items()} | run.metrics()
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError): return row | dict(status="unreadable")
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return row | dict(status="unreadable")
 
 # %% ../../nbs/api/train/runs.ipynb #5a9379f3
 def gather(
-    root:str|Path="runs",  # folder of all runs
-    experiment:str=None,   # only the runs of this one
-)->list:                   # one flat dict per run, oldest first
+    root: str | Path = "runs",  # folder of all runs
+    experiment: str = None,  # only the runs of this one
+) -> list:  # one flat dict per run, oldest first
     "The runs below `root`: experiment, run, status, seconds, commit (with + when files differed), parameters and metrics."
-    if not Path(root).is_dir(): raise MissingError(f"no folder {str(root)!r}: expected the folder that holds runs (dinolab run ... --out)")
+    if not Path(root).is_dir():
+        raise MissingError(
+            f"no folder {str(root)!r}: expected the folder that holds runs (dinolab run ... --out)"
+        )
     found = sorted(Path(root).glob("*/*/run.json"), key=lambda p: p.parent.name)
-    if not found: raise InputError(f"no run in {str(root)!r}: expected {root}/<experiment>/<utc>-<hash>/run.json; start one with dinolab run")
-    if experiment is not None: pick({p.parts[-3]: None for p in found}, experiment, "experiment")
+    if not found:
+        raise InputError(
+            f"no run in {str(root)!r}: expected {root}/<experiment>/<utc>-<hash>/run.json; start one with dinolab run"
+        )
+    if experiment is not None:
+        pick({p.parts[-3]: None for p in found}, experiment, "experiment")
     return [run_row(p.parent) for p in found if experiment in (None, p.parts[-3])]
 
 # %% ../../nbs/api/train/runs.ipynb #7c6864e2
 def varying(
-    rows:list,  # rows of gather
-)->list:        # the same rows, perhaps with fewer parameters
+    rows: list,  # rows of gather
+) -> list:  # the same rows, perhaps with fewer parameters
     "Leave out parameters that do not tell these runs apart."
-    if len(rows) < 2: return rows
+    if len(rows) < 2:
+        return rows
     names = {k for r in rows for k in r if k.startswith("params/")}
     same = {k for k in names if all(k in r and r[k] == rows[0].get(k) for r in rows)}
     return [{k: v for k, v in r.items() if k not in same} for r in rows]
 
 # %% ../../nbs/api/train/runs.ipynb #03a752d2
 def gather_table(
-    rows:list,          # rows of gather
-    format:str="text",  # text, markdown or csv
-)->str:
+    rows: list,  # rows of gather
+    format: str = "text",  # text, markdown or csv
+) -> str:
     "The rows as a table; only csv keeps parameters that are the same in all runs."
     pick(dict(text=0, markdown=0, csv=0), format, "table format")
-    if format == "text": return format_table(varying(rows))
-    if format == "markdown": rows = varying(rows)
+    if format == "text":
+        return format_table(varying(rows))
+    if format == "markdown":
+        rows = varying(rows)
     heads = list(dict.fromkeys(k for r in rows for k in r))
     cells = [heads] + [["" if r.get(h) is None else str(r[h]) for h in heads] for r in rows]
     if format == "markdown":
         lines = ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in cells]
-        return "\n".join([lines[0], "|" + "---|"*len(heads), *lines[1:]])
+        return "\n".join([lines[0], "|" + "---|" * len(heads), *lines[1:]])
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(cells)
     return text.getvalue().rstrip("\n")

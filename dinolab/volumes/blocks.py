@@ -16,7 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
+from collections.abc import Callable
 
 import numpy as np
 
@@ -28,70 +28,93 @@ from ..core.progress import progress
 @dataclass(frozen=True)
 class Block:
     "One piece of work: the voxels it reads and the voxels it owns, z y x."
-    index:tuple # place in the grid of blocks
-    read:tuple  # three slices, may reach beyond the volume
-    write:tuple # three slices, within the volume
+
+    index: tuple  # place in the grid of blocks
+    read: tuple  # three slices, may reach beyond the volume
+    write: tuple  # three slices, within the volume
 
 # %% ../../nbs/api/volumes/blocks.ipynb #b31b0a45
 def make_blocks(
-    shape:tuple,  # voxels of the output, z y x
-    size:tuple,   # voxels per block, z y x
-    halo:tuple=(0, 0, 0),  # voxels of context on both sides, z y x
-)->list:          # of Block, in C order
+    shape: tuple,  # voxels of the output, z y x
+    size: tuple,  # voxels per block, z y x
+    halo: tuple = (0, 0, 0),  # voxels of context on both sides, z y x
+) -> list:  # of Block, in C order
     "Cut a volume into blocks; the last of an axis may write less but reads as much."
     grid = [range(-(-n // s)) for n, s in zip(shape, size)]
+
     def block(i):
         write = tuple(slice(k * s, min((k + 1) * s, n)) for k, s, n in zip(i, size, shape))
         read = tuple(slice(k * s - h, (k + 1) * s + h) for k, s, h in zip(i, size, halo))
         return Block(i, read, write)
+
     return [block(i) for i in itertools.product(*grid)]
 
 # %% ../../nbs/api/volumes/blocks.ipynb #cb9af0e5
 def check_aligned(
-    array,       # zarr array that blocks write to
-    size:tuple,  # voxels per block, over the first axes of the array
+    array,  # zarr array that blocks write to
+    size: tuple,  # voxels per block, over the first axes of the array
 ):
     "Raise `InputError` unless every block consists of whole storage chunks (shards where there are any)."
-    whole = (array.shards or array.chunks)[:len(size)]
+    whole = (array.shards or array.chunks)[: len(size)]
     if any(s % w and s < n for s, w, n in zip(size, whole, array.shape)):
-        raise InputError(f"blocks of {tuple(size)} voxels in chunks of {tuple(whole)}: expected whole chunks, or two blocks would overwrite each other's; use multiples of {tuple(whole)}")
+        raise InputError(
+            f"blocks of {tuple(size)} voxels in chunks of {tuple(whole)}: expected whole chunks, or two blocks would overwrite each other's; use multiples of {tuple(whole)}"
+        )
 
 # %% ../../nbs/api/volumes/blocks.ipynb #cb70cc31
 class Done:
     "A zarr array with one chunk, hence one file, per block: 1 where the block is written."
-    def __init__(self,
+
+    def __init__(
+        self,
         array,  # from Done.create, or opened again
-    ): self.array = array
+    ):
+        self.array = array
 
     @classmethod
-    def create(cls,
-        group,        # zarr group that gets the array
-        blocks:list,  # of Block
-        name:str="done",  # of the array
-    )->"Done":
+    def create(
+        cls,
+        group,  # zarr group that gets the array
+        blocks: list,  # of Block
+        name: str = "done",  # of the array
+    ) -> "Done":
         "The record for `blocks`; an existing one is kept."
         shape = tuple(i + 1 for i in blocks[-1].index)
-        if name in group: return cls(group[name])
-        return cls(group.create_array(name, shape=shape, chunks=(1,) * len(shape), dtype="u1", compressors=None, fill_value=0))
+        if name in group:
+            return cls(group[name])
+        return cls(
+            group.create_array(
+                name, shape=shape, chunks=(1,) * len(shape), dtype="u1", compressors=None, fill_value=0
+            )
+        )
 
-    def mark(self, block:Block): "Record that `block` is written."; self.array[block.index] = 1
-    def has(self, block:Block)->bool: "Whether `block` is written."; return bool(self.array[block.index])
-    def all(self)->np.ndarray:  # *s, boolean, over the grid of blocks
+    def mark(self, block: Block):
+        "Record that `block` is written."
+        self.array[block.index] = 1
+
+    def has(self, block: Block) -> bool:
+        "Whether `block` is written."
+        return bool(self.array[block.index])
+
+    def all(self) -> np.ndarray:  # *s, boolean, over the grid of blocks
         "Which blocks are written."
         return self.array[:] == 1
 
 # %% ../../nbs/api/volumes/blocks.ipynb #4200593d
 _TASK = None  # what this worker process works on
 
+
 def _start(task):
     global _TASK
     _TASK = task
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
+
 def _end_with_parent():
     "A worker whose parent is killed would go on writing for a while, and then wait for ever."
     multiprocessing.parent_process().join()
     os._exit(1)
+
 
 def _work(block, done, task=None):
     "One block in a worker: run, then mark; the order makes a kill harmless."
@@ -104,9 +127,12 @@ def _work(block, done, task=None):
 def _serial(task, blocks, done):
     "In this process: yields (block, error or None)."
     for b in blocks:
-        try: _work(b, done, task)
-        except Exception as e: yield b, e
-        else: yield b, None
+        try:
+            _work(b, done, task)
+        except Exception as e:
+            yield b, e
+        else:
+            yield b, None
 
 # %% ../../nbs/api/volumes/blocks.ipynb #5e449d0f
 @contextmanager
@@ -114,84 +140,120 @@ def _threads_per_worker(n):
     "Processes started inside share the cores."
     old = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // n))
-    try: yield
+    try:
+        yield
     finally:
-        if old is None: del os.environ["OMP_NUM_THREADS"]
-        else: os.environ["OMP_NUM_THREADS"] = old
+        if old is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = old
 
 # %% ../../nbs/api/volumes/blocks.ipynb #1eb0f29a
 def _processes(task, blocks, done, workers, restarts=3):
     "In spawned processes; a pool that broke because a worker was killed is started again for what is left."
     left = {b.index: b for b in blocks}
     for _ in range(1 + restarts):
-        with _threads_per_worker(workers), ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start, (task,)) as pool:
+        with (
+            _threads_per_worker(workers),
+            ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start, (task,)) as pool,
+        ):
             try:
                 futures = {pool.submit(_work, b, done): b for b in left.values()}
                 for f in as_completed(futures):
-                    if not isinstance(f.exception(), BrokenProcessPool): yield left.pop(futures[f].index), f.exception()
-            except BrokenProcessPool: pass  # while work was handed out
-            except BaseException:           # Ctrl-C: what is not begun is dropped
+                    if not isinstance(f.exception(), BrokenProcessPool):
+                        yield left.pop(futures[f].index), f.exception()
+            except BrokenProcessPool:
+                pass  # while work was handed out
+            except BaseException:  # Ctrl-C: what is not begun is dropped
                 pool.shutdown(cancel_futures=True)
                 raise
-        if not left: return
-    for b in left.values(): yield b, RuntimeError("its worker was killed again and again; is there enough memory, and is the task in a module that workers can import?")
+        if not left:
+            return
+    for b in left.values():
+        yield (
+            b,
+            RuntimeError(
+                "its worker was killed again and again; is there enough memory, and is the task in a module that workers can import?"
+            ),
+        )
 
 # %% ../../nbs/api/volumes/blocks.ipynb #cff7d030
-def _on_worker(block, shared): return _work(block, shared[1], shared[0])
+def _on_worker(block, shared):
+    return _work(block, shared[1], shared[0])
+
 
 def _dask(task, blocks, done, client):
     "On a dask client, or a cluster that is started for it."
-    if not blocks: return
+    if not blocks:
+        return
     with use_client(client) as opened:
-        for i, _, error in spread_work(opened, _on_worker, blocks, (task, done)): yield blocks[i], error
+        for i, _, error in spread_work(opened, _on_worker, blocks, (task, done)):
+            yield blocks[i], error
 
 # %% ../../nbs/api/volumes/blocks.ipynb #dd532182
 def run_blocks(
-    task:Callable,   # called with a Block, writes its output; picklable when there are workers
-    blocks:list,     # of Block
-    done:Done,       # record of what is written
+    task: Callable,  # called with a Block, writes its output; picklable when there are workers
+    blocks: list,  # of Block
+    done: Done,  # record of what is written
     *,
-    workers:int=1,   # processes on this machine
-    client=None,     # a dask client, or a Cluster, instead
-    desc:str="blocks",  # for the progress bar
-)->dict:             # number of blocks "done" now and "skipped"
+    workers: int = 1,  # processes on this machine
+    client=None,  # a dask client, or a Cluster, instead
+    desc: str = "blocks",  # for the progress bar
+) -> dict:  # number of blocks "done" now and "skipped"
     "Run `task` on every block that is not done; raises if any failed, after the others are finished."
     finished = done.all()
     left = [b for b in blocks if not finished[b.index]]
-    if client is not None: results = _dask(task, left, done, client)
-    elif workers > 1 and len(left) > 1: results = _processes(task, left, done, min(workers, len(left)))
-    else: results = _serial(task, left, done)
+    if client is not None:
+        results = _dask(task, left, done, client)
+    elif workers > 1 and len(left) > 1:
+        results = _processes(task, left, done, min(workers, len(left)))
+    else:
+        results = _serial(task, left, done)
     failed, skipped = [], len(blocks) - len(left)
     with progress(total=len(blocks), initial=skipped, desc=desc, unit="block") as bar:
         for block, error in results:
-            if error is not None: failed.append((block, error))
+            if error is not None:
+                failed.append((block, error))
             bar.update()
-    if failed: _raise(failed, len(blocks))
+    if failed:
+        _raise(failed, len(blocks))
     return dict(done=len(left), skipped=skipped)
 
 # %% ../../nbs/api/volumes/blocks.ipynb #505ee442
 def _raise(failed, total):
     block, error = failed[0]
-    kind = InputError if all(isinstance(e, (InputError, OSError)) for _, e in failed) else RuntimeError  # OSError: disk full, read-only, connection lost
-    raise kind(f"{len(failed)} of {total} blocks failed, the first at {block.index}: {error}; what is done is kept, run again to go on") from error
+    kind = (
+        InputError if all(isinstance(e, (InputError, OSError)) for _, e in failed) else RuntimeError
+    )  # OSError: disk full, read-only, connection lost
+    raise kind(
+        f"{len(failed)} of {total} blocks failed, the first at {block.index}: {error}; what is done is kept, run again to go on"
+    ) from error
 
 # %% ../../nbs/api/volumes/blocks.ipynb #34434a91
 @contextmanager
 def lock_folder(
-    path:str|Path,  # local folder
+    path: str | Path,  # local folder
 ):
     "Hold `path` for this process; `InputError` if another process holds it."
-    name = Path(path)/".lock"
-    try: f = open(name, "a+")
-    except OSError as e: raise InputError(f"{path} cannot be written ({e.strerror}): expected a writable folder") from e
+    name = Path(path) / ".lock"
+    try:
+        f = open(name, "a+")
+    except OSError as e:
+        raise InputError(f"{path} cannot be written ({e.strerror}): expected a writable folder") from e
     with f:
-        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             f.seek(0)
-            raise InputError(f"{path} is in use by process {f.read().strip() or '?'}: wait for it, or write to another path") from None
-        if not name.exists() or name.stat().st_ino != os.fstat(f.fileno()).st_ino: raise InputError(f"{path} was in use until just now: try again")
+            raise InputError(
+                f"{path} is in use by process {f.read().strip() or '?'}: wait for it, or write to another path"
+            ) from None
+        if not name.exists() or name.stat().st_ino != os.fstat(f.fileno()).st_ino:
+            raise InputError(f"{path} was in use until just now: try again")
         f.truncate(0)
         f.write(str(os.getpid()))
         f.flush()
-        try: yield
-        finally: name.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            name.unlink(missing_ok=True)

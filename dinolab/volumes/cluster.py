@@ -30,64 +30,86 @@ from ..core.machine import machine
 # %% ../../nbs/api/volumes/cluster.ipynb #754053be
 def duration(
     text,  # h:mm:ss, d-hh:mm:ss, or such as 90m, 4h, 2d
-    what:str="walltime",  # for the error
-)->int:    # seconds
+    what: str = "walltime",  # for the error
+) -> int:  # seconds
     "A length of time."
-    if found := re.fullmatch(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)", str(text).strip()): return sum(int(n or 0) * s for n, s in zip(found.groups(), (86400, 3600, 60, 1)))
-    if found := re.fullmatch(r"(\d+(?:\.\d+)?) ?([smhd])", str(text).strip()): return round(float(found[1]) * dict(s=1, m=60, h=3600, d=86400)[found[2]])
-    raise InputError(f"{what} {text!r}: expected h:mm:ss, d-hh:mm:ss, or a number with s, m, h or d, such as 4:00:00 or 90m")
+    if found := re.fullmatch(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)", str(text).strip()):
+        return sum(int(n or 0) * s for n, s in zip(found.groups(), (86400, 3600, 60, 1)))
+    if found := re.fullmatch(r"(\d+(?:\.\d+)?) ?([smhd])", str(text).strip()):
+        return round(float(found[1]) * dict(s=1, m=60, h=3600, d=86400)[found[2]])
+    raise InputError(
+        f"{what} {text!r}: expected h:mm:ss, d-hh:mm:ss, or a number with s, m, h or d, such as 4:00:00 or 90m"
+    )
 
 # %% ../../nbs/api/volumes/cluster.ipynb #f7f10020
 def bytes_of(
     text,  # such as 16GB or 16GiB
-)->int:    # bytes
+) -> int:  # bytes
     "An amount of memory."
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B?", str(text).strip(), re.I)
-    if not found or not float(found[1]): raise InputError(f"memory {text!r}: expected a number with KB, MB, GB or TB, such as 16GB")
+    if not found or not float(found[1]):
+        raise InputError(f"memory {text!r}: expected a number with KB, MB, GB or TB, such as 16GB")
     return round(float(found[1]) * (1024 if found[3] else 1000) ** ("KMGT".index(found[2].upper()) + 1))
 
 # %% ../../nbs/api/volumes/cluster.ipynb #63ffa8d7
 @dataclass(frozen=True)
 class Cluster:
     "Workers that can be had: checked when it is made, started by `open`."
-    kind:str="local"      # local, slurm or lsf
-    workers:int=1         # processes; with slurm and lsf each is a job
-    queue:str=None        # partition (SLURM) or queue (LSF); None: the site's default
-    account:str=None      # account (SLURM) or project (LSF) that pays
-    cores:int=None        # per worker; None: an equal share of this machine, 4 of a job
-    memory:str=None       # per worker, such as 32GB; None: no limit on this machine, 16GB in a job
-    gpus:int=None         # per job, 0 or 1; None: 0; on this machine workers share all there are
-    walltime:str=None     # of a job, such as 4:00:00 or 90m; None: 4 hours
-    setup:tuple=()        # lines of the job script before the worker starts, such as "module load cuda"
-    python:str=None       # that runs in the job; None: the one that runs now
-    logs:str=None         # folder of what jobs print; None: dask-logs
-    interface:str=None    # network between jobs and this process, such as ib0; None: as the system chooses
-    extra:tuple=()        # further directives of the job script, such as "--constraint=a100"
-    wait:str=None         # for the first worker; None: 2m on this machine, 1d for jobs
+
+    kind: str = "local"  # local, slurm or lsf
+    workers: int = 1  # processes; with slurm and lsf each is a job
+    queue: str = None  # partition (SLURM) or queue (LSF); None: the site's default
+    account: str = None  # account (SLURM) or project (LSF) that pays
+    cores: int = None  # per worker; None: an equal share of this machine, 4 of a job
+    memory: str = None  # per worker, such as 32GB; None: no limit on this machine, 16GB in a job
+    gpus: int = None  # per job, 0 or 1; None: 0; on this machine workers share all there are
+    walltime: str = None  # of a job, such as 4:00:00 or 90m; None: 4 hours
+    setup: tuple = ()  # lines of the job script before the worker starts, such as "module load cuda"
+    python: str = None  # that runs in the job; None: the one that runs now
+    logs: str = None  # folder of what jobs print; None: dask-logs
+    interface: str = None  # network between jobs and this process, such as ib0; None: as the system chooses
+    extra: tuple = ()  # further directives of the job script, such as "--constraint=a100"
+    wait: str = None  # for the first worker; None: 2m on this machine, 1d for jobs
 
     def __post_init__(self):
         pick(CLUSTERS, self.kind, "cluster")
         for name in ("workers", "cores"):
-            if (n := getattr(self, name)) is not None and (not isinstance(n, int) or n < 1): raise InputError(f"{name} {n!r}: expected a whole number of 1 or more")
-        if self.gpus not in (None, 0, 1): raise InputError(f"gpus {self.gpus!r}: expected 0 or 1; a worker uses one GPU, so ask for more workers")
+            if (n := getattr(self, name)) is not None and (not isinstance(n, int) or n < 1):
+                raise InputError(f"{name} {n!r}: expected a whole number of 1 or more")
+        if self.gpus not in (None, 0, 1):
+            raise InputError(
+                f"gpus {self.gpus!r}: expected 0 or 1; a worker uses one GPU, so ask for more workers"
+            )
         unused = [n for n in JOB_ONLY if getattr(self, n)]
-        if self.kind == "local" and unused: raise InputError(f"{', '.join(unused)} on cluster local: expected slurm or lsf; workers of this machine are no jobs")
-        if self.memory is not None: bytes_of(self.memory)
-        if duration(self.walltime or "4h") < 300: raise InputError(f"walltime {self.walltime}: expected 5m or more")
+        if self.kind == "local" and unused:
+            raise InputError(
+                f"{', '.join(unused)} on cluster local: expected slurm or lsf; workers of this machine are no jobs"
+            )
+        if self.memory is not None:
+            bytes_of(self.memory)
+        if duration(self.walltime or "4h") < 300:
+            raise InputError(f"walltime {self.walltime}: expected 5m or more")
         duration(self.wait or "1d", "wait")
         _need("distributed" if self.kind == "local" else "dask_jobqueue")
 
-    def open(self): "Start it: a context manager that gives a dask client."; return _open(self)
-    def job_script(self)->str: "What the queue would get for each worker."; return _script(self)
+    def open(self):
+        "Start it: a context manager that gives a dask client."
+        return _open(self)
+
+    def job_script(self) -> str:
+        "What the queue would get for each worker."
+        return _script(self)
+
 
 JOB_ONLY = ("queue", "account", "gpus", "walltime", "setup", "python", "logs", "interface", "extra")
 
 # %% ../../nbs/api/volumes/cluster.ipynb #7587166f
 def thread_variables(
-    cores:int,  # per worker
-)->dict:        # name -> value
+    cores: int,  # per worker
+) -> dict:  # name -> value
     "Environment of a worker that computes with so many threads."
     return dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(cores))
+
 
 def _share(cluster):
     "Threads of a worker of this machine."
@@ -97,37 +119,66 @@ def _share(cluster):
 # %% ../../nbs/api/volumes/cluster.ipynb #ceb4ba6f
 MEMORY = {f"distributed.worker.memory.{k}": False for k in ("target", "spill", "pause")}
 
+
 def _need(module):
     "Import a module of the extra; Ctrl-C goes on to mean what it meant."
     import importlib
+
     before = signal.getsignal(signal.SIGINT)
-    try: return importlib.import_module(module)
-    except ImportError: raise ImportError(f"a cluster needs {module.split('.')[0].replace('_', '-')}; install the extra: pip install 'dinolab[cluster]'") from None
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise ImportError(
+            f"a cluster needs {module.split('.')[0].replace('_', '-')}; install the extra: pip install 'dinolab[cluster]'"
+        ) from None
     finally:
-        if signal.getsignal(signal.SIGINT) is not before: signal.signal(signal.SIGINT, before)
+        if signal.getsignal(signal.SIGINT) is not before:
+            signal.signal(signal.SIGINT, before)
 
 # %% ../../nbs/api/volumes/cluster.ipynb #1686bc14
 def _gpus():
     "What CUDA_VISIBLE_DEVICES may hold here, one by one."
     seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return [g for g in seen.split(",") if g] if seen is not None else [str(i) for i in range(len(machine()["gpus"]))]
+    return (
+        [g for g in seen.split(",") if g]
+        if seen is not None
+        else [str(i) for i in range(len(machine()["gpus"]))]
+    )
+
 
 def start_local(
-    cluster:Cluster,  # what is asked for
-):                    # cluster of dask
+    cluster: Cluster,  # what is asked for
+):  # cluster of dask
     "Processes of this machine."
     distributed, dask, gpus = _need("distributed"), _need("dask"), _gpus()
+
     def worker(i):
-        env = thread_variables(_share(cluster)) | (dict(CUDA_VISIBLE_DEVICES=gpus[i % len(gpus)]) if gpus else {})
-        options = dict(nthreads=1, env=env, memory_limit=bytes_of(cluster.memory) if cluster.memory else 0, host="127.0.0.1", dashboard=False, silence_logs=logging.CRITICAL)
+        env = thread_variables(_share(cluster)) | (
+            dict(CUDA_VISIBLE_DEVICES=gpus[i % len(gpus)]) if gpus else {}
+        )
+        options = dict(
+            nthreads=1,
+            env=env,
+            memory_limit=bytes_of(cluster.memory) if cluster.memory else 0,
+            host="127.0.0.1",
+            dashboard=False,
+            silence_logs=logging.CRITICAL,
+        )
         return dict(cls=distributed.Nanny, options=options)
-    scheduler = dict(cls=distributed.Scheduler, options=dict(host="127.0.0.1", port=0, dashboard=False, dashboard_address=":0"))
-    with dask.config.set(MEMORY): return distributed.SpecCluster({i: worker(i) for i in range(cluster.workers)}, scheduler, silence_logs=logging.ERROR)
+
+    scheduler = dict(
+        cls=distributed.Scheduler,
+        options=dict(host="127.0.0.1", port=0, dashboard=False, dashboard_address=":0"),
+    )
+    with dask.config.set(MEMORY):
+        return distributed.SpecCluster(
+            {i: worker(i) for i in range(cluster.workers)}, scheduler, silence_logs=logging.ERROR
+        )
 
 # %% ../../nbs/api/volumes/cluster.ipynb #a97e1994
 def lifetime(
-    walltime:int,  # seconds
-)->tuple:          # seconds that a worker takes work, and by how much they vary
+    walltime: int,  # seconds
+) -> tuple:  # seconds that a worker takes work, and by how much they vary
     "How long a worker works, so that all end before their jobs do."
     margin = min(300, walltime // 12)
     return walltime - 2 * margin, margin
@@ -139,54 +190,95 @@ def _job_options(cluster, log):
     site = lambda key: list(_need("dask").config.get(f"jobqueue.{cluster.kind}.{key}", None) or [])
     quiet = {"DASK_" + k.upper().replace(".", "__"): "False" for k in MEMORY}
     exports = [f"export {k}={v}" for k, v in (thread_variables(cluster.cores or 4) | quiet).items()]
-    return dict(cores=1, processes=1, memory=f"{bytes_of(cluster.memory or '16GB')}B", queue=cluster.queue, job_name="dinolab", python=cluster.python, interface=cluster.interface,
-                job_script_prologue=site("job-script-prologue") + list(cluster.setup) + exports, job_extra_directives=site("job-extra-directives") + [log, *cluster.extra],
-                worker_extra_args=["--no-dashboard", "--lifetime", f"{end}s", "--lifetime-stagger", f"{vary}s"])
+    return dict(
+        cores=1,
+        processes=1,
+        memory=f"{bytes_of(cluster.memory or '16GB')}B",
+        queue=cluster.queue,
+        job_name="dinolab",
+        python=cluster.python,
+        interface=cluster.interface,
+        job_script_prologue=site("job-script-prologue") + list(cluster.setup) + exports,
+        job_extra_directives=site("job-extra-directives") + [log, *cluster.extra],
+        worker_extra_args=["--no-dashboard", "--lifetime", f"{end}s", "--lifetime-stagger", f"{vary}s"],
+    )
 
-def _logs(cluster): return Path(cluster.logs or "dask-logs").absolute()
+
+def _logs(cluster):
+    return Path(cluster.logs or "dask-logs").absolute()
 
 # %% ../../nbs/api/volumes/cluster.ipynb #9116613b
 def slurm_job(
-    cluster:Cluster,  # what is asked for
-)->tuple:             # class of dask-jobqueue, its arguments
+    cluster: Cluster,  # what is asked for
+) -> tuple:  # class of dask-jobqueue, its arguments
     "A job of SLURM."
     s = duration(cluster.walltime or "4h")
     options = _job_options(cluster, f"--output={_logs(cluster)}/%x-%j.log")
-    if cluster.gpus: options["job_extra_directives"].insert(0, f"--gres=gpu:{cluster.gpus}")
-    return _need("dask_jobqueue.slurm").SLURMJob, options | dict(account=cluster.account, job_cpu=cluster.cores or 4, walltime=f"{s // 3600:02}:{s // 60 % 60:02}:{s % 60:02}")
+    if cluster.gpus:
+        options["job_extra_directives"].insert(0, f"--gres=gpu:{cluster.gpus}")
+    return _need("dask_jobqueue.slurm").SLURMJob, options | dict(
+        account=cluster.account,
+        job_cpu=cluster.cores or 4,
+        walltime=f"{s // 3600:02}:{s // 60 % 60:02}:{s % 60:02}",
+    )
+
 
 def lsf_job(
-    cluster:Cluster,  # what is asked for
-)->tuple:             # class of dask-jobqueue, its arguments
+    cluster: Cluster,  # what is asked for
+) -> tuple:  # class of dask-jobqueue, its arguments
     "A job of LSF."
     s = math.ceil(duration(cluster.walltime or "4h") / 60)
     options = _job_options(cluster, f"-o {_logs(cluster)}/%J.log")
-    if cluster.gpus: options["job_extra_directives"].insert(0, f"-gpu num={cluster.gpus}")
-    return _need("dask_jobqueue.lsf").LSFJob, options | dict(project=cluster.account, ncpus=cluster.cores or 4, walltime=f"{s // 60:02}:{s % 60:02}")
+    if cluster.gpus:
+        options["job_extra_directives"].insert(0, f"-gpu num={cluster.gpus}")
+    return _need("dask_jobqueue.lsf").LSFJob, options | dict(
+        project=cluster.account, ncpus=cluster.cores or 4, walltime=f"{s // 60:02}:{s % 60:02}"
+    )
 
 # %% ../../nbs/api/volumes/cluster.ipynb #c7885acc
 def _noting(job):
     "The class of a job, which keeps why it was refused."
+
     class Job(job):
         refused = None
+
         async def start(self):
-            try: await super().start()
+            try:
+                await super().start()
             except Exception as e:
-                self.refused, self.status = " ".join(str(e).split("stderr:")[-1].split()) or type(e).__name__, _need("distributed").Status.failed
+                self.refused, self.status = (
+                    " ".join(str(e).split("stderr:")[-1].split()) or type(e).__name__,
+                    _need("distributed").Status.failed,
+                )
                 raise
+
     return Job
 
+
 def start_jobs(
-    cluster:Cluster,  # what is asked for
-):                    # cluster of dask
+    cluster: Cluster,  # what is asked for
+):  # cluster of dask
     "Submit the jobs."
     job, options = QUEUES[cluster.kind](cluster)
-    if not shutil.which(job.submit_command): raise InputError(f"no command {job.submit_command} here: expected a machine that may submit to {cluster.kind}; --cluster local needs none")
-    try: _logs(cluster).mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise InputError(f"logs {_logs(cluster)} cannot be written ({e.strerror}): expected a folder that jobs may write to") from None
-    made = _need("dask_jobqueue.core").JobQueueCluster(job_cls=_noting(job), scheduler_options=dict(dashboard=False, dashboard_address=":0"), silence_logs="error", **options)
+    if not shutil.which(job.submit_command):
+        raise InputError(
+            f"no command {job.submit_command} here: expected a machine that may submit to {cluster.kind}; --cluster local needs none"
+        )
+    try:
+        _logs(cluster).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(
+            f"logs {_logs(cluster)} cannot be written ({e.strerror}): expected a folder that jobs may write to"
+        ) from None
+    made = _need("dask_jobqueue.core").JobQueueCluster(
+        job_cls=_noting(job),
+        scheduler_options=dict(dashboard=False, dashboard_address=":0"),
+        silence_logs="error",
+        **options,
+    )
     made.scale(jobs=cluster.workers)
     return made
+
 
 QUEUES = dict(slurm=slurm_job, lsf=lsf_job)
 CLUSTERS = dict(local=start_local, slurm=start_jobs, lsf=start_jobs)
@@ -196,10 +288,11 @@ def _script(cluster):
     job, options = pick(QUEUES, cluster.kind, "queue with job scripts")(cluster)
     return job("tcp://SCHEDULER:PORT", name="dinolab-0", config_name=cluster.kind, **options).job_script()
 
+
 def job_script(
-    kind:str="slurm",  # slurm or lsf
-    **settings,        # of Cluster
-)->str:
+    kind: str = "slurm",  # slurm or lsf
+    **settings,  # of Cluster
+) -> str:
     "What the queue would get for each worker."
     return Cluster(kind, **settings).job_script()
 
@@ -207,12 +300,27 @@ def job_script(
 def _wait(made, cluster):
     "Return when the first worker is there."
     jobs = cluster.kind != "local"
-    if jobs: print(f"dinolab: waiting for the first of {cluster.workers} {cluster.kind} jobs; Ctrl-C removes them", file=sys.stderr)
+    if jobs:
+        print(
+            f"dinolab: waiting for the first of {cluster.workers} {cluster.kind} jobs; Ctrl-C removes them",
+            file=sys.stderr,
+        )
     end = time.monotonic() + duration(cluster.wait or ("1d" if jobs else "2m"), "wait")
     while not made.scheduler.workers:
         refused = [w.refused for w in made.workers.values() if getattr(w, "refused", None)]
-        if len(refused) == cluster.workers: raise InputError(f"{cluster.kind} refused the jobs: {refused[0][:300]}; dinolab ... --job-script shows what was submitted")
-        if time.monotonic() > end: raise InputError(f"no worker after {cluster.wait or 'the time to wait'}: " + (f"expected a job to start; see {_logs(cluster)}, and whether jobs reach this machine (interface)" if jobs else "expected processes to start"))
+        if len(refused) == cluster.workers:
+            raise InputError(
+                f"{cluster.kind} refused the jobs: {refused[0][:300]}; dinolab ... --job-script shows what was submitted"
+            )
+        if time.monotonic() > end:
+            raise InputError(
+                f"no worker after {cluster.wait or 'the time to wait'}: "
+                + (
+                    f"expected a job to start; see {_logs(cluster)}, and whether jobs reach this machine (interface)"
+                    if jobs
+                    else "expected processes to start"
+                )
+            )
         time.sleep(0.2)
 
 # %% ../../nbs/api/volumes/cluster.ipynb #d2a39f04
@@ -224,6 +332,7 @@ def _keep_jobs(made, cluster, ended):
             print(f"dinolab: {lost} of {cluster.workers} jobs ended and are submitted again", file=sys.stderr)
             made.scale(jobs=cluster.workers)
 
+
 @contextmanager
 def _open(cluster):
     "Start, give a client, and end whatever happens."
@@ -231,17 +340,21 @@ def _open(cluster):
     made, ended = CLUSTERS[cluster.kind](cluster), threading.Event()
     try:
         _wait(made, cluster)
-        if cluster.kind != "local": threading.Thread(target=_keep_jobs, args=(made, cluster, ended), daemon=True).start()
-        with _need("distributed").Client(made) as client: yield client
+        if cluster.kind != "local":
+            threading.Thread(target=_keep_jobs, args=(made, cluster, ended), daemon=True).start()
+        with _need("distributed").Client(made) as client:
+            yield client
     finally:
         ended.set()
-        with suppress(TimeoutError): made.close()
+        with suppress(TimeoutError):
+            made.close()
+
 
 def open_cluster(
-    kind:str="local",  # local, slurm or lsf
-    workers:int=1,     # processes; with slurm and lsf each is a job
-    **settings,        # others of Cluster: queue, account, cores, memory, gpus, walltime ...
-):                     # for `with`: gives a dask client, and ends all workers behind it
+    kind: str = "local",  # local, slurm or lsf
+    workers: int = 1,  # processes; with slurm and lsf each is a job
+    **settings,  # others of Cluster: queue, account, cores, memory, gpus, walltime ...
+):  # for `with`: gives a dask client, and ends all workers behind it
     "Start workers."
     return Cluster(kind, workers, **settings).open()
 
@@ -249,44 +362,52 @@ def open_cluster(
 @contextmanager
 def use_client(
     client,  # of dask, a Cluster, or None
-):           # the client, or None
+):  # the client, or None
     "The client of a cluster; one that is already open stays open."
-    if not isinstance(client, Cluster): yield client
+    if not isinstance(client, Cluster):
+        yield client
     else:
-        with client.open() as opened: yield opened
+        with client.open() as opened:
+            yield opened
 
 # %% ../../nbs/api/volumes/cluster.ipynb #f610f0a2
-def _same(x): return x
+def _same(x):
+    return x
+
 
 def _call(function, item, key, frozen):
     "On a worker: the shared object is made when its key is new here."
     here = _need("distributed").get_worker()
-    if getattr(here, "dinolab_shared", (None,))[0] != key: here.dinolab_shared = key, pickle.loads(frozen)
+    if getattr(here, "dinolab_shared", (None,))[0] != key:
+        here.dinolab_shared = key, pickle.loads(frozen)
     return function(item, here.dinolab_shared[1])
 
 # %% ../../nbs/api/volumes/cluster.ipynb #134e827b
 LOST = ("KilledWorker", "FutureCancelledError", "CancelledError", "FutureLostError")
 
+
 def spread_work(
-    client,             # of dask
-    function:Callable,  # called as function(item, shared) on a worker
-    items:list,         # small and picklable
-    shared,             # travels once to each worker, such as a model
+    client,  # of dask
+    function: Callable,  # called as function(item, shared) on a worker
+    items: list,  # small and picklable
+    shared,  # travels once to each worker, such as a model
     *,
-    ahead:int=1000,     # items given out at a time
-    rounds:int=3,       # without any that is done, before the rest is given up
-)->Iterator:            # (position, result, error or None), in the order in which they are done
+    ahead: int = 1000,  # items given out at a time
+    rounds: int = 3,  # without any that is done, before the rest is given up
+) -> Iterator:  # (position, result, error or None), in the order in which they are done
     "Call a function on workers; what is lost with a worker is given out again."
     cloudpickle, left, idle = _need("cloudpickle"), dict(enumerate(items)), 0
     frozen = cloudpickle.dumps(shared)
     while left and idle < rounds:
         before = len(left)
         for i, future in _round(client, function, dict(left), frozen, ahead):
-            if future.status == "cancelled" or type(future.exception()).__name__ in LOST: continue
+            if future.status == "cancelled" or type(future.exception()).__name__ in LOST:
+                continue
             del left[i]
             yield i, future.result() if future.status == "finished" else None, future.exception()
         idle = 0 if len(left) < before else idle + 1
-    for i in left: yield i, None, RuntimeError("its worker died again and again; is there enough memory?")
+    for i in left:
+        yield i, None, RuntimeError("its worker died again and again; is there enough memory?")
 
 # %% ../../nbs/api/volumes/cluster.ipynb #1a89755e
 def _round(client, function, items, frozen, ahead):
@@ -295,31 +416,39 @@ def _round(client, function, items, frozen, ahead):
         warnings.filterwarnings("ignore", "Sending large graph")
         here = client.submit(_same, frozen, pure=False)
     rest, at = iter(items.items()), {}
+
     def give():
         for i, item in rest:
             future = client.submit(_call, function, item, here.key, here, pure=False)
             at[future] = i
             return [future]
         return []
+
     running = _need("distributed").as_completed([f for _ in range(ahead) for f in give()], raise_errors=False)
     for future in running:
-        for more in give(): running.add(more)
+        for more in give():
+            running.add(more)
         yield at.pop(future), future
 
 # %% ../../nbs/api/volumes/cluster.ipynb #e4875fd9
 def cluster_of(
-    kind:str,     # local, slurm or lsf
-    workers:int,  # how many
-    pairs=(),     # of name=value; setup and extra may come several times
-)->Cluster:
+    kind: str,  # local, slurm or lsf
+    workers: int,  # how many
+    pairs=(),  # of name=value; setup and extra may come several times
+) -> Cluster:
     "A cluster from the words of a command line."
     known, values = {f.name: f for f in fields(Cluster) if f.name not in ("kind", "workers")}, {}
     for pair in pairs or ():
         name, equals, value = pair.partition("=")
-        if not equals: raise InputError(f"--job {pair}: expected name=value, such as queue=gpu")
+        if not equals:
+            raise InputError(f"--job {pair}: expected name=value, such as queue=gpu")
         pick(known, name, "setting of --job")
-        if name in ("setup", "extra"): values[name] = (*values.get(name, ()), value)
-        elif name not in ("cores", "gpus"): values[name] = value
-        elif value.isdigit(): values[name] = int(value)
-        else: raise InputError(f"--job {pair}: expected a whole number")
+        if name in ("setup", "extra"):
+            values[name] = (*values.get(name, ()), value)
+        elif name not in ("cores", "gpus"):
+            values[name] = value
+        elif value.isdigit():
+            values[name] = int(value)
+        else:
+            raise InputError(f"--job {pair}: expected a whole number")
     return Cluster(kind, workers, **values)

@@ -25,84 +25,135 @@ from ..core.errors import InputError, MissingError, nearest
 from ..core.files import atomic_write
 
 # %% ../../nbs/api/volumes/formats.ipynb #4ef4452f
-_SI = dict(yotta=24, zetta=21, exa=18, peta=15, tera=12, giga=9, mega=6, kilo=3, hecto=2, deci=-1, centi=-2, milli=-3,
-           micro=-6, nano=-9, pico=-12, femto=-15, atto=-18, zepto=-21, yocto=-24)
+_SI = dict(
+    yotta=24,
+    zetta=21,
+    exa=18,
+    peta=15,
+    tera=12,
+    giga=9,
+    mega=6,
+    kilo=3,
+    hecto=2,
+    deci=-1,
+    centi=-2,
+    milli=-3,
+    micro=-6,
+    nano=-9,
+    pico=-12,
+    femto=-15,
+    atto=-18,
+    zepto=-21,
+    yocto=-24,
+)
 
 UNIT_NM = {
     **{f"{prefix}meter": 10.0 ** (power + 9) for prefix, power in _SI.items()},
-    "meter": 1e9, "micron": 1e3, "angstrom": 0.1,
-    "inch": 2.54e7, "foot": 3.048e8, "yard": 9.144e8, "mile": 1.609344e12, "parsec": 3.0856775814913673e25,
-    **{symbol: 10.0 ** power for symbol, power in dict(km=12, m=9, cm=7, mm=6, um=3, nm=0, pm=-3).items()},
-    "\u00b5m": 1e3, "\u03bcm": 1e3, "\u00c5": 0.1, "\u212b": 0.1, "in": 2.54e7,
+    "meter": 1e9,
+    "micron": 1e3,
+    "angstrom": 0.1,
+    "inch": 2.54e7,
+    "foot": 3.048e8,
+    "yard": 9.144e8,
+    "mile": 1.609344e12,
+    "parsec": 3.0856775814913673e25,
+    **{symbol: 10.0**power for symbol, power in dict(km=12, m=9, cm=7, mm=6, um=3, nm=0, pm=-3).items()},
+    "\u00b5m": 1e3,
+    "\u03bcm": 1e3,
+    "\u00c5": 0.1,
+    "\u212b": 0.1,
+    "in": 2.54e7,
 }
 
 # %% ../../nbs/api/volumes/formats.ipynb #09c44fb7
 def to_nm(
-    value:float,  # a length, or an array of lengths
-    unit:str,     # a name or symbol in UNIT_NM
-)->float:         # the same length in nanometres
+    value: float,  # a length, or an array of lengths
+    unit: str,  # a name or symbol in UNIT_NM
+) -> float:  # the same length in nanometres
     "Convert a length to nanometres."
     name = str(unit).strip()
     plain = re.sub(r"metre", "meter", name.lower()).removesuffix("s")
     for key in (name, plain):
-        if key in UNIT_NM: return value * UNIT_NM[key]
+        if key in UNIT_NM:
+            return value * UNIT_NM[key]
     near = nearest(plain, UNIT_NM, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise InputError(f"unknown length unit {unit!r}: expected a name or symbol such as nanometer, micrometer, nm, µm, mm{hint}")
+    raise InputError(
+        f"unknown length unit {unit!r}: expected a name or symbol such as nanometer, micrometer, nm, µm, mm{hint}"
+    )
 
 # %% ../../nbs/api/volumes/formats.ipynb #e67a6170
 @dataclass(frozen=True)
 class Source:
     "An array and what its file says about its axes, voxel size and position."
-    array:object          # has shape, dtype and basic slicing; axes as named below
-    axes:str              # one letter per axis, in the order t c z y x
-    voxel_size:tuple=None # z y x, nm; None where the file does not tell
-    origin:tuple=None     # z y x, nm, centre of voxel 0; None where the file does not tell
-    note:str=""           # what was assumed
+
+    array: object  # has shape, dtype and basic slicing; axes as named below
+    axes: str  # one letter per axis, in the order t c z y x
+    voxel_size: tuple = None  # z y x, nm; None where the file does not tell
+    origin: tuple = None  # z y x, nm, centre of voxel 0; None where the file does not tell
+    note: str = ""  # what was assumed
 
     def __post_init__(self):
         shape = tuple(self.array.shape)
         if self.axes not in ("zyx", "czyx", "tzyx", "tczyx") or len(self.axes) != len(shape):
-            raise InputError(f"axes {self.axes!r} of an array of shape {shape}: expected z y x, with c and t before them if any")
-        if 0 in shape: raise InputError(f"shape {shape}: expected at least one voxel along every axis")
+            raise InputError(
+                f"axes {self.axes!r} of an array of shape {shape}: expected z y x, with c and t before them if any"
+            )
+        if 0 in shape:
+            raise InputError(f"shape {shape}: expected at least one voxel along every axis")
         if np.dtype(self.array.dtype).kind not in "biuf":
-            raise InputError(f"values of type {self.array.dtype}: expected integers or floats; convert the file first")
+            raise InputError(
+                f"values of type {self.array.dtype}: expected integers or floats; convert the file first"
+            )
         if self.voxel_size is not None and not all(np.isfinite(v) and v > 0 for v in self.voxel_size):
-            raise InputError(f"voxel size {self.voxel_size} nm: expected positive numbers; correct the file's header")
+            raise InputError(
+                f"voxel size {self.voxel_size} nm: expected positive numbers; correct the file's header"
+            )
 
 # %% ../../nbs/api/volumes/formats.ipynb #76a12237
 def full_index(
-    key,          # what stands between the brackets: numbers, slices, Ellipsis
-    shape:tuple,  # of the array that is indexed
-)->tuple:         # a slice for every axis, and the index that then drops the axes given by a number
+    key,  # what stands between the brackets: numbers, slices, Ellipsis
+    shape: tuple,  # of the array that is indexed
+) -> tuple:  # a slice for every axis, and the index that then drops the axes given by a number
     "Bring a basic index into one form."
     key = key if isinstance(key, tuple) else (key,)
     if not all(k is Ellipsis or isinstance(k, (slice, int, np.integer)) for k in key):
         raise InputError(f"index {key}: expected numbers, slices and at most one ellipsis")
     at = next((i for i, k in enumerate(key) if k is Ellipsis), len(key))
-    rest = key[at + 1:]
+    rest = key[at + 1 :]
     key = (*key[:at], *[slice(None)] * (len(shape) - at - len(rest)), *rest)
-    if len(key) != len(shape) or Ellipsis in rest: raise IndexError(f"index {key} does not fit an array of shape {shape}")
+    if len(key) != len(shape) or Ellipsis in rest:
+        raise IndexError(f"index {key} does not fit an array of shape {shape}")
     slices = tuple(k if isinstance(k, slice) else slice(i := range(n)[k], i + 1) for k, n in zip(key, shape))
     return slices, tuple(slice(None) if isinstance(k, slice) else 0 for k in key)
 
 # %% ../../nbs/api/volumes/formats.ipynb #edd25ab1
 class LazyArray:
     "A sliceable thing with its axes in another order and its values in another type; only what is asked for is read."
-    def __init__(self,
-        data,         # has shape, dtype and takes a tuple of slices, one per axis
-        order:tuple,  # axis i of the result is axis order[i] of data
-        dtype=None,   # type of the values; None for that of data, in the byte order of this machine
+
+    def __init__(
+        self,
+        data,  # has shape, dtype and takes a tuple of slices, one per axis
+        order: tuple,  # axis i of the result is axis order[i] of data
+        dtype=None,  # type of the values; None for that of data, in the byte order of this machine
     ):
         self.data, self.order = data, tuple(order)
         self.shape = tuple(data.shape[i] for i in self.order)
         self.dtype = np.dtype(dtype or data.dtype).newbyteorder("=")
 
     @property
-    def ndim(self)->int: "Number of axes."; return len(self.shape)
-    def __len__(self): return self.shape[0]
-    def __repr__(self): return f"LazyArray(shape={self.shape}, dtype={self.dtype})"
-    def __array__(self, dtype=None, copy=None): return self[...].astype(dtype or self.dtype, copy=False)
+    def ndim(self) -> int:
+        "Number of axes."
+        return len(self.shape)
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __repr__(self):
+        return f"LazyArray(shape={self.shape}, dtype={self.dtype})"
+
+    def __array__(self, dtype=None, copy=None):
+        return self[...].astype(dtype or self.dtype, copy=False)
 
     def __getitem__(self, key):
         slices, drop = full_index(key, self.shape)
@@ -110,19 +161,23 @@ class LazyArray:
         return np.array(np.asarray(block).transpose(self.order)[drop], dtype=self.dtype, order="C")
 
 # %% ../../nbs/api/volumes/formats.ipynb #04c57714
-def _existing(path)->Path:
+def _existing(path) -> Path:
     path = Path(path)
-    if not path.exists(): raise MissingError(f"no file or folder {str(path)!r}: give an existing path")
+    if not path.exists():
+        raise MissingError(f"no file or folder {str(path)!r}: give an existing path")
     return path
+
 
 @contextmanager
 def reading(
-    path:str|Path,  # the file, for the message
-    kind:str,       # what it should be
+    path: str | Path,  # the file, for the message
+    kind: str,  # what it should be
 ):
     "Turn whatever goes wrong while a file is decoded into one line."
-    try: yield
-    except (InputError, MemoryError): raise
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
     except Exception as e:
         why = " ".join(str(e).replace(str(path), "the file").split())
         raise InputError(f"{str(path)!r} cannot be read: {why}; expected a whole {kind} file") from e
@@ -132,57 +187,76 @@ class _Ear(logging.Handler):
     def __init__(self, phrase, heard):
         super().__init__()
         self.phrase, self.heard = phrase, heard
+
     def emit(self, record):
-        if self.phrase in record.getMessage(): self.heard.append(record.getMessage())
+        if self.phrase in record.getMessage():
+            self.heard.append(record.getMessage())
+
 
 @contextmanager
 def listening(
-    logger:str,  # name of the logger
-    phrase:str,  # what to listen for
-):               # list of the messages with that phrase, filled inside the block
+    logger: str,  # name of the logger
+    phrase: str,  # what to listen for
+):  # list of the messages with that phrase, filled inside the block
     "Collect what a library logs."
     log, heard = logging.getLogger(logger), []
     ear = _Ear(phrase, heard)
     log.addHandler(ear)
-    try: yield heard
-    finally: log.removeHandler(ear)
+    try:
+        yield heard
+    finally:
+        log.removeHandler(ear)
 
 # %% ../../nbs/api/volumes/formats.ipynb #72d4b437
 class NiftiData:
     "The scaled values of a NIfTI file, x y z [t [c]], computed for the part that is sliced."
-    def __init__(self,
-        path:str|Path,  # .nii, .nii.gz, or one half of a .hdr/.img pair
+
+    def __init__(
+        self,
+        path: str | Path,  # .nii, .nii.gz, or one half of a .hdr/.img pair
     ):
         self.path = path
         with listening("nibabel.global", "should be non-zero") as heard, reading(path, "NIfTI"):
             self.image = nib.load(path)
             if not isinstance(self.image, nib.Nifti1Pair):
-                raise InputError(f"{str(path)!r} is a {type(self.image).__name__}: expected NIfTI; convert it first")
+                raise InputError(
+                    f"{str(path)!r} is a {type(self.image).__name__}: expected NIfTI; convert it first"
+                )
             self.stored = self.image.dataobj.get_unscaled()
-        if heard: raise InputError(f"{str(path)!r} has a voxel size of 0 in its header: expected positive numbers; correct pixdim")
+        if heard:
+            raise InputError(
+                f"{str(path)!r} has a voxel size of 0 in its header: expected positive numbers; correct pixdim"
+            )
         self.shape = self.stored.shape
         self.slope, self.inter = float(self.image.dataobj.slope), float(self.image.dataobj.inter)
         integer = self.stored.dtype.kind in "iu" and (self.slope, self.inter) == (1, 0)
-        self.dtype = self.stored.dtype if integer or self.stored.dtype.kind not in "iuf" else np.dtype("float32")
+        self.dtype = (
+            self.stored.dtype if integer or self.stored.dtype.kind not in "iuf" else np.dtype("float32")
+        )
 
     def __getitem__(self, key):
         block = self.stored[key]
         return block if (self.slope, self.inter) == (1, 0) else block * self.slope + self.inter
 
-    def __reduce__(self): return NiftiData, (self.path,)
+    def __reduce__(self):
+        return NiftiData, (self.path,)
 
 # %% ../../nbs/api/volumes/formats.ipynb #25c1ad57
-def _short(x)->float: return float(str(np.float32(x)))
+def _short(x) -> float:
+    return float(str(np.float32(x)))
 
 # %% ../../nbs/api/volumes/formats.ipynb #a1f7cafc
 def affine_grid(
-    affine:np.ndarray,  # 4 4, voxel index i j k -> right, anterior, superior
-)->tuple:               # voxel size i j k, origin i j k (None where sheared), the axes' directions, e.g. RAS
+    affine: np.ndarray,  # 4 4, voxel index i j k -> right, anterior, superior
+) -> tuple:  # voxel size i j k, origin i j k (None where sheared), the axes' directions, e.g. RAS
     "Split an affine into voxel size and origin along its own axes, in its own unit."
     size = np.sqrt((affine[:3, :3] ** 2).sum(0))
-    if not (np.isfinite(affine).all() and size.all()): return size, None, "???"
+    if not (np.isfinite(affine).all() and size.all()):
+        return size, None, "???"
     axes = affine[:3, :3] / size
-    names = "".join(c or "?" for c in nib.aff2axcodes(affine)) + ("" if (abs(axes).max(0) > 0.9999).all() else " oblique")
+    names = "".join(c or "?" for c in nib.aff2axcodes(affine)) + (
+        "" if (abs(axes).max(0) > 0.9999).all() else " oblique"
+    )
     rigid = np.allclose(axes.T @ axes, np.eye(3), atol=1e-3)
     return size, axes.T @ affine[:3, 3] if rigid else None, names
 
@@ -190,19 +264,24 @@ def affine_grid(
 def _nifti_unit(header, unit, path):
     stated = header.get_xyzt_units()[0]
     if unit is None and stated == "unknown":
-        raise InputError(f"{str(path)!r} names no unit of length: pass unit='mm' (the usual one) or what its voxel size is given in")
+        raise InputError(
+            f"{str(path)!r} names no unit of length: pass unit='mm' (the usual one) or what its voxel size is given in"
+        )
     other = unit is not None and stated != "unknown" and to_nm(1, unit) != to_nm(1, stated)
     return unit or stated, [f"unit {unit} as given, the header says {stated}"] if other else []
 
 # %% ../../nbs/api/volumes/formats.ipynb #6ce49c51
 def read_nifti(
-    path:str|Path,  # .nii, .nii.gz or .hdr/.img
-    unit:str=None,  # unit of the lengths in the header, where it names none or a wrong one
-)->Source:          # axes z y x, with t (the fourth) and c (the fifth) before them
+    path: str | Path,  # .nii, .nii.gz or .hdr/.img
+    unit: str = None,  # unit of the lengths in the header, where it names none or a wrong one
+) -> Source:  # axes z y x, with t (the fourth) and c (the fifth) before them
     "Open a NIfTI image; voxel axes stay in the file's own directions."
     data = NiftiData(_existing(path))
     header, n = data.image.header, len(data.shape)
-    if not 3 <= n <= 5: raise InputError(f"{str(path)!r} has shape {data.shape}: expected a 3D image, or 4D or 5D with time and channels")
+    if not 3 <= n <= 5:
+        raise InputError(
+            f"{str(path)!r} has shape {data.shape}: expected a 3D image, or 4D or 5D with time and channels"
+        )
     unit, notes = _nifti_unit(header, unit, path)
     size, origin, names = affine_grid(data.image.affine)
     zooms = np.array([_short(z) for z in header.get_zooms()[:3]])
@@ -211,7 +290,8 @@ def read_nifti(
         notes.append(f"voxel size {size.round(6).tolist()} by the affine, pixdim says {zooms.tolist()}")
         zooms = size
     notes.append(f"x y z run to {names}" if placed else "no position in the header")
-    if placed and origin is None: notes.append("sheared axes, so no position")
+    if placed and origin is None:
+        notes.append("sheared axes, so no position")
     array = LazyArray(data, {3: (2, 1, 0), 4: (3, 2, 1, 0), 5: (3, 4, 2, 1, 0)}[n], data.dtype)
     nm = lambda xyz: tuple(float(to_nm(v, unit)) for v in xyz[::-1])
     origin = nm([_short(o) for o in origin]) if placed and origin is not None else None
@@ -219,76 +299,103 @@ def read_nifti(
 
 # %% ../../nbs/api/volumes/formats.ipynb #ce064542
 def open_nifti(
-    path,     # .nii or .nii.gz
-)->tuple:     # values in the order of the file, as a viewer shows them; and nibabel's image with header and affine
+    path,  # .nii or .nii.gz
+) -> tuple:  # values in the file's order, as a viewer shows them; nibabel's image
     "Read a whole NIfTI image as it lies in the file."
     path = _existing(path)
     with reading(path, "NIfTI"):
         image = nib.load(path)
         return np.asarray(image.dataobj), image
 
+
 def write_nifti(
-    path,              # .nii or .nii.gz
-    data:np.ndarray,   # x y z, or x y z v
-    like=None,         # nibabel image whose affine, voxel size, units and codes it takes
-    affine=None,       # 4 4, voxels to mm, where there is no image to follow
+    path,  # .nii or .nii.gz
+    data: np.ndarray,  # x y z, or x y z v
+    like=None,  # nibabel image whose affine, voxel size, units and codes it takes
+    affine=None,  # 4 4, voxels to mm, where there is no image to follow
 ):
     "Write float32 values, whole or not at all."
-    if affine is not None and like is not None: raise InputError("write_nifti got like= and affine=: expected one of them; the image has an affine already")
-    image = nib.Nifti1Image(np.asarray(data, np.float32), (np.eye(4) if affine is None else affine) if like is None else None, None if like is None else like.header.copy())
-    if affine is not None: image.header.set_xyzt_units("mm", "sec")
+    if affine is not None and like is not None:
+        raise InputError(
+            "write_nifti got like= and affine=: expected one of them; the image has an affine already"
+        )
+    image = nib.Nifti1Image(
+        np.asarray(data, np.float32),
+        (np.eye(4) if affine is None else affine) if like is None else None,
+        None if like is None else like.header.copy(),
+    )
+    if affine is not None:
+        image.header.set_xyzt_units("mm", "sec")
     image.header.set_data_dtype(np.float32)
     image.header.set_slope_inter(1, 0)
-    if like is not None: image.header.set_zooms(like.header.get_zooms()[:np.ndim(data)])
+    if like is not None:
+        image.header.set_zooms(like.header.get_zooms()[: np.ndim(data)])
     gz = str(path).endswith(".gz")
     with atomic_write(path, "wb") as f:
-        if not gz: return image.to_stream(f)
-        with gzip.GzipFile(fileobj=f, mode="wb", compresslevel=4, filename="", mtime=0) as packed: image.to_stream(packed)
+        if not gz:
+            return image.to_stream(f)
+        with gzip.GzipFile(fileobj=f, mode="wb", compresslevel=4, filename="", mtime=0) as packed:
+            image.to_stream(packed)
 
 # %% ../../nbs/api/volumes/formats.ipynb #ea6b4f2b
 def stack_pages(
-    read_page,   # index of a page -> array
-    lead:tuple,  # shape of the axes that count pages
-    page:tuple,  # shape of a page
-    dtype,       # of a page
-    key:tuple,   # a slice for every axis of lead + page
-)->np.ndarray:   # *s, one axis per slice
+    read_page,  # index of a page -> array
+    lead: tuple,  # shape of the axes that count pages
+    page: tuple,  # shape of a page
+    dtype,  # of a page
+    key: tuple,  # a slice for every axis of lead + page
+) -> np.ndarray:  # *s, one axis per slice
     "The part `key` of a stack of pages; reads only the pages it touches."
-    numbers = np.arange(np.prod(lead, dtype=int)).reshape(lead)[key[:len(lead)]]
-    inner = key[len(lead):]
+    numbers = np.arange(np.prod(lead, dtype=int)).reshape(lead)[key[: len(lead)]]
+    inner = key[len(lead) :]
     out = np.empty((numbers.size, *[len(range(*k.indices(n))) for k, n in zip(inner, page)]), dtype)
-    for i, number in enumerate(numbers.flat): out[i] = read_page(number)[inner]
+    for i, number in enumerate(numbers.flat):
+        out[i] = read_page(number)[inner]
     return out.reshape(*numbers.shape, *out.shape[1:])
 
 # %% ../../nbs/api/volumes/formats.ipynb #2135f957
 def _length(value, unit):
     "A positive length in nm, or None."
-    try: nm = float(to_nm(abs(float(value)), unit))
-    except (TypeError, ValueError, ZeroDivisionError): return None
+    try:
+        nm = float(to_nm(abs(float(value)), unit))
+    except (TypeError, ValueError, ZeroDivisionError):
+        return None
     return nm if 0 < nm < np.inf else None
+
 
 def _per_pixel(tag):
     "Length per pixel from a resolution tag (pixels, per so many units)."
     return tag.value[1] / tag.value[0] if tag is not None and tag.value[0] else None
 
+
 def tiff_voxel_size(
-    tif:tifffile.TiffFile,
-)->dict:  # z, y, x -> nm, None where the file does not tell
+    tif: tifffile.TiffFile,
+) -> dict:  # z, y, x -> nm, None where the file does not tell
     "What a TIFF file says about its voxel size."
     if tif.is_ome:
         pixels = ElementTree.fromstring(tif.ome_metadata).find(".//{*}Pixels")
-        return {a: _length(pixels.get(f"PhysicalSize{a.upper()}"), pixels.get(f"PhysicalSize{a.upper()}Unit", "µm")) for a in "zyx"}
+        return {
+            a: _length(
+                pixels.get(f"PhysicalSize{a.upper()}"), pixels.get(f"PhysicalSize{a.upper()}Unit", "µm")
+            )
+            for a in "zyx"
+        }
     tags, imagej = tif.pages[0].tags, tif.imagej_metadata or {}
     unit = imagej.get("unit") or getattr(tags.get("ResolutionUnit"), "value", None)
     unit = unit.name if hasattr(unit, "name") else str(unit).replace("\\u00B5", "µ")
-    return dict(z=_length(imagej.get("spacing"), unit), y=_length(_per_pixel(tags.get("YResolution")), unit),
-                x=_length(_per_pixel(tags.get("XResolution")), unit))
+    return dict(
+        z=_length(imagej.get("spacing"), unit),
+        y=_length(_per_pixel(tags.get("YResolution")), unit),
+        x=_length(_per_pixel(tags.get("XResolution")), unit),
+    )
 
 # %% ../../nbs/api/volumes/formats.ipynb #9f77dcd1
 class TiffData:
     "The first series of images in a TIFF file, mapped or page by page."
-    def __init__(self,
-        path:str|Path,  # .tif
+
+    def __init__(
+        self,
+        path: str | Path,  # .tif
     ):
         self.path, self.lock = path, threading.Lock()
         with listening("tifffile", "invalid page offset") as heard, reading(path, "TIFF"):
@@ -296,91 +403,127 @@ class TiffData:
             self.series = self.tif.series[0]
             self.mapped = tifffile.memmap(path, mode="r") if self.series.dataoffset is not None else None
             self.size = tiff_voxel_size(self.tif)
-        if heard: raise InputError(f"{str(path)!r} is cut short: its list of pages leads out of the file; copy it again")
+        if heard:
+            raise InputError(
+                f"{str(path)!r} is cut short: its list of pages leads out of the file; copy it again"
+            )
         self.shape, self.dtype, self.axes = self.series.shape, self.series.dtype, self.series.axes
         self.page, self.count = self.series.keyframe.shape, len(self.tif.series)
 
     def read_page(self, number):
         "One page, by its place in the series."
-        with self.lock, reading(self.path, "TIFF"): return self.series.pages[int(number)].asarray()
+        with self.lock, reading(self.path, "TIFF"):
+            return self.series.pages[int(number)].asarray()
 
     def __getitem__(self, key):
-        if self.mapped is not None: return self.mapped[key]
-        return stack_pages(self.read_page, self.shape[:-len(self.page)], self.page, self.dtype, key)
+        if self.mapped is not None:
+            return self.mapped[key]
+        return stack_pages(self.read_page, self.shape[: -len(self.page)], self.page, self.dtype, key)
 
-    def __reduce__(self): return TiffData, (self.path,)
+    def __reduce__(self):
+        return TiffData, (self.path,)
 
 # %% ../../nbs/api/volumes/formats.ipynb #8dbb2c6a
 def tiff_axes(
-    found:str,       # as tifffile names them, e.g. "QYX"
-    axes:str|None,   # what the user says they are
-    shape:tuple,     # of the array, for messages
-    path:str|Path,   # the file, for messages
-)->str:              # letters of "tczyx", in the order of the file
+    found: str,  # as tifffile names them, e.g. "QYX"
+    axes: str | None,  # what the user says they are
+    shape: tuple,  # of the array, for messages
+    path: str | Path,  # the file, for messages
+) -> str:  # letters of "tczyx", in the order of the file
     "Decide what the axes of a TIFF file are, or ask."
-    if len(shape) == 2: raise InputError(f"{str(path)!r} is one 2D image {shape}: expected a stack; give the folder that holds its slices")
+    if len(shape) == 2:
+        raise InputError(
+            f"{str(path)!r} is one 2D image {shape}: expected a stack; give the folder that holds its slices"
+        )
     names = axes or re.sub("[IQ]", "z", found).replace("S", "c").lower()
-    if len(names) == len(shape) and len(set(names)) == len(names) and {*"zyx"} <= {*names} <= {*"tczyx"}: return names
-    hint = f"if {names[0]} counts slices, pass axes='zyx'" if names in ("tyx", "cyx") else f"pass axes=, {len(shape)} letters, e.g. {'tczyx'[-len(shape):]!r}"
-    raise InputError(f"{str(path)!r} has shape {shape} and axes {axes or found!r}: expected z, y, x and perhaps t and c, each once; {hint}")
+    if len(names) == len(shape) and len(set(names)) == len(names) and {*"zyx"} <= {*names} <= {*"tczyx"}:
+        return names
+    hint = (
+        f"if {names[0]} counts slices, pass axes='zyx'"
+        if names in ("tyx", "cyx")
+        else f"pass axes=, {len(shape)} letters, e.g. {'tczyx'[-len(shape) :]!r}"
+    )
+    raise InputError(
+        f"{str(path)!r} has shape {shape} and axes {axes or found!r}: expected z, y, x and perhaps t and c, each once; {hint}"
+    )
 
 # %% ../../nbs/api/volumes/formats.ipynb #e00121ae
 def natural(
-    path:Path,
-)->list:  # sorts as a person would
+    path: Path,
+) -> list:  # sorts as a person would
     "Sort key that compares the numbers in a name as numbers."
     return [int(part) if part.isdigit() else part.lower() for part in re.split(r"(\d+)", path.name)]
 
+
 class TiffFolder:
     "One TIFF file per slice; files are opened when their slice is asked for."
-    def __init__(self,
-        path:str|Path,  # the folder
+
+    def __init__(
+        self,
+        path: str | Path,  # the folder
     ):
         self.path = Path(path)
-        self.files = sorted((f for f in self.path.iterdir() if f.suffix.lower() in (".tif", ".tiff") and f.name[0] != "."), key=natural)
-        if not self.files: raise InputError(f"no .tif file in the folder {str(path)!r}: expected one per slice")
+        self.files = sorted(
+            (f for f in self.path.iterdir() if f.suffix.lower() in (".tif", ".tiff") and f.name[0] != "."),
+            key=natural,
+        )
+        if not self.files:
+            raise InputError(f"no .tif file in the folder {str(path)!r}: expected one per slice")
         with reading(self.files[0], "TIFF"), tifffile.TiffFile(self.files[0]) as first:
             self.page, self.dtype, pages = first.pages[0].shape, first.pages[0].dtype, len(first.pages)
             self.size = tiff_voxel_size(first)
         if len(self.page) != 2 or pages > 1:
-            raise InputError(f"{str(self.files[0])!r} has {pages} pages of shape {self.page}: expected one grey slice per file; open a stack by its file")
+            raise InputError(
+                f"{str(self.files[0])!r} has {pages} pages of shape {self.page}: expected one grey slice per file; open a stack by its file"
+            )
         self.shape, self.axes, self.count = (len(self.files), *self.page), "ZYX", 1
 
     def read_page(self, number):
         "One slice, by its place among the files."
         file = self.files[number]
-        with reading(file, "TIFF"), tifffile.TiffFile(file) as tif: page = tif.pages[0].asarray()
-        if page.shape == self.page and page.dtype == self.dtype: return page
-        raise InputError(f"{str(file)!r} is {page.dtype} {page.shape}: expected {self.dtype} {self.page} as in the first slice")
+        with reading(file, "TIFF"), tifffile.TiffFile(file) as tif:
+            page = tif.pages[0].asarray()
+        if page.shape == self.page and page.dtype == self.dtype:
+            return page
+        raise InputError(
+            f"{str(file)!r} is {page.dtype} {page.shape}: expected {self.dtype} {self.page} as in the first slice"
+        )
 
-    def __getitem__(self, key): return stack_pages(self.read_page, self.shape[:1], self.page, self.dtype, key)
+    def __getitem__(self, key):
+        return stack_pages(self.read_page, self.shape[:1], self.page, self.dtype, key)
 
 # %% ../../nbs/api/volumes/formats.ipynb #0a589694
 def _notes(data, given):
     size, notes = data.size, []
-    if not given and {*"IQ"} & {*data.axes}: notes.append("pages taken for z")
-    if data.count > 1: notes.append(f"first of {data.count} images in the file")
+    if not given and {*"IQ"} & {*data.axes}:
+        notes.append("pages taken for z")
+    if data.count > 1:
+        notes.append(f"first of {data.count} images in the file")
     missing = " ".join(a for a, nm in size.items() if not nm)
     known = ", ".join(f"{a} {nm:g} nm" for a, nm in size.items() if nm)
-    if missing: notes.append(f"no voxel size for {missing}" + (f", only {known}" if known else ""))
+    if missing:
+        notes.append(f"no voxel size for {missing}" + (f", only {known}" if known else ""))
     return "; ".join(notes)
 
 # %% ../../nbs/api/volumes/formats.ipynb #291d48b7
 def read_tiff(
-    path:str|Path,  # a TIFF stack, or a folder with one TIFF file per slice
-    axes:str=None,  # letters of "tczyx" in the order of the file, where it does not tell or is wrong
-)->Source:          # axes z y x, with t and c before them if any
+    path: str | Path,  # a TIFF stack, or a folder with one TIFF file per slice
+    axes: str = None,  # letters of "tczyx" in the order of the file, where it does not tell or is wrong
+) -> Source:  # axes z y x, with t and c before them if any
     "Open a TIFF stack or a folder of TIFF slices; voxel size from OME, ImageJ or resolution tags."
     path = _existing(path)
     data = TiffFolder(path) if path.is_dir() else TiffData(path)
     names = tiff_axes(data.axes, axes, data.shape, path)
     order = sorted(range(len(names)), key=lambda i: "tczyx".index(names[i]))
     voxel_size = tuple(data.size.values()) if all(data.size.values()) else None
-    return Source(LazyArray(data, order), "".join(names[i] for i in order), voxel_size, None, _notes(data, axes))
+    return Source(
+        LazyArray(data, order), "".join(names[i] for i in order), voxel_size, None, _notes(data, axes)
+    )
 
 # %% ../../nbs/api/volumes/formats.ipynb #066b38b5
 def tiff_pixels(
-    path:str|Path,  # a TIFF file
-)->np.ndarray:      # as in the file
+    path: str | Path,  # a TIFF file
+) -> np.ndarray:  # as in the file
     "All pixels of the first series of a TIFF file."
-    with reading(path, "TIFF"): return tifffile.imread(path)
+    with reading(path, "TIFF"):
+        return tifffile.imread(path)

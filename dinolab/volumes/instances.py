@@ -19,26 +19,30 @@ from ..core.errors import InputError, pick
 # %% ../../nbs/api/volumes/instances.ipynb #b3169f17
 def check_offsets(
     offsets,  # k rows of z y x (or y x), voxels
-    dims:int, # axes of the labels
-)->list:
+    dims: int,  # axes of the labels
+) -> list:
     "Offsets as tuples of integers, checked."
     offsets = [tuple(int(v) for v in o) for o in offsets]
     if not offsets or any(len(o) != dims or not any(o) for o in offsets) or len(set(offsets)) < len(offsets):
-        raise InputError(f"offsets {offsets}: expected one or more different steps of {dims} numbers, none of them zero")
+        raise InputError(
+            f"offsets {offsets}: expected one or more different steps of {dims} numbers, none of them zero"
+        )
     return offsets
 
+
 def shifted(
-    offset:tuple,  # voxels
-)->tuple:          # slices of i, slices of i + offset
+    offset: tuple,  # voxels
+) -> tuple:  # slices of i, slices of i + offset
     "Where both ends of an offset are inside."
     here = tuple(slice(max(0, -o), -o if o > 0 else None) for o in offset)
     there = tuple(slice(max(0, o), o if o < 0 else None) for o in offset)
     return here, there
 
+
 def affinities(
-    labels:np.ndarray,  # z y x or y x, integers; 0 is background
-    offsets,            # k steps, voxels
-)->tuple:               # k z y x: affinities (boolean), where there is an answer (boolean)
+    labels: np.ndarray,  # z y x or y x, integers; 0 is background
+    offsets,  # k steps, voxels
+) -> tuple:  # k z y x: affinities (boolean), where there is an answer (boolean)
     "Whether each voxel belongs to the same object as the one an offset away."
     labels = np.asarray(labels)
     offsets = check_offsets(offsets, labels.ndim)
@@ -51,69 +55,95 @@ def affinities(
 
 # %% ../../nbs/api/volumes/instances.ipynb #440d2e03
 def local_shape_descriptors(
-    labels:np.ndarray,  # z y x or y x, integers; 0 is background
-    sigma:float,        # nm, of the window
-    voxel_size=1.,      # nm per axis, or one number
-)->np.ndarray:          # 10 z y x (6 y x), float32 in 0..1: offset, variance, correlation, size; 0 in the background
+    labels: np.ndarray,  # z y x or y x, integers; 0 is background
+    sigma: float,  # nm, of the window
+    voxel_size=1.0,  # nm per axis, or one number
+) -> np.ndarray:  # 10 z y x (6 y x), float32 in 0..1: offset, variance, correlation, size
     "Shape of the object around each voxel (Sheridan et al. 2022, eq. 1-3)."
     labels = np.asarray(labels)
     size = np.broadcast_to(np.asarray(voxel_size, float), labels.ndim)
-    if sigma <= 0: raise InputError(f"sigma {sigma} nm: expected a positive length")
+    if sigma <= 0:
+        raise InputError(f"sigma {sigma} nm: expected a positive length")
     n = labels.ndim
     out = np.zeros((n + n + n * (n - 1) // 2 + 1, *labels.shape), np.float32)
     _, dense = np.unique(labels, return_inverse=True)
-    dense = dense.reshape(labels.shape) + (0 if (labels == 0).any() else 1)  # background, if any, is 0 because it sorts first
-    if labels.min() < 0: raise InputError(f"labels from {labels.min()}: expected 0 for background and positive numbers for objects")
+    dense = dense.reshape(labels.shape) + (
+        0 if (labels == 0).any() else 1
+    )  # background, if any, is 0 because it sorts first
+    if labels.min() < 0:
+        raise InputError(
+            f"labels from {labels.min()}: expected 0 for background and positive numbers for objects"
+        )
     for i, box in enumerate(find_objects(dense)):
         on = dense[box] == i + 1
         out[(slice(None), *box)][:, on] = _descriptors(on, sigma / size, size / sigma)[:, on]
     return out
 
+
 def _descriptors(on, sigma, scale):
     "Moments of one object within its box; lengths in units of the window."
     n, weight = on.ndim, on.astype(float)
     blur = lambda x: gaussian_filter(x, sigma, mode="constant", truncate=3)
-    where = [(np.arange(k) - k / 2).reshape([-1 if b == a else 1 for b in range(n)]) * scale[a] for a, k in enumerate(on.shape)]
+    where = [
+        (np.arange(k) - k / 2).reshape([-1 if b == a else 1 for b in range(n)]) * scale[a]
+        for a, k in enumerate(on.shape)
+    ]
     count = np.maximum(blur(weight), 1e-12)
     mean = [blur(weight * x) / count for x in where]
     pairs = [(a, a) for a in range(n)] + [(a, b) for a in range(n) for b in range(a + 1, n)]
     cov = {(a, b): blur(weight * where[a] * where[b]) / count - mean[a] * mean[b] for a, b in pairs}
     offset = [np.clip((m - x) / 2 + 0.5, 0, 1) for m, x in zip(mean, where)]
     variance = [np.clip(cov[a, a], 0, 1) for a in range(n)]
-    correlation = [np.clip(cov[a, b] / np.sqrt(np.maximum(cov[a, a] * cov[b, b], 1e-12)) / 2 + 0.5, 0, 1) for a, b in pairs[n:]]
+    correlation = [
+        np.clip(cov[a, b] / np.sqrt(np.maximum(cov[a, a] * cov[b, b], 1e-12)) / 2 + 0.5, 0, 1)
+        for a, b in pairs[n:]
+    ]
     return np.stack([*offset, *variance, *correlation, np.clip(count, 0, 1)])
 
 # %% ../../nbs/api/volumes/instances.ipynb #df769b36
 def mutex_watershed(
-    affs:np.ndarray,  # k z y x, in 0..1
-    offsets,          # k steps, voxels
-    bias=None,        # added to each channel: above 0 attracts, below repels; None: by length
-)->np.ndarray:        # z y x, int64, from 1; voxels that nothing joins are 0
+    affs: np.ndarray,  # k z y x, in 0..1
+    offsets,  # k steps, voxels
+    bias=None,  # added to each channel: above 0 attracts, below repels; None: by length
+) -> np.ndarray:  # z y x, int64, from 1; voxels that nothing joins are 0
     "Mutex watershed; affinities of the shortest steps attract, those of longer ones repel."
-    try: import mwatershed
-    except ImportError: raise ImportError("mutex watershed needs mwatershed; install the extra: pip install 'dinolab[instances]'") from None
+    try:
+        import mwatershed
+    except ImportError:
+        raise ImportError(
+            "mutex watershed needs mwatershed; install the extra: pip install 'dinolab[instances]'"
+        ) from None
     offsets = check_offsets(offsets, affs.ndim - 1)
-    if bias is None: bias = [-0.2 if sum(map(abs, o)) == 1 else -0.8 for o in offsets]
-    inside = [k for k, o in enumerate(offsets) if all(abs(v) < n for v, n in zip(o, affs.shape[1:]))]  # longer steps end outside everywhere
+    if bias is None:
+        bias = [-0.2 if sum(map(abs, o)) == 1 else -0.8 for o in offsets]
+    inside = [
+        k for k, o in enumerate(offsets) if all(abs(v) < n for v, n in zip(o, affs.shape[1:]))
+    ]  # longer steps end outside everywhere
     shifted_affs = [affs[k].astype(np.float64) + bias[k] for k in inside]
     return mwatershed.agglom(np.stack(shifted_affs), [offsets[k] for k in inside]).astype(np.int64)
 
 # %% ../../nbs/api/volumes/instances.ipynb #a902589a
 def seeded_watershed(
-    affs:np.ndarray,       # k z y x, in 0..1
-    offsets,               # k steps, voxels
-    threshold:float=0.5,   # of the mean affinity to the nearest neighbours
-)->np.ndarray:             # z y x, int64
+    affs: np.ndarray,  # k z y x, in 0..1
+    offsets,  # k steps, voxels
+    threshold: float = 0.5,  # of the mean affinity to the nearest neighbours
+) -> np.ndarray:  # z y x, int64
     "Watershed of the mean affinity to the nearest neighbours, from the middle of each region above the threshold."
     offsets = check_offsets(offsets, affs.ndim - 1)
     near = [k for k, o in enumerate(offsets) if sum(map(abs, o)) == 1]
-    if not near: raise InputError(f"offsets {offsets}: expected the nearest neighbours among them")
+    if not near:
+        raise InputError(f"offsets {offsets}: expected the nearest neighbours among them")
     inner = np.minimum.reduce([_both_sides(affs[k], offsets[k]) for k in near])
     inside = inner > threshold
     distance = distance_transform_edt(np.pad(inside, 1))[(slice(1, -1),) * inside.ndim]
     smooth = gaussian_filter(distance, 1)
     seeds, _ = label((smooth == maximum_filter(smooth, 5)) & inside)
-    return watershed(-distance, seeds, mask=np.maximum.reduce([_both_sides(affs[k], offsets[k], np.maximum) for k in near]) > threshold).astype(np.int64)
+    return watershed(
+        -distance,
+        seeds,
+        mask=np.maximum.reduce([_both_sides(affs[k], offsets[k], np.maximum) for k in near]) > threshold,
+    ).astype(np.int64)
+
 
 def _both_sides(a, offset, combine=np.minimum):
     "The affinity of each voxel to its neighbours on both sides of it."
@@ -127,24 +157,35 @@ def _both_sides(a, offset, combine=np.minimum):
 # %% ../../nbs/api/volumes/instances.ipynb #fe80d331
 METHODS = dict(mutex=mutex_watershed, watershed=seeded_watershed)
 
+
 def segment_affinities(
-    affs:np.ndarray,       # k z y x, in 0..1
-    offsets,               # k steps, voxels
-    method:str="auto",     # mutex, watershed, or auto: mutex where it is installed
+    affs: np.ndarray,  # k z y x, in 0..1
+    offsets,  # k steps, voxels
+    method: str = "auto",  # mutex, watershed, or auto: mutex where it is installed
     *,
-    min_size:int=0,        # voxels; smaller objects become background
-    mask:np.ndarray=None,  # z y x; elsewhere background
-    **options,             # of the method
-)->np.ndarray:             # z y x, int64: 1 to n
+    min_size: int = 0,  # voxels; smaller objects become background
+    mask: np.ndarray = None,  # z y x; elsewhere background
+    **options,  # of the method
+) -> np.ndarray:  # z y x, int64: 1 to n
     "Objects from affinities."
-    if affs.ndim not in (3, 4) or len(affs) != len(offsets): raise InputError(f"affinities {affs.shape} for {len(offsets)} offsets: expected one channel per offset, then z y x")
-    if not np.isfinite(affs).all() or affs.min() < 0 or affs.max() > 1: raise InputError("affinities that are not all in 0..1: expected probabilities; apply a sigmoid to logits")
-    if method == "auto": method = "mutex" if find_spec("mwatershed") else "watershed"
+    if affs.ndim not in (3, 4) or len(affs) != len(offsets):
+        raise InputError(
+            f"affinities {affs.shape} for {len(offsets)} offsets: expected one channel per offset, then z y x"
+        )
+    if not np.isfinite(affs).all() or affs.min() < 0 or affs.max() > 1:
+        raise InputError(
+            "affinities that are not all in 0..1: expected probabilities; apply a sigmoid to logits"
+        )
+    if method == "auto":
+        method = "mutex" if find_spec("mwatershed") else "watershed"
     segment = pick(METHODS, method, "method")
-    for key in options: pick({k: 0 for k in list(signature(segment).parameters)[2:]}, key, f"option of method {method}")
+    for key in options:
+        pick({k: 0 for k in list(signature(segment).parameters)[2:]}, key, f"option of method {method}")
     found = segment(affs, offsets, **options)
-    if mask is not None: found = np.where(mask, found, 0)
+    if mask is not None:
+        found = np.where(mask, found, 0)
     counts = np.bincount(found.ravel())
     small = counts < max(1, min_size)
-    if small.any(): found = np.where(small[found], 0, found)
+    if small.any():
+        found = np.where(small[found], 0, found)
     return relabel_sequential(found)[0].astype(np.int64)

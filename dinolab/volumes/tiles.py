@@ -24,123 +24,185 @@ from ..core.errors import InputError
 from ..core.files import plain, settings_hash
 from ..core.progress import progress
 from ..core.show import rgb_table
-from .volume import Grid, Multiscale, create_array, create_multiscale, fill_pyramid, open_group, open_multiscale, open_or_create_group, plain_path, writable
+from dinolab.volumes.volume import (
+    Grid,
+    Multiscale,
+    create_array,
+    create_multiscale,
+    fill_pyramid,
+    open_group,
+    open_multiscale,
+    open_or_create_group,
+    plain_path,
+    writable,
+)
 
 # %% ../../nbs/api/volumes/tiles.ipynb #ee97eda7
 def tile_starts(
-    length:int,     # voxels of the axis
-    tile:int,       # voxels of a tile
-    overlap:float,  # share of a tile that the next one covers, at least
-    step:int=1,     # starts are multiples of this, except the last, which ends with the axis
-)->list:
+    length: int,  # voxels of the axis
+    tile: int,  # voxels of a tile
+    overlap: float,  # share of a tile that the next one covers, at least
+    step: int = 1,  # starts are multiples of this, except the last, which ends with the axis
+) -> list:
     "Where tiles begin along an axis: as few as the overlap allows, evenly spread, so that no tile ends near the edge of the volume, where its neighbour's weight is small too."
-    if not 0 <= overlap < 1: raise InputError(f"overlap {overlap}: expected a share from 0 to less than 1")
-    if tile < 1 or length < 1: raise InputError(f"tile {tile} of an axis of {length}: expected positive sizes")
-    if tile >= length: return [0]
-    if step > tile: raise InputError(f"tiles of {tile} at multiples of {step}: expected tiles of at least {step}, or there would be gaps")
+    if not 0 <= overlap < 1:
+        raise InputError(f"overlap {overlap}: expected a share from 0 to less than 1")
+    if tile < 1 or length < 1:
+        raise InputError(f"tile {tile} of an axis of {length}: expected positive sizes")
+    if tile >= length:
+        return [0]
+    if step > tile:
+        raise InputError(
+            f"tiles of {tile} at multiples of {step}: expected tiles of at least {step}, or there would be gaps"
+        )
     stride, last = max(1, int(tile * (1 - overlap)) // step), -(-(length - tile) // step)  # in steps
     count = -(-last // stride)
     return [i * last // count * step for i in range(count)] + [length - tile]
 
 # %% ../../nbs/api/volumes/tiles.ipynb #606fbeb9
 def axis_weight(
-    place:slice,        # of the tile on an axis
-    length:int,         # voxels of the axis
-    sigma:float=0.125,  # standard deviation, shares of the tile
-)->np.ndarray:          # n, float64, from 1e-3 to 1
+    place: slice,  # of the tile on an axis
+    length: int,  # voxels of the axis
+    sigma: float = 0.125,  # standard deviation, shares of the tile
+) -> np.ndarray:  # n, float64, from 1e-3 to 1
     "Gaussian about the middle of a tile, 1 from the middle to an edge of the volume."
     n = place.stop - place.start
     x = np.arange(n) - (n - 1) / 2
-    if place.start == 0: x = np.maximum(x, 0)
-    if place.stop == length: x = np.minimum(x, 0)
+    if place.start == 0:
+        x = np.maximum(x, 0)
+    if place.stop == length:
+        x = np.minimum(x, 0)
     return np.maximum(np.exp(-0.5 * (x / (sigma * n)) ** 2), 1e-3)
 
+
 def tile_weight(
-    tile:tuple,         # slices
-    shape:tuple,        # voxels of the volume
-    sigma:float=0.125,  # standard deviation, shares of the tile
-)->np.ndarray:          # *s, float32, the product of one factor per axis
+    tile: tuple,  # slices
+    shape: tuple,  # voxels of the volume
+    sigma: float = 0.125,  # standard deviation, shares of the tile
+) -> np.ndarray:  # *s, float32, the product of one factor per axis
     "Importance of the voxels of a tile. The floor is on each axis, not on the product, which keeps its shape in corners."
     one = [axis_weight(s, n, sigma).astype(np.float32) for s, n in zip(tile, shape)]
     return math.prod(o.reshape([-1 if b == a else 1 for b in range(len(tile))]) for a, o in enumerate(one))
 
 # %% ../../nbs/api/volumes/tiles.ipynb #083e9096
 def all_tiles(
-    shape:tuple,    # voxels of the whole volume
-    tile:tuple,     # voxels of a tile; an axis that is shorter is one tile
-    overlap:float,  # share
-    step:tuple=(1, 1, 1),  # starts are multiples of this, except the last
-)->list:            # of three slices, in order
+    shape: tuple,  # voxels of the whole volume
+    tile: tuple,  # voxels of a tile; an axis that is shorter is one tile
+    overlap: float,  # share
+    step: tuple = (1, 1, 1),  # starts are multiples of this, except the last
+) -> list:  # of three slices, in order
     "The lattice of tiles."
     starts = [tile_starts(n, t, overlap, s) for n, t, s in zip(shape, tile, step)]
-    return [tuple(slice(a, min(a + t, n)) for a, t, n in zip(s, tile, shape)) for s in itertools.product(*starts)]
+    return [
+        tuple(slice(a, min(a + t, n)) for a, t, n in zip(s, tile, shape)) for s in itertools.product(*starts)
+    ]
 
-def intersection(a:tuple, b:tuple)->tuple:
+
+def intersection(a: tuple, b: tuple) -> tuple:
     "Common part of two regions, or None."
     both = tuple(slice(max(s.start, t.start), min(s.stop, t.stop)) for s, t in zip(a, b))
     return both if all(s.start < s.stop for s in both) else None
 
+
 def blend(
-    predict:Callable,  # region -> n z y x, probabilities
-    region:tuple,      # three slices
-    tiles:list,        # of the whole volume, from all_tiles
-    channels:int,      # n
-    bar=None,          # moved by tiles
-)->np.ndarray:         # n z y x, float32
+    predict: Callable,  # region -> n z y x, probabilities
+    region: tuple,  # three slices
+    tiles: list,  # of the whole volume, from all_tiles
+    channels: int,  # n
+    bar=None,  # moved by tiles
+) -> np.ndarray:  # n z y x, float32
     "Weighted mean of all tiles that touch a region."
     total = np.zeros((channels, *(s.stop - s.start for s in region)), np.float32)
-    weight, shape = np.zeros(total.shape[1:], np.float32), tuple(s.stop for s in tiles[-1])  # the last tile ends with the volume
+    weight, shape = (
+        np.zeros(total.shape[1:], np.float32),
+        tuple(s.stop for s in tiles[-1]),
+    )  # the last tile ends with the volume
     for t in tiles:
         both = intersection(t, region)
-        if both is None: continue
+        if both is None:
+            continue
         here = tuple(slice(s.start - r.start, s.stop - r.start) for s, r in zip(both, region))
         there = tuple(slice(s.start - r.start, s.stop - r.start) for s, r in zip(both, t))
         p = np.asarray(predict(t), np.float32)
         size = tuple(s.stop - s.start for s in t)
-        if p.shape != (channels, *size): raise InputError(f"prediction of shape {p.shape} for a tile of {size}: expected {(channels, *size)}")
+        if p.shape != (channels, *size):
+            raise InputError(
+                f"prediction of shape {p.shape} for a tile of {size}: expected {(channels, *size)}"
+            )
         w = tile_weight(t, shape)[there]
         total[(slice(None), *here)] += p[(slice(None), *there)] * w
         weight[here] += w
-        if bar is not None: bar.update()
+        if bar is not None:
+            bar.update()
     return total / weight
 
 # %% ../../nbs/api/volumes/tiles.ipynb #e7779807
 class DirectConvolution(TorchFunctionMode):
     "In its `with` block, a 3D convolution of a single float32 image on a CPU is oneDNN's, whatever its size."
+
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.conv3d: function = _conv3d
+        if function is torch.conv3d:
+            function = _conv3d
         return function(*args, **(kwargs or {}))
 
-def _on_cpu(x): return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-def _has_onednn(): return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-def _wants_grad(*tensors): return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+def _on_cpu(x):
+    return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+
+
+def _has_onednn():
+    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+
+
+def _wants_grad(*tensors):
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
 
 def _conv3d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     "torch.conv3d, for one image by oneDNN."
-    one_image = input.ndim == 5 and len(input) == 1 and groups == 1 and weight[0, 0].numel() > 1 and not isinstance(padding, str)  # kernels of one voxel, and groups, torch does well
-    if not (one_image and _on_cpu(input) and _on_cpu(weight) and _has_onednn()) or _wants_grad(input, weight, bias): return torch.conv3d(input, weight, bias, stride, padding, dilation, groups)
+    one_image = (
+        input.ndim == 5
+        and len(input) == 1
+        and groups == 1
+        and weight[0, 0].numel() > 1
+        and not isinstance(padding, str)
+    )  # kernels of one voxel, and groups, torch does well
+    if not (one_image and _on_cpu(input) and _on_cpu(weight) and _has_onednn()) or _wants_grad(
+        input, weight, bias
+    ):
+        return torch.conv3d(input, weight, bias, stride, padding, dilation, groups)
     three = lambda n: (n,) * 3 if isinstance(n, int) else tuple(n)
-    return torch.mkldnn_convolution(input, weight, bias, three(padding), three(stride), three(dilation), groups)
+    return torch.mkldnn_convolution(
+        input, weight, bias, three(padding), three(stride), three(dilation), groups
+    )
 
 # %% ../../nbs/api/volumes/tiles.ipynb #fda7cfe9
 @torch.inference_mode()
 def sliding_window(
-    predict:Callable,     # b c *tile -> b n *tile
-    x:Tensor,             # b c *s, 2D or 3D
-    tile:tuple,           # voxels per axis
-    overlap:float=0.5,    # share of a tile that the next one covers
-    weights:str="gaussian",  # or "constant"
-)->Tensor:                # b n *s, float32
+    predict: Callable,  # b c *tile -> b n *tile
+    x: Tensor,  # b c *s, 2D or 3D
+    tile: tuple,  # voxels per axis
+    overlap: float = 0.5,  # share of a tile that the next one covers
+    weights: str = "gaussian",  # or "constant"
+) -> Tensor:  # b n *s, float32
     "Predictions of overlapping tiles, averaged; an axis shorter than the tile is one tile."
-    if weights not in ("gaussian", "constant"): raise InputError(f"weights {weights!r}: expected gaussian or constant")
-    if len(tile) != x.ndim - 2: raise InputError(f"tile {tuple(tile)} for an image {tuple(x.shape)}: expected {x.ndim - 2} sizes")
+    if weights not in ("gaussian", "constant"):
+        raise InputError(f"weights {weights!r}: expected gaussian or constant")
+    if len(tile) != x.ndim - 2:
+        raise InputError(f"tile {tuple(tile)} for an image {tuple(x.shape)}: expected {x.ndim - 2} sizes")
     total = weight = None
     tiles = all_tiles(x.shape[2:], tile, overlap, (1,) * len(tile))
     for t in progress(tiles, desc="tiles", unit="tile"):
-        with DirectConvolution(): p = predict(x[(..., *t)]).float()
+        with DirectConvolution():
+            p = predict(x[(..., *t)]).float()
         size = tuple(s.stop - s.start for s in t)
-        w = torch.from_numpy(tile_weight(t, x.shape[2:])).to(p.device) if weights == "gaussian" else p.new_ones(size)
-        if total is None: total, weight = p.new_zeros(*p.shape[:2], *x.shape[2:]), p.new_zeros(x.shape[2:])
+        w = (
+            torch.from_numpy(tile_weight(t, x.shape[2:])).to(p.device)
+            if weights == "gaussian"
+            else p.new_ones(size)
+        )
+        if total is None:
+            total, weight = p.new_zeros(*p.shape[:2], *x.shape[2:]), p.new_zeros(x.shape[2:])
         total[(..., *t)].addcmul_(p, w)
         weight[t].add_(w)
     return total.div_(weight)
@@ -148,59 +210,110 @@ def sliding_window(
 # %% ../../nbs/api/volumes/tiles.ipynb #f69fa68d
 class _Prediction:
     "Task of `run_blocks`: the tiles of one block, averaged, and written."
+
     def __init__(self, predict, tiles, channels, labels, probabilities, skip):
-        self.predict, self.tiles, self.channels, self.labels, self.probabilities, self.skip = predict, tiles, channels, labels, probabilities, skip
+        self.predict, self.tiles, self.channels, self.labels, self.probabilities, self.skip = (
+            predict,
+            tiles,
+            channels,
+            labels,
+            probabilities,
+            skip,
+        )
 
     def __call__(self, block):
         empty = self.skip is not None and self.skip(block.write)
-        p = np.zeros((self.channels, *(s.stop - s.start for s in block.write)), np.float32) if empty else blend(self.predict, block.write, self.tiles, self.channels)
+        p = (
+            np.zeros((self.channels, *(s.stop - s.start for s in block.write)), np.float32)
+            if empty
+            else blend(self.predict, block.write, self.tiles, self.channels)
+        )
         self.labels[block.write] = (p.argmax(0) if len(p) > 1 else p[0] > 0.5).astype(self.labels.dtype)
-        if self.probabilities is not None: self.probabilities[(slice(None), *block.write)] = np.round(p * 255).clip(0, 255).astype(np.uint8)
+        if self.probabilities is not None:
+            self.probabilities[(slice(None), *block.write)] = np.round(p * 255).clip(0, 255).astype(np.uint8)
 
 # %% ../../nbs/api/volumes/tiles.ipynb #5b8f71b5
 def default_block(
-    shape:tuple,  # voxels of the volume
-    tile:tuple,   # voxels of a tile
-    chunk:int,    # voxels per storage chunk
-)->tuple:
+    shape: tuple,  # voxels of the volume
+    tile: tuple,  # voxels of a tile
+    chunk: int,  # voxels per storage chunk
+) -> tuple:
     "Voxels per block: about three tiles per axis, whole chunks."
     return tuple(min(-(-3 * t // chunk) * chunk, -(-n // chunk) * chunk) for n, t in zip(shape, tile))
 
+
 def predict_to_zarr(
-    predict:Callable,         # region (three slices) -> probabilities n z y x of it; travels to workers
-    grid:Grid,                # voxels of the result
-    store,                    # folder of the new zarr group
+    predict: Callable,  # region (three slices) -> probabilities n z y x of it; travels to workers
+    grid: Grid,  # voxels of the result
+    store,  # folder of the new zarr group
     *,
-    classes:list,             # names, in the order of the probabilities; one name: class 1 where p > 0.5
-    tile:tuple,               # voxels, z y x
-    overlap:float=0.5,        # share of a tile that the next one covers
-    step:tuple=(1, 1, 1),     # tiles start at multiples of this
-    block:tuple=None,         # voxels per block, multiples of the chunk; None: about three tiles
-    chunk:int=64,             # voxels per storage chunk and axis
-    probabilities:bool=False, # write them too, 8 bit
-    colours:list=None,        # "#rrggbb" of each class
-    settings:dict=None,       # what else the result depends on: it must be the same when a run goes on
-    skip:Callable=None,       # region -> whether it is left 0
-    resume:bool=True,         # go on with an unfinished store
-    workers:int=1,            # processes
-    client=None,              # a dask client instead
-)->"Prediction":
+    classes: list,  # names, in the order of the probabilities; one name: class 1 where p > 0.5
+    tile: tuple,  # voxels, z y x
+    overlap: float = 0.5,  # share of a tile that the next one covers
+    step: tuple = (1, 1, 1),  # tiles start at multiples of this
+    block: tuple = None,  # voxels per block, multiples of the chunk; None: about three tiles
+    chunk: int = 64,  # voxels per storage chunk and axis
+    probabilities: bool = False,  # write them too, 8 bit
+    colours: list = None,  # "#rrggbb" of each class
+    settings: dict = None,  # what else the result depends on: it must be the same when a run goes on
+    skip: Callable = None,  # region -> whether it is left 0
+    resume: bool = True,  # go on with an unfinished store
+    workers: int = 1,  # processes
+    client=None,  # a dask client instead
+) -> "Prediction":
     "Segment a volume of any size; the result does not depend on blocks, workers and interruptions."
     tile = tuple(min(t, n) for t, n in zip(tile, grid.shape))
     block = tuple(block) if block else default_block(grid.shape, tile, chunk)
-    if len(classes) < 1 or len(classes) > 255: raise InputError(f"{len(classes)} classes: expected 1 to 255 names")
+    if len(classes) < 1 or len(classes) > 255:
+        raise InputError(f"{len(classes)} classes: expected 1 to 255 names")
     tiles = all_tiles(grid.shape, tile, overlap, step)
-    kept = plain(dict(shape=grid.shape, voxel_size=grid.voxel_size, origin=grid.origin, classes=classes, tile=tile, overlap=overlap, step=step, probabilities=probabilities, **(settings or {})))
+    kept = plain(
+        dict(
+            shape=grid.shape,
+            voxel_size=grid.voxel_size,
+            origin=grid.origin,
+            classes=classes,
+            tile=tile,
+            overlap=overlap,
+            step=step,
+            probabilities=probabilities,
+            **(settings or {}),
+        )
+    )
     with _open_prediction_store(plain_path(store), kept, resume) as group:
-        if "labels" not in group: create_multiscale(f"{store}/labels", grid, "u1", chunk=chunk, name="labels")
-        if probabilities and "probabilities" not in group: create_array(group, "probabilities", (len(classes), *grid.shape), "u1", (1, chunk, chunk, chunk), dimension_names=tuple("czyx"))
+        if "labels" not in group:
+            create_multiscale(f"{store}/labels", grid, "u1", chunk=chunk, name="labels")
+        if probabilities and "probabilities" not in group:
+            create_array(
+                group,
+                "probabilities",
+                (len(classes), *grid.shape),
+                "u1",
+                (1, chunk, chunk, chunk),
+                dimension_names=tuple("czyx"),
+            )
         labels = writable(open_or_create_group(f"{store}/labels"), "s0")
         blocks = make_blocks(grid.shape, block)
         check_aligned(labels, block)
         _describe(open_or_create_group(f"{store}/labels"), classes, colours)
         done = Done.create(group, blocks, f"done_{'x'.join(map(str, block))}")
-        run_blocks(_Prediction(predict, tiles, len(classes), labels, writable(group, "probabilities") if probabilities else None, skip), blocks, done, workers=workers, client=client, desc="predict")
-        if group.attrs["status"] != "complete": fill_pyramid(open_or_create_group(f"{store}/labels"), "labels")
+        run_blocks(
+            _Prediction(
+                predict,
+                tiles,
+                len(classes),
+                labels,
+                writable(group, "probabilities") if probabilities else None,
+                skip,
+            ),
+            blocks,
+            done,
+            workers=workers,
+            client=client,
+            desc="predict",
+        )
+        if group.attrs["status"] != "complete":
+            fill_pyramid(open_or_create_group(f"{store}/labels"), "labels")
         group.attrs["status"] = "complete"
     return open_prediction(store)
 
@@ -209,48 +322,82 @@ def predict_to_zarr(
 def _open_prediction_store(path, settings, resume):
     "The group of a prediction, held by this process, with its settings written or compared."
     path = Path(path)
-    others = path.is_file() or path.is_dir() and any(p.name not in (".lock", "zarr.json") for p in path.iterdir())
-    if others and not (path/"zarr.json").exists(): raise InputError(f"{path} exists and is no prediction: give a new path")
-    try: path.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise InputError(f"{path} cannot be written ({e.strerror}): expected a writable folder") from e
+    others = (
+        path.is_file() or path.is_dir() and any(p.name not in (".lock", "zarr.json") for p in path.iterdir())
+    )
+    if others and not (path / "zarr.json").exists():
+        raise InputError(f"{path} exists and is no prediction: give a new path")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"{path} cannot be written ({e.strerror}): expected a writable folder") from e
     with lock_folder(path):
         group = open_or_create_group(path)
         there = group.attrs.get("settings")
-        if there is None and (others or len(group.attrs)): raise InputError(f"{path} exists and is no prediction: give a new path")
-        if there is not None and not resume: raise InputError(f"{path} exists: give a new path, or resume=True to go on with it")
+        if there is None and (others or len(group.attrs)):
+            raise InputError(f"{path} exists and is no prediction: give a new path")
+        if there is not None and not resume:
+            raise InputError(f"{path} exists: give a new path, or resume=True to go on with it")
         if there is not None and settings_hash(there) != settings_hash(settings):
-            wrong = [f"{k} ({there.get(k)} there, {settings.get(k)} now)" for k in {**there, **settings} if there.get(k) != settings.get(k)]
-            raise InputError(f"{path} was made with other settings, {'; '.join(wrong[:3])}: give a new path, or the same settings")
-        if there is None: group.attrs.update(dict(kind="dinolab prediction", settings=settings, status="running"))
+            wrong = [
+                f"{k} ({there.get(k)} there, {settings.get(k)} now)"
+                for k in {**there, **settings}
+                if there.get(k) != settings.get(k)
+            ]
+            raise InputError(
+                f"{path} was made with other settings, {'; '.join(wrong[:3])}: give a new path, or the same settings"
+            )
+        if there is None:
+            group.attrs.update(dict(kind="dinolab prediction", settings=settings, status="running"))
         yield group
+
 
 def _describe(group, classes, colours):
     "Names and colours of the classes, as OME-Zarr keeps them."
     values = [1] if len(classes) == 1 else range(len(classes))
-    label = dict(version="0.5", properties=[{"label-value": v, "class": name} for v, name in zip(values, classes)])
-    if colours: label["colors"] = [{"label-value": v, "rgba": [*rgb, 255]} for v, rgb in zip(values, rgb_table(colours).tolist())]
+    label = dict(
+        version="0.5", properties=[{"label-value": v, "class": name} for v, name in zip(values, classes)]
+    )
+    if colours:
+        label["colors"] = [
+            {"label-value": v, "rgba": [*rgb, 255]} for v, rgb in zip(values, rgb_table(colours).tolist())
+        ]
     group.attrs["ome"] = {**group.attrs["ome"], "image-label": label}
+
 
 @dataclass
 class Prediction:
     "A finished prediction."
-    labels:Multiscale          # pyramid of class labels
-    classes:list               # names
-    path:str                   # of the store
-    array:object=None          # probabilities n z y x, 8 bit, or None
 
-    def probabilities(self,
-        region:tuple=None,  # three slices; None for all
-    )->np.ndarray:          # n z y x, float32 in 0..1
+    labels: Multiscale  # pyramid of class labels
+    classes: list  # names
+    path: str  # of the store
+    array: object = None  # probabilities n z y x, 8 bit, or None
+
+    def probabilities(
+        self,
+        region: tuple = None,  # three slices; None for all
+    ) -> np.ndarray:  # n z y x, float32 in 0..1
         "Probabilities, where they were asked for."
-        if self.array is None: raise InputError(f"{self.path} holds no probabilities: predict with probabilities=True")
+        if self.array is None:
+            raise InputError(f"{self.path} holds no probabilities: predict with probabilities=True")
         return np.asarray(self.array[(slice(None), *(region or (slice(None),) * 3))], np.float32) / 255
+
 
 def open_prediction(
     path,  # store made by predict_to_zarr
-)->Prediction:
+) -> Prediction:
     "Open a prediction; `InputError` when it is unfinished."
     group = open_group(path)
-    if group.attrs.get("kind") != "dinolab prediction": raise InputError(f"{path} is no prediction: expected a folder made by predict_to_zarr or dinolab predict")
-    if group.attrs.get("status") != "complete": raise InputError(f"{path} is unfinished: run the same prediction again to go on")
-    return Prediction(open_multiscale(f"{path}/labels"), group.attrs["settings"]["classes"], str(path), group["probabilities"] if "probabilities" in group else None)
+    if group.attrs.get("kind") != "dinolab prediction":
+        raise InputError(
+            f"{path} is no prediction: expected a folder made by predict_to_zarr or dinolab predict"
+        )
+    if group.attrs.get("status") != "complete":
+        raise InputError(f"{path} is unfinished: run the same prediction again to go on")
+    return Prediction(
+        open_multiscale(f"{path}/labels"),
+        group.attrs["settings"]["classes"],
+        str(path),
+        group["probabilities"] if "probabilities" in group else None,
+    )

@@ -23,7 +23,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import zarr
@@ -35,31 +36,41 @@ from .formats import read_nifti, read_tiff, to_nm
 
 # %% ../../nbs/api/volumes/volume.ipynb #48c7ac75
 def triple(
-    x,         # one number, or three in z y x order
-    what:str,  # name of the quantity, for the error
-    positive:bool=True,  # refuse zero and negative values
-)->tuple:      # three floats
+    x,  # one number, or three in z y x order
+    what: str,  # name of the quantity, for the error
+    positive: bool = True,  # refuse zero and negative values
+) -> tuple:  # three floats
     "`x` for each of z, y, x."
     values = np.atleast_1d(np.asarray(x, dtype=object)).tolist()
-    try: values = tuple(float(v) for v in (values * 3 if len(values) == 1 else values))
-    except (TypeError, ValueError): raise InputError(f"{what} {x!r}: expected one number or three (z, y, x)") from None
-    if len(values) != 3: raise InputError(f"{what} has {len(values)} values {values}: expected one number or three (z, y, x)")
-    if not all(math.isfinite(v) for v in values): raise InputError(f"{what} {values}: expected finite numbers")
-    if positive and min(values) <= 0: raise InputError(f"{what} {values}: expected positive numbers")
+    try:
+        values = tuple(float(v) for v in (values * 3 if len(values) == 1 else values))
+    except (TypeError, ValueError):
+        raise InputError(f"{what} {x!r}: expected one number or three (z, y, x)") from None
+    if len(values) != 3:
+        raise InputError(f"{what} has {len(values)} values {values}: expected one number or three (z, y, x)")
+    if not all(math.isfinite(v) for v in values):
+        raise InputError(f"{what} {values}: expected finite numbers")
+    if positive and min(values) <= 0:
+        raise InputError(f"{what} {values}: expected positive numbers")
     return values
 
 # %% ../../nbs/api/volumes/volume.ipynb #79661770
 def _check_grid(shape, voxel_size):
-    if len(shape) != 3 or min(shape) < 1: raise InputError(f"a grid of shape {shape}: expected three sizes (z, y, x) of at least 1")
-    if not all(1e-3 <= v <= 1e9 for v in voxel_size): raise InputError(f"voxel size {voxel_size} nm: expected between 0.001 nm and 1 m; are the units right?")
+    if len(shape) != 3 or min(shape) < 1:
+        raise InputError(f"a grid of shape {shape}: expected three sizes (z, y, x) of at least 1")
+    if not all(1e-3 <= v <= 1e9 for v in voxel_size):
+        raise InputError(
+            f"voxel size {voxel_size} nm: expected between 0.001 nm and 1 m; are the units right?"
+        )
 
 # %% ../../nbs/api/volumes/volume.ipynb #5cc2f113
 @dataclass(frozen=True)
 class Grid:
     "A regular grid of voxels in the world; all tuples are z, y, x, lengths are nanometres."
-    shape:tuple               # voxels
-    voxel_size:tuple          # nm
-    origin:tuple=(0., 0., 0.) # nm, centre of voxel (0, 0, 0)
+
+    shape: tuple  # voxels
+    voxel_size: tuple  # nm
+    origin: tuple = (0.0, 0.0, 0.0)  # nm, centre of voxel (0, 0, 0)
 
     def __post_init__(self):
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
@@ -68,81 +79,108 @@ class Grid:
         _check_grid(self.shape, self.voxel_size)
 
     @property
-    def corner(self): "Edge of voxel (0, 0, 0), nm."; return tuple(o - v / 2 for o, v in zip(self.origin, self.voxel_size))
+    def corner(self):
+        "Edge of voxel (0, 0, 0), nm."
+        return tuple(o - v / 2 for o, v in zip(self.origin, self.voxel_size))
+
     @property
-    def extent(self): "Size of the box, nm."; return tuple(n * v for n, v in zip(self.shape, self.voxel_size))
+    def extent(self):
+        "Size of the box, nm."
+        return tuple(n * v for n, v in zip(self.shape, self.voxel_size))
 
-    def crop(self,
-        roi:tuple,  # three slices, voxels
-    )->"Grid":
+    def crop(
+        self,
+        roi: tuple,  # three slices, voxels
+    ) -> "Grid":
         "The grid of a region of interest; slices may reach beyond the grid."
-        return replace(self, shape=tuple(s.stop - s.start for s in roi), origin=tuple(o + s.start * v for o, s, v in zip(self.origin, roi, self.voxel_size)))
+        return replace(
+            self,
+            shape=tuple(s.stop - s.start for s in roi),
+            origin=tuple(o + s.start * v for o, s, v in zip(self.origin, roi, self.voxel_size)),
+        )
 
-    def with_voxel_size(self,
+    def with_voxel_size(
+        self,
         voxel_size,  # nm, one number or z, y, x
-    )->"Grid":
+    ) -> "Grid":
         "Same corner, voxels of another size; the last voxel of an axis may reach beyond this grid by less than a voxel."
         size = triple(voxel_size, "voxel size (nm)")
         shape = tuple(max(1, math.ceil(e / v - 1e-6)) for e, v in zip(self.extent, size))
         return Grid(shape, size, tuple(c + v / 2 for c, v in zip(self.corner, size)))
 
-    def with_shape(self,
-        shape:tuple,  # voxels
-    )->"Grid":
+    def with_shape(
+        self,
+        shape: tuple,  # voxels
+    ) -> "Grid":
         "Same box, divided into another number of voxels."
         size = tuple(e / n for e, n in zip(self.extent, shape))
         return Grid(shape, size, tuple(c + v / 2 for c, v in zip(self.corner, size)))
 
-    def roi_of(self,
-        other:"Grid",  # another grid in the same world
-        margin:int=0,  # voxels of this grid added on every side
-    )->tuple:          # three slices, not clipped
+    def roi_of(
+        self,
+        other: "Grid",  # another grid in the same world
+        margin: int = 0,  # voxels of this grid added on every side
+    ) -> tuple:  # three slices, not clipped
         "The voxels of this grid that touch the box of `other`."
-        ends = [((c2 - c) / v, (c2 + e2 - c) / v) for c, v, c2, e2 in zip(self.corner, self.voxel_size, other.corner, other.extent)]
+        ends = [
+            ((c2 - c) / v, (c2 + e2 - c) / v)
+            for c, v, c2, e2 in zip(self.corner, self.voxel_size, other.corner, other.extent)
+        ]
         return tuple(slice(math.floor(a + 1e-6) - margin, math.ceil(b - 1e-6) + margin) for a, b in ends)
 
 # %% ../../nbs/api/volumes/volume.ipynb #3d850212
 def size_text(
-    size:tuple,  # nm, z y x
-)->str:          # such as 40 × 8 × 8 nm, or 2.2 × 2 × 2 mm
+    size: tuple,  # nm, z y x
+) -> str:  # such as 40 × 8 × 8 nm, or 2.2 × 2 × 2 mm
     "A size in the unit that suits it."
-    unit, name = next((u, n) for u, n in ((1e6, "mm"), (1e3, "µm"), (1, "nm")) if min(size) >= 0.1 * u or u == 1)
+    unit, name = next(
+        (u, n) for u, n in ((1e6, "mm"), (1e3, "µm"), (1, "nm")) if min(size) >= 0.1 * u or u == 1
+    )
     return " × ".join(f"{v / unit:.5g}" for v in size) + f" {name}"
 
 # %% ../../nbs/api/volumes/volume.ipynb #b302d06e
 def check_same_box(
-    a:Grid,              # one grid
-    b:Grid,              # the other
-    names:tuple=("raw", "target"),  # what they are, for the error
+    a: Grid,  # one grid
+    b: Grid,  # the other
+    names: tuple = ("raw", "target"),  # what they are, for the error
 ):
     "Raise `InputError` unless both grids cover the same box: within half a voxel of the coarser one at the corner, and one at the end, where a last voxel may be cut."
     slack = [max(v, w) / 2 + 1e-6 for v, w in zip(a.voxel_size, b.voxel_size)]
     ends = [[c + e for c, e in zip(g.corner, g.extent)] for g in (a, b)]
-    if all(abs(p - q) <= s and abs(u - v) <= 2 * s for p, q, u, v, s in zip(a.corner, b.corner, *ends, slack)): return
-    show = lambda g: f"{tuple(round(c) for c in g.corner)} to {tuple(round(c + e) for c, e in zip(g.corner, g.extent))} nm"
-    raise InputError(f"{names[0]} covers {show(a)}, {names[1]} {show(b)}: expected the same box; crop one of them, or correct its voxel size")
+    if all(
+        abs(p - q) <= s and abs(u - v) <= 2 * s for p, q, u, v, s in zip(a.corner, b.corner, *ends, slack)
+    ):
+        return
+    show = lambda g: (
+        f"{tuple(round(c) for c in g.corner)} to {tuple(round(c + e) for c, e in zip(g.corner, g.extent))} nm"
+    )
+    raise InputError(
+        f"{names[0]} covers {show(a)}, {names[1]} {show(b)}: expected the same box; crop one of them, or correct its voxel size"
+    )
 
 # %% ../../nbs/api/volumes/volume.ipynb #08e670f7
 def mirror(
-    i,      # integer indices, any range
-    n:int,  # length of the axis
-):          # indices in 0..n-1
+    i,  # integer indices, any range
+    n: int,  # length of the axis
+):  # indices in 0..n-1
     "Reflect indices at the edges of an axis: -1 becomes 0, n becomes n-1."
     i = np.mod(i, 2 * n)
     return np.where(i < n, i, 2 * n - 1 - i)
 
 # %% ../../nbs/api/volumes/volume.ipynb #d2f692a4
 def resample_matrix(
-    n_in:int,        # samples there are
-    step_in:float,   # their size, nm
-    corner_in:float, # edge of the first, nm
-    n_out:int,       # samples wanted
-    step_out:float,  # their size, nm
-    corner_out:float,# edge of the first, nm
-)->np.ndarray:       # n_out x n_in, float32, rows sum to 1
+    n_in: int,  # samples there are
+    step_in: float,  # their size, nm
+    corner_in: float,  # edge of the first, nm
+    n_out: int,  # samples wanted
+    step_out: float,  # their size, nm
+    corner_out: float,  # edge of the first, nm
+) -> np.ndarray:  # n_out x n_in, float32, rows sum to 1
     "Weights of the input samples in each output sample: mean where coarser, linear where finer, mirrored outside."
     ratio = step_out / step_in
-    low = np.round((corner_out - corner_in) / step_in + np.arange(n_out) * ratio, 6)  # in input samples, edges are integers
+    low = np.round(
+        (corner_out - corner_in) / step_in + np.arange(n_out) * ratio, 6
+    )  # in input samples, edges are integers
     if ratio <= 1 + 1e-6:
         centre = np.round(low + ratio / 2 - 0.5, 6)
         first = np.floor(centre)
@@ -151,50 +189,57 @@ def resample_matrix(
     else:
         high = np.round(low + ratio, 6)
         index = np.floor(low)[:, None] + np.arange(math.ceil(ratio) + 1)
-        weight = np.clip(np.minimum(high[:, None], index + 1) - np.maximum(low[:, None], index), 0, None) / (high - low)[:, None]
+        weight = (
+            np.clip(np.minimum(high[:, None], index + 1) - np.maximum(low[:, None], index), 0, None)
+            / (high - low)[:, None]
+        )
     matrix = np.zeros((n_out, n_in), np.float32)
     np.add.at(matrix, (np.arange(n_out)[:, None], mirror(index.astype(np.int64), n_in)), weight)
     return matrix
 
 # %% ../../nbs/api/volumes/volume.ipynb #f21f58d9
 def axis_matrices(
-    src:Grid,  # grid of the data
-    dst:Grid,  # grid wanted
-)->list:       # three matrices, z y x
+    src: Grid,  # grid of the data
+    dst: Grid,  # grid wanted
+) -> list:  # three matrices, z y x
     "`resample_matrix` for each axis."
-    return [resample_matrix(*t) for t in zip(src.shape, src.voxel_size, src.corner, dst.shape, dst.voxel_size, dst.corner)]
+    return [
+        resample_matrix(*t)
+        for t in zip(src.shape, src.voxel_size, src.corner, dst.shape, dst.voxel_size, dst.corner)
+    ]
 
 # %% ../../nbs/api/volumes/volume.ipynb #313bf3bb
 def with_mirror(
-    s:slice, # of an axis, may reach beyond it
-    n:int,   # length of the axis
-)->slice:    # within the axis
+    s: slice,  # of an axis, may reach beyond it
+    n: int,  # length of the axis
+) -> slice:  # within the axis
     "The part of `s` inside the axis, and where the parts outside are mirrored to."
     return slice(max(0, min(s.start, 2 * n - s.stop)), min(n, max(s.stop, -s.start)))
 
 # %% ../../nbs/api/volumes/volume.ipynb #2c5bd052
 def is_identity(
-    matrix:np.ndarray,  # n_out x n_in, from resample_matrix
-)->bool:
+    matrix: np.ndarray,  # n_out x n_in, from resample_matrix
+) -> bool:
     "Whether a resampling changes nothing, so that it can be left out."
     return matrix.shape[0] == matrix.shape[1] and bool((np.diagonal(matrix) == 1).all())
 
 # %% ../../nbs/api/volumes/volume.ipynb #db92b375
 def apply_matrices(
-    x:np.ndarray,        # z y x
-    matrices:Sequence,   # three, as from axis_matrices
-)->np.ndarray:           # z y x, float32
+    x: np.ndarray,  # z y x
+    matrices: Sequence,  # three, as from axis_matrices
+) -> np.ndarray:  # z y x, float32
     "Multiply each axis of `x` with its matrix, the one that shrinks most first."
     x = np.asarray(x, dtype=np.float32)
     order = sorted(range(3), key=lambda a: len(matrices[a]) / matrices[a].shape[1])
     for a in order:
-        if not is_identity(matrices[a]): x = np.moveaxis(np.tensordot(matrices[a], x, (1, a)), 0, a)
+        if not is_identity(matrices[a]):
+            x = np.moveaxis(np.tensordot(matrices[a], x, (1, a)), 0, a)
     return np.ascontiguousarray(x)
 
 # %% ../../nbs/api/volumes/volume.ipynb #ca360387
 def majority(
-    x:np.ndarray,  # ... b, integers
-)->np.ndarray:     # ...
+    x: np.ndarray,  # ... b, integers
+) -> np.ndarray:  # ...
     "The most frequent value along the last axis; the smaller one in a tie."
     s = np.sort(x, axis=-1)
     place = np.arange(s.shape[-1])
@@ -204,15 +249,17 @@ def majority(
 
 # %% ../../nbs/api/volumes/volume.ipynb #f8ec44ea
 def check_roi(
-    roi,         # three slices, voxels; None for all
-    shape:tuple, # voxels there are
-    name:str,    # for the error
-)->tuple:        # three slices with start and stop
+    roi,  # three slices, voxels; None for all
+    shape: tuple,  # voxels there are
+    name: str,  # for the error
+) -> tuple:  # three slices with start and stop
     "A region of interest with its ends filled in, checked to be non-empty and inside."
     roi = (slice(None),) * 3 if roi is None else tuple(roi)
     ends = [(s.start or 0, n if s.stop is None else s.stop, s.step or 1) for s, n in zip(roi, shape)]
     if len(roi) != 3 or any(step != 1 or not 0 <= a < b <= n for (a, b, step), n in zip(ends, shape)):
-        raise InputError(f"{name}: region [{', '.join(f'{s.start}:{s.stop}' for s in roi)}] of a volume of shape {tuple(shape)}: expected three non-empty ranges within it")
+        raise InputError(
+            f"{name}: region [{', '.join(f'{s.start}:{s.stop}' for s in roi)}] of a volume of shape {tuple(shape)}: expected three non-empty ranges within it"
+        )
     return tuple(slice(a, b) for a, b, _ in ends)
 
 # %% ../../nbs/api/volumes/volume.ipynb #effac0ab
@@ -221,12 +268,14 @@ def _nearest_index(src, dst, a):
     pos = (dst.origin[a] + np.arange(dst.shape[a]) * dst.voxel_size[a] - src.corner[a]) / src.voxel_size[a]
     return np.clip(np.ceil(np.round(pos, 6)).astype(int) - 1, 0, src.shape[a] - 1)
 
+
 def _majority_sample(data, matrices):
     "Label with the largest share of each target voxel's box, one label at a time to bound memory."
     best, out = None, None
     for value in np.unique(data):
         share = apply_matrices(data == value, matrices)
-        if best is None: best, out = share, np.full(share.shape, value, data.dtype)
+        if best is None:
+            best, out = share, np.full(share.shape, value, data.dtype)
         else:
             more = share > best + 1e-6
             out[more], best = value, np.maximum(best, share)
@@ -235,13 +284,16 @@ def _majority_sample(data, matrices):
 # %% ../../nbs/api/volumes/volume.ipynb #544a273f
 class Volume:
     "A lazily read array with its grid, z y x."
-    def __init__(self,
-        array:Any,        # z y x; anything with shape, dtype and basic slicing
-        grid:Grid,        # where its voxels are
-        name:str="array", # for messages
-        path:str="",      # where it can be opened again
+
+    def __init__(
+        self,
+        array: Any,  # z y x; anything with shape, dtype and basic slicing
+        grid: Grid,  # where its voxels are
+        name: str = "array",  # for messages
+        path: str = "",  # where it can be opened again
     ):
-        if tuple(array.shape) != grid.shape: raise InputError(f"{name}: array of shape {tuple(array.shape)} on a grid of shape {grid.shape}")
+        if tuple(array.shape) != grid.shape:
+            raise InputError(f"{name}: array of shape {tuple(array.shape)} on a grid of shape {grid.shape}")
         self.array, self.grid, self.name, self.path = array, grid, name, path
 
     shape = property(lambda self: self.grid.shape)
@@ -249,66 +301,89 @@ class Volume:
     origin = property(lambda self: self.grid.origin)
     dtype = property(lambda self: np.dtype(self.array.dtype))
 
-    def __repr__(self): return f"Volume({'/'.join(Path(self.name).parts[-2:])!r}, {self.shape}, {self.dtype}, {size_text(self.voxel_size)})"
+    def __repr__(self):
+        return f"Volume({'/'.join(Path(self.name).parts[-2:])!r}, {self.shape}, {self.dtype}, {size_text(self.voxel_size)})"
 
-    def read(self,
-        roi:tuple=None,  # three slices within the volume, voxels; None for all
-    )->np.ndarray:       # z y x
+    def read(
+        self,
+        roi: tuple = None,  # three slices within the volume, voxels; None for all
+    ) -> np.ndarray:  # z y x
         "The voxels of `roi`, as they are stored."
         return np.asarray(self.array[check_roi(roi, self.shape, self.name)])
 
-    def crop(self,
-        roi:tuple,  # three slices within the volume, voxels
-    )->"Volume":
+    def crop(
+        self,
+        roi: tuple,  # three slices within the volume, voxels
+    ) -> "Volume":
         "A part of the volume, still on disk."
         roi = check_roi(roi, self.shape, self.name)
         grid = self.grid.crop(roi)
-        part = self.array[roi] if isinstance(self.array, np.ndarray) else _Window(self.array, tuple(s.start for s in roi), grid.shape)
+        part = (
+            self.array[roi]
+            if isinstance(self.array, np.ndarray)
+            else _Window(self.array, tuple(s.start for s in roi), grid.shape)
+        )
         return Volume(part, grid, self.name, self.path)
 
-    def sample(self,
-        grid:Grid,          # where values are wanted
-        mode:str="linear",  # "linear" (mean where coarser), "nearest", or "majority" for labels
-    )->np.ndarray:          # z y x on grid; float32 when linear, else as stored
+    def sample(
+        self,
+        grid: Grid,  # where values are wanted
+        mode: str = "linear",  # "linear" (mean where coarser), "nearest", or "majority" for labels
+    ) -> np.ndarray:  # z y x on grid; float32 when linear, else as stored
         "Values on any grid within the volume; what `check_inside` lets reach out of it is mirrored."
-        if mode not in ("linear", "nearest", "majority"): raise InputError(f"sampling mode {mode!r}: expected linear, nearest or majority")
+        if mode not in ("linear", "nearest", "majority"):
+            raise InputError(f"sampling mode {mode!r}: expected linear, nearest or majority")
         check_inside(grid, self.grid, self.name)
         roi = tuple(with_mirror(s, n) for s, n in zip(self.grid.roi_of(grid, 1), self.shape))
         data, matrices = self.read(roi), axis_matrices(self.grid.crop(roi), grid)
-        if mode == "linear": return apply_matrices(data, matrices)
-        if mode == "nearest": return data[np.ix_(*(_nearest_index(self.grid.crop(roi), grid, a) for a in range(3)))]
+        if mode == "linear":
+            return apply_matrices(data, matrices)
+        if mode == "nearest":
+            return data[np.ix_(*(_nearest_index(self.grid.crop(roi), grid, a) for a in range(3)))]
         return _majority_sample(data, matrices)
 
 # %% ../../nbs/api/volumes/volume.ipynb #aa449c08
 class _Window:
     "A region of an array-like, as an array-like."
-    def __init__(self, array, start, shape): self.array, self.start, self.shape, self.dtype = array, start, shape, array.dtype
+
+    def __init__(self, array, start, shape):
+        self.array, self.start, self.shape, self.dtype = array, start, shape, array.dtype
+
     fixed = property(lambda self: getattr(self.array, "fixed", {}))
-    def __getitem__(self, roi): return self.array[tuple(slice(s.start + o, s.stop + o) for s, o in zip(roi, self.start))]
+
+    def __getitem__(self, roi):
+        return self.array[tuple(slice(s.start + o, s.stop + o) for s, o in zip(roi, self.start))]
 
 # %% ../../nbs/api/volumes/volume.ipynb #9d423da6
 def check_inside(
-    grid:Grid,     # where values are wanted
-    box:Grid,      # where there are values
-    name:str="volume",  # for the error
+    grid: Grid,  # where values are wanted
+    box: Grid,  # where there are values
+    name: str = "volume",  # for the error
 ):
     "Raise `InputError` when `grid` reaches out of `box`: half a voxel of the coarser of the two at its corner, or a whole one at its end, where a last voxel may be cut."
-    for axis, c, e, v, c2, e2, v2 in zip("zyx", grid.corner, grid.extent, grid.voxel_size, box.corner, box.extent, box.voxel_size):
+    for axis, c, e, v, c2, e2, v2 in zip(
+        "zyx", grid.corner, grid.extent, grid.voxel_size, box.corner, box.extent, box.voxel_size
+    ):
         slack = max(v, v2) / 2 + 1e-6
         if c < c2 - slack or c + e > c2 + e2 + 2 * slack:
-            raise InputError(f"{name}: {axis} from {c:g} to {c + e:g} nm asked, {c2:g} to {c2 + e2:g} nm there: expected a box inside the volume")
+            raise InputError(
+                f"{name}: {axis} from {c:g} to {c + e:g} nm asked, {c2:g} to {c2 + e2:g} nm there: expected a box inside the volume"
+            )
 
 # %% ../../nbs/api/volumes/volume.ipynb #60a0f831
 def touched_chunks(
-    array,        # zarr array
-    index:tuple,  # an integer or a slice with start and stop per axis
-):                # yields the chunk's place in the grid of chunks, and slices of the data read
+    array,  # zarr array
+    index: tuple,  # an integer or a slice with start and stop per axis
+):  # yields the chunk's place in the grid of chunks, and slices of the data read
     "Storage chunks that `index` touches."
     sizes = getattr(array, "shards", None) or array.chunks
     ranges = [slice(i, i + 1) if isinstance(i, int) else i for i in index]
     spans = [range(r.start // n, (r.stop - 1) // n + 1) for r, n in zip(ranges, sizes)]
     for chunk in itertools.product(*spans):
-        inside = tuple(slice(max(k * n, r.start) - r.start, min((k + 1) * n, r.stop) - r.start) for k, n, r in zip(chunk, sizes, ranges))
+        inside = tuple(
+            slice(max(k * n, r.start) - r.start, min((k + 1) * n, r.stop) - r.start)
+            for k, n, r in zip(chunk, sizes, ranges)
+        )
         yield chunk, tuple(s for s, i in zip(inside, index) if not isinstance(i, int))
 
 # %% ../../nbs/api/volumes/volume.ipynb #9e8a5865
@@ -316,47 +391,65 @@ def _exists(array, chunk):
     key = array.metadata.encode_chunk_key(chunk)
     return sync((array.store_path / key).store.exists(str((array.store_path / key).path)))
 
+
 def check_present(
-    array,            # zarr array
-    index:tuple,      # that was read
-    data:np.ndarray,  # *s, what it gave
-    name:str,         # for the error
+    array,  # zarr array
+    index: tuple,  # that was read
+    data: np.ndarray,  # *s, what it gave
+    name: str,  # for the error
 ):
     "Raise `InputError` when a chunk of the data is not in the store."
     fill = array.metadata.fill_value
-    blank = np.isnan if fill != fill else partial(np.equal, 0 if fill is None else fill)  # zarr reads null as 0
+    blank = (
+        np.isnan if fill != fill else partial(np.equal, 0 if fill is None else fill)
+    )  # zarr reads null as 0
     for chunk, inside in touched_chunks(array, index):
         part = data[inside]
         if part.size and blank(part.flat[0]) and blank(part).all() and not _exists(array, chunk):
-            raise InputError(f"{name}: chunk {chunk} is missing; restore it, or read with missing='fill' if blank chunks were never written")
+            raise InputError(
+                f"{name}: chunk {chunk} is missing; restore it, or read with missing='fill' if blank chunks were never written"
+            )
 
 # %% ../../nbs/api/volumes/volume.ipynb #fb54dd2f
 def decoding_error(
-    array,            # zarr array
-    index:tuple,      # that was read
-    name:str,         # for the error
-    error:Exception,  # that reading has raised
-)->Exception:
+    array,  # zarr array
+    index: tuple,  # that was read
+    name: str,  # for the error
+    error: Exception,  # that reading has raised
+) -> Exception:
     "The error that names the first chunk of `index` that cannot be decoded."
     reason = (str(error).splitlines() or [type(error).__name__])[0]
-    if isinstance(error, (KeyboardInterrupt, MemoryError)) or not hasattr(array, "chunks"): return error
+    if isinstance(error, (KeyboardInterrupt, MemoryError)) or not hasattr(array, "chunks"):
+        return error
     sizes = getattr(array, "shards", None) or array.chunks
     for chunk, _ in touched_chunks(array, index):
-        try: array[tuple(slice(k * n, k * n + n) for k, n in zip(chunk, sizes))]
-        except Exception: return InputError(f"{name}: chunk {chunk} cannot be decoded ({reason}): it is truncated or corrupted; restore or rewrite it")
+        try:
+            array[tuple(slice(k * n, k * n + n) for k, n in zip(chunk, sizes))]
+        except Exception:
+            return InputError(
+                f"{name}: chunk {chunk} cannot be decoded ({reason}): it is truncated or corrupted; restore or rewrite it"
+            )
     return error
 
 # %% ../../nbs/api/volumes/volume.ipynb #845c5967
 class StoredArray:
     "A zarr (or zarr-like) array seen as z y x: other axes fixed, chunks that cannot be read reported by index."
-    def __init__(self,
-        array:Any,             # zarr array
-        axes:str,              # one letter per axis, z y x among them
-        fixed:dict=None,       # axis letter -> index
-        name:str="array",      # for messages
-        missing:str="error",   # "error" or "fill": what an absent chunk is
+
+    def __init__(
+        self,
+        array: Any,  # zarr array
+        axes: str,  # one letter per axis, z y x among them
+        fixed: dict = None,  # axis letter -> index
+        name: str = "array",  # for messages
+        missing: str = "error",  # "error" or "fill": what an absent chunk is
     ):
-        self.array, self.axes, self.fixed, self.name, self.missing = array, axes, dict(fixed or {}), name, missing
+        self.array, self.axes, self.fixed, self.name, self.missing = (
+            array,
+            axes,
+            dict(fixed or {}),
+            name,
+            missing,
+        )
         self.shape = tuple(array.shape[axes.index(a)] for a in "zyx")
         self.dtype = np.dtype(array.dtype)
 
@@ -366,9 +459,12 @@ class StoredArray:
 
     def __getitem__(self, roi):
         index = self._index(roi)
-        try: data = np.asarray(self.array[index])
-        except Exception as e: raise decoding_error(self.array, index, self.name, e) from e
-        if self.missing == "error" and hasattr(self.array, "metadata"): check_present(self.array, index, data, self.name)
+        try:
+            data = np.asarray(self.array[index])
+        except Exception as e:
+            raise decoding_error(self.array, index, self.name, e) from e
+        if self.missing == "error" and hasattr(self.array, "metadata"):
+            check_present(self.array, index, data, self.name)
         kept = [a for a in self.axes if a in "zyx"]
         return data.transpose([kept.index(a) for a in "zyx"])
 
@@ -376,11 +472,12 @@ class StoredArray:
 @dataclass(frozen=True)
 class LevelMeta:
     "What the metadata says of one level; lists run over the axes of the stored array."
-    path:str          # of the array, within the group
-    axes:str          # one letter per axis
-    scale:tuple       # in `units`
-    translation:tuple # in `units`
-    units:tuple       # unit name or None per axis
+
+    path: str  # of the array, within the group
+    axes: str  # one letter per axis
+    scale: tuple  # in `units`
+    translation: tuple  # in `units`
+    units: tuple  # unit name or None per axis
 
 # %% ../../nbs/api/volumes/volume.ipynb #dbcff5e8
 def _compose(transforms, n, where):
@@ -388,85 +485,136 @@ def _compose(transforms, n, where):
     scale, shift = np.ones(n), np.zeros(n)
     for t in transforms or []:
         kind = t.get("type")
-        if kind not in ("scale", "translation", "identity"): raise InputError(f"{where}: transformation of type {kind!r}: expected scale, translation or identity")
-        if kind == "identity": continue
+        if kind not in ("scale", "translation", "identity"):
+            raise InputError(
+                f"{where}: transformation of type {kind!r}: expected scale, translation or identity"
+            )
+        if kind == "identity":
+            continue
         v = np.asarray(t.get(kind, []), dtype=float)
-        if v.shape != (n,): raise InputError(f"{where}: {kind} has {v.size} values for {n} axes")
+        if v.shape != (n,):
+            raise InputError(f"{where}: {kind} has {v.size} values for {n} axes")
         scale, shift = (scale * v, shift * v) if kind == "scale" else (scale, shift + v)
     return scale, shift
 
 # %% ../../nbs/api/volumes/volume.ipynb #602002b6
 def ngff_levels(
-    attrs:dict,         # attributes of the group
-    where:str,          # for messages
-    multiscale:int=0,   # which, if there are several
-)->tuple:               # list of LevelMeta, name
+    attrs: dict,  # attributes of the group
+    where: str,  # for messages
+    multiscale: int = 0,  # which, if there are several
+) -> tuple:  # list of LevelMeta, name
     "Levels of an OME-Zarr 0.3, 0.4 or 0.5 image."
     meta = attrs.get("ome", attrs)
     several = meta["multiscales"]
-    if not 0 <= multiscale < len(several): raise InputError(f"{where}: multiscale {multiscale} asked, {len(several)} there")
+    if not 0 <= multiscale < len(several):
+        raise InputError(f"{where}: multiscale {multiscale} asked, {len(several)} there")
     m = several[multiscale]
     version = str(meta.get("version", m.get("version", "0.4")))
-    if version not in ("0.3", "0.4", "0.5"): raise InputError(f"{where}: OME-Zarr version {version}: expected 0.3, 0.4 or 0.5")
+    if version not in ("0.3", "0.4", "0.5"):
+        raise InputError(f"{where}: OME-Zarr version {version}: expected 0.3, 0.4 or 0.5")
     axes = [dict(name=a) if isinstance(a, str) else a for a in m.get("axes", [])]
-    if not axes or not m.get("datasets"): raise InputError(f"{where}: multiscales without axes or datasets: expected OME-Zarr 0.4 or 0.5 metadata")
+    if not axes or not m.get("datasets"):
+        raise InputError(
+            f"{where}: multiscales without axes or datasets: expected OME-Zarr 0.4 or 0.5 metadata"
+        )
     letters, units = "".join(str(a["name"])[0].lower() for a in axes), tuple(a.get("unit") for a in axes)
-    if any("path" not in d for d in m["datasets"]): raise InputError(f"{where}: a dataset without a path: expected OME-Zarr 0.4 or 0.5 metadata")
+    if any("path" not in d for d in m["datasets"]):
+        raise InputError(f"{where}: a dataset without a path: expected OME-Zarr 0.4 or 0.5 metadata")
     levels = []
     for d in m["datasets"]:
-        transforms = [*(d.get("coordinateTransformations") or []), *(m.get("coordinateTransformations") or [])]
-        if not any(t.get("type") == "scale" for t in transforms): raise InputError(f"{where}/{d['path']}: no scale, so no voxel size: expected coordinateTransformations with a scale; correct the metadata")
+        transforms = [
+            *(d.get("coordinateTransformations") or []),
+            *(m.get("coordinateTransformations") or []),
+        ]
+        if not any(t.get("type") == "scale" for t in transforms):
+            raise InputError(
+                f"{where}/{d['path']}: no scale, so no voxel size: expected coordinateTransformations with a scale; correct the metadata"
+            )
         scale, shift = _compose(transforms, len(axes), f"{where}/{d['path']}")
         levels.append(LevelMeta(d["path"], letters, tuple(scale), tuple(shift), units))
     return levels, str(m.get("name") or "")
 
 # %% ../../nbs/api/volumes/volume.ipynb #d98fcc9f
 def array_level(
-    attrs:dict,  # attributes of one array
-    path:str,    # of the array, within the group
-    base:tuple=None,  # (resolution x y z, unit) of the finest level, where the group states it
-):               # LevelMeta, or None when the attributes do not place the array
+    attrs: dict,  # attributes of one array
+    path: str,  # of the array, within the group
+    base: tuple = None,  # (resolution x y z, unit) of the finest level, where the group states it
+):  # LevelMeta, or None when the attributes do not place the array
     "The level that an array's own N5-style attributes describe."
     if "transform" in attrs:
         t = attrs["transform"]
         axes = t.get("axes", ["z", "y", "x"])
-        return LevelMeta(path, "".join(a[0] for a in axes), tuple(map(float, t["scale"])), tuple(map(float, t.get("translate", [0] * len(axes)))), tuple(t.get("units", [None] * len(axes))))
+        return LevelMeta(
+            path,
+            "".join(a[0] for a in axes),
+            tuple(map(float, t["scale"])),
+            tuple(map(float, t.get("translate", [0] * len(axes)))),
+            tuple(t.get("units", [None] * len(axes))),
+        )
     px = attrs.get("pixelResolution") or base
-    if not px: return None
-    res, unit = (px["dimensions"], px.get("unit")) if isinstance(px, dict) else px if isinstance(px, tuple) else (px, None)
+    if not px:
+        return None
+    res, unit = (
+        (px["dimensions"], px.get("unit"))
+        if isinstance(px, dict)
+        else px
+        if isinstance(px, tuple)
+        else (px, None)
+    )
     factors = np.asarray(attrs.get("downsamplingFactors", (1, 1, 1)), dtype=float)
     fine = np.asarray(res, dtype=float)
-    if "pixelResolution" in attrs: fine = fine / factors
-    return LevelMeta(path, "zyx", tuple((fine * factors)[::-1]), tuple(((factors - 1) / 2 * fine)[::-1]), (unit,) * 3)
+    if "pixelResolution" in attrs:
+        fine = fine / factors
+    return LevelMeta(
+        path, "zyx", tuple((fine * factors)[::-1]), tuple(((factors - 1) / 2 * fine)[::-1]), (unit,) * 3
+    )
 
 # %% ../../nbs/api/volumes/volume.ipynb #d48b5a56
 class Multiscale:
     "The levels of one image, finest first."
-    def __init__(self,
-        levels:list,    # of Volume
-        name:str="",    # of the image
-    ): self.levels, self.name = sorted(levels, key=lambda v: np.prod(v.voxel_size)), name
 
-    def level_for(self,
-        voxel_size,    # nm wanted, one number or z y x
-        finest=None,   # nm, nothing finer than this on any axis; one number or z y x
-    )->Volume:
+    def __init__(
+        self,
+        levels: list,  # of Volume
+        name: str = "",  # of the image
+    ):
+        self.levels, self.name = sorted(levels, key=lambda v: np.prod(v.voxel_size)), name
+
+    def level_for(
+        self,
+        voxel_size,  # nm wanted, one number or z y x
+        finest=None,  # nm, nothing finer than this on any axis; one number or z y x
+    ) -> Volume:
         "The level whose voxel size is nearest in ratio, over all three axes."
         want = np.log(triple(voxel_size, "voxel size (nm)"))
-        allowed = self.levels if finest is None else [v for v in self.levels if np.all(np.asarray(v.voxel_size) >= np.asarray(triple(finest, "finest voxel size (nm)")) * 0.999)]
+        allowed = (
+            self.levels
+            if finest is None
+            else [
+                v
+                for v in self.levels
+                if np.all(
+                    np.asarray(v.voxel_size) >= np.asarray(triple(finest, "finest voxel size (nm)")) * 0.999
+                )
+            ]
+        )
         if not allowed:
-            warnings.warn(f"{self.name}: every level is finer than {finest} nm; taking the coarsest, {self.levels[-1].voxel_size} nm")
+            warnings.warn(
+                f"{self.name}: every level is finer than {finest} nm; taking the coarsest, {self.levels[-1].voxel_size} nm"
+            )
             allowed = self.levels[-1:]
         return min(allowed, key=lambda v: float(np.square(np.log(v.voxel_size) - want).sum()))
 
-    def __repr__(self): return f"Multiscale({self.name!r})\n" + "\n".join(f"  {v!r}" for v in self.levels)
+    def __repr__(self):
+        return f"Multiscale({self.name!r})\n" + "\n".join(f"  {v!r}" for v in self.levels)
 
 # %% ../../nbs/api/volumes/volume.ipynb #10ed2fd0
 def plain_path(
-    path,   # path or URL
-)->str:     # a file:// URL as the path that it is
+    path,  # path or URL
+) -> str:  # a file:// URL as the path that it is
     "Paths and URLs as text."
     return str(path).removeprefix("file://")
+
 
 def _remote(where, storage_options=None):
     "What zarr must be told to read from `where`: options for fsspec; anonymous on s3 unless told otherwise."
@@ -475,20 +623,38 @@ def _remote(where, storage_options=None):
 
 # %% ../../nbs/api/volumes/volume.ipynb #ed06507f
 def open_group(
-    source,               # path, URL, zip file or zarr group
-    storage_options:dict=None,  # for fsspec; anonymous by default on s3
-)->zarr.Group:
+    source,  # path, URL, zip file or zarr group
+    storage_options: dict = None,  # for fsspec; anonymous by default on s3
+) -> zarr.Group:
     "Open a zarr group for reading."
-    if isinstance(source, zarr.Group): return source
+    if isinstance(source, zarr.Group):
+        return source
     where = plain_path(source)
     remote = "://" in where
-    if not remote and not Path(where).exists(): raise MissingError(f"no such path {where!r}: expected an OME-Zarr folder, a zip of one, or a URL")
-    store = zarr.storage.ZipStore(where, mode="r") if Path(where).suffix in (".zip", ".ozx") and not remote else where
-    try: return zarr.open_group(store, mode="r", **_remote(where, storage_options))
-    except ImportError as e: raise ImportError(f"{where}: {e}; install the extra: pip install 'dinolab[remote]'") from e
-    except zarr.errors.ContainsArrayError: raise InputError(f"{where} is a single array: expected the group above it, or open_volume({where!r})") from None
-    except (zarr.errors.GroupNotFoundError, FileNotFoundError): raise MissingError(f"no zarr group at {where!r}: expected an OME-Zarr folder (with zarr.json or .zgroup), or a .zip, .nii, .nii.gz, .tif or .npy file") from None
-    except Exception as e: raise InputError(f"{where} cannot be opened: {str(e).splitlines()[0] if str(e) else type(e).__name__}; expected " + ("an address that can be reached" if remote else "zarr format 2 or 3")) from e
+    if not remote and not Path(where).exists():
+        raise MissingError(f"no such path {where!r}: expected an OME-Zarr folder, a zip of one, or a URL")
+    store = (
+        zarr.storage.ZipStore(where, mode="r")
+        if Path(where).suffix in (".zip", ".ozx") and not remote
+        else where
+    )
+    try:
+        return zarr.open_group(store, mode="r", **_remote(where, storage_options))
+    except ImportError as e:
+        raise ImportError(f"{where}: {e}; install the extra: pip install 'dinolab[remote]'") from e
+    except zarr.errors.ContainsArrayError:
+        raise InputError(
+            f"{where} is a single array: expected the group above it, or open_volume({where!r})"
+        ) from None
+    except (zarr.errors.GroupNotFoundError, FileNotFoundError):
+        raise MissingError(
+            f"no zarr group at {where!r}: expected an OME-Zarr folder (with zarr.json or .zgroup), or a .zip, .nii, .nii.gz, .tif or .npy file"
+        ) from None
+    except Exception as e:
+        raise InputError(
+            f"{where} cannot be opened: {str(e).splitlines()[0] if str(e) else type(e).__name__}; expected "
+            + ("an address that can be reached" if remote else "zarr format 2 or 3")
+        ) from e
 
 # %% ../../nbs/api/volumes/volume.ipynb #fffc6039
 def _group_levels(group, where, multiscale):
@@ -496,12 +662,22 @@ def _group_levels(group, where, multiscale):
     attrs = dict(group.attrs)
     if "multiscales" in attrs.get("ome", attrs):
         m = attrs.get("ome", attrs)["multiscales"]
-        if m and m[0].get("axes"): return ngff_levels(attrs, where, multiscale)
-    base = (attrs["pixelResolution"]["dimensions"], attrs["pixelResolution"].get("unit")) if isinstance(attrs.get("pixelResolution"), dict) else None
+        if m and m[0].get("axes"):
+            return ngff_levels(attrs, where, multiscale)
+    base = (
+        (attrs["pixelResolution"]["dimensions"], attrs["pixelResolution"].get("unit"))
+        if isinstance(attrs.get("pixelResolution"), dict)
+        else None
+    )
     levels = [array_level(dict(a.attrs), name, base) for name, a in sorted(group.arrays())]
-    if levels and all(levels): return levels, Path(where).name
+    if levels and all(levels):
+        return levels, Path(where).name
     inside = [name for name, g in group.groups() if "multiscales" in (g.attrs.get("ome") or g.attrs)]
-    hint = f"open one of its images: {', '.join(sorted(inside)[:5])}" if inside else "expected OME-Zarr 0.4 or 0.5, or N5-style arrays with pixelResolution or transform"
+    hint = (
+        f"open one of its images: {', '.join(sorted(inside)[:5])}"
+        if inside
+        else "expected OME-Zarr 0.4 or 0.5, or N5-style arrays with pixelResolution or transform"
+    )
     raise InputError(f"{where}: no multiscales metadata; {hint}")
 
 # %% ../../nbs/api/volumes/volume.ipynb #b1503dd3
@@ -509,19 +685,28 @@ def _select(meta, shape, channel, time, where):
     "Fix every axis that is not spatial; an axis longer than one must have been chosen."
     fixed, chosen = {}, {"c": channel, "t": time}
     for letter, n in zip(meta.axes, shape):
-        if letter in "zyx": continue
+        if letter in "zyx":
+            continue
         i = chosen.get(letter)
-        if i is None and n > 1: raise InputError(f"{where}: axis {letter} has {n} entries: choose one, {'channel' if letter == 'c' else 'time' if letter == 't' else letter}=0..{n - 1}")
-        if not 0 <= (i or 0) < n: raise InputError(f"{where}: index {i} on axis {letter}: expected 0..{n - 1}")
+        if i is None and n > 1:
+            raise InputError(
+                f"{where}: axis {letter} has {n} entries: choose one, {'channel' if letter == 'c' else 'time' if letter == 't' else letter}=0..{n - 1}"
+            )
+        if not 0 <= (i or 0) < n:
+            raise InputError(f"{where}: index {i} on axis {letter}: expected 0..{n - 1}")
         fixed[letter] = i or 0
-    if sorted(a for a in meta.axes if a in "zyx") != ["x", "y", "z"]: raise InputError(f"{where}: axes {meta.axes!r}: expected z, y and x (and maybe t, c)")
+    if sorted(a for a in meta.axes if a in "zyx") != ["x", "y", "z"]:
+        raise InputError(f"{where}: axes {meta.axes!r}: expected z, y and x (and maybe t, c)")
     return fixed
 
 # %% ../../nbs/api/volumes/volume.ipynb #80edee3f
 def _place(meta, shape, unit, where):
     "Grid of one level, in nanometres."
     pos = [meta.axes.index(a) for a in "zyx"]
-    if any(meta.units[p] is None and unit is None for p in pos): raise InputError(f"{where}: no unit for the spatial axes: say which, unit='nanometer' or 'micrometer'")
+    if any(meta.units[p] is None and unit is None for p in pos):
+        raise InputError(
+            f"{where}: no unit for the spatial axes: say which, unit='nanometer' or 'micrometer'"
+        )
     nm = [to_nm(1, meta.units[p] or unit) for p in pos]
     voxel = tuple(meta.scale[p] * f for p, f in zip(pos, nm))
     return Grid(tuple(shape[p] for p in pos), voxel, tuple(meta.translation[p] * f for p, f in zip(pos, nm)))
@@ -529,101 +714,156 @@ def _place(meta, shape, unit, where):
 # %% ../../nbs/api/volumes/volume.ipynb #82b5a758
 def _align(volumes, origin, where):
     "Apply the policy for the levels' origins."
-    if origin not in ("file", "corner"): raise InputError(f"origin {origin!r}: expected 'file' or 'corner'")
+    if origin not in ("file", "corner"):
+        raise InputError(f"origin {origin!r}: expected 'file' or 'corner'")
     fine = volumes[0].grid
-    same = all(v.origin == fine.origin for v in volumes) and any(v.voxel_size != fine.voxel_size for v in volumes)
+    same = all(v.origin == fine.origin for v in volumes) and any(
+        v.voxel_size != fine.voxel_size for v in volumes
+    )
     if origin == "corner":
-        for v in volumes: v.grid = replace(v.grid, origin=tuple(c + s / 2 for c, s in zip(fine.corner, v.voxel_size)))
-    elif same: warnings.warn(f"{where}: all levels state the same origin, which block-averaged levels cannot have; if they were averaged, open with origin='corner'")
+        for v in volumes:
+            v.grid = replace(v.grid, origin=tuple(c + s / 2 for c, s in zip(fine.corner, v.voxel_size)))
+    elif same:
+        warnings.warn(
+            f"{where}: all levels state the same origin, which block-averaged levels cannot have; if they were averaged, open with origin='corner'"
+        )
     return volumes
 
 # %% ../../nbs/api/volumes/volume.ipynb #6bac4e78
 def open_multiscale(
-    source,               # OME-Zarr path, URL (http, https, s3, memory), zip file or zarr group
+    source,  # OME-Zarr path, URL (http, https, s3, memory), zip file or zarr group
     *,
-    multiscale:int=0,     # which image, if the group holds several
-    channel:int=None,     # index on the channel axis
-    time:int=None,        # index on the time axis
-    unit:str=None,        # unit of the spatial axes where the file has none, e.g. "nanometer"
-    origin:str="file",    # "file", or "corner" for averaged levels without translations
-    missing:str="error",  # an absent chunk is an "error", or "fill" for the fill value
-    storage_options:dict=None,  # for fsspec
-)->Multiscale:
+    multiscale: int = 0,  # which image, if the group holds several
+    channel: int = None,  # index on the channel axis
+    time: int = None,  # index on the time axis
+    unit: str = None,  # unit of the spatial axes where the file has none, e.g. "nanometer"
+    origin: str = "file",  # "file", or "corner" for averaged levels without translations
+    missing: str = "error",  # an absent chunk is an "error", or "fill" for the fill value
+    storage_options: dict = None,  # for fsspec
+) -> Multiscale:
     "Open an image pyramid lazily: OME-Zarr 0.4 and 0.5, or N5-style arrays; see https://ngff.openmicroscopy.org."
-    if missing not in ("error", "fill"): raise InputError(f"missing={missing!r}: expected 'error' or 'fill'")
-    group, where = open_group(source, storage_options), plain_path(source) if not isinstance(source, zarr.Group) else source.name or "group"
+    if missing not in ("error", "fill"):
+        raise InputError(f"missing={missing!r}: expected 'error' or 'fill'")
+    group, where = (
+        open_group(source, storage_options),
+        plain_path(source) if not isinstance(source, zarr.Group) else source.name or "group",
+    )
     metas, name = _group_levels(group, where, multiscale)
     volumes = []
     for m in metas:
         at = f"{where.rstrip('/')}/{m.path}"
-        try: array = group[m.path]
-        except KeyError: raise InputError(f"{at}: listed in the metadata but absent; restore the level or remove it from the metadata") from None
-        if len(m.axes) != array.ndim: raise InputError(f"{at}: {array.ndim} dimensions, {len(m.axes)} axes in the metadata")
+        try:
+            array = group[m.path]
+        except KeyError:
+            raise InputError(
+                f"{at}: listed in the metadata but absent; restore the level or remove it from the metadata"
+            ) from None
+        if len(m.axes) != array.ndim:
+            raise InputError(f"{at}: {array.ndim} dimensions, {len(m.axes)} axes in the metadata")
         stored = StoredArray(array, m.axes, _select(m, array.shape, channel, time, at), at, missing)
         volumes.append(Volume(stored, _place(m, array.shape, unit, at), at, at))
     return Multiscale(_align(volumes, origin, where), name or Path(where.rstrip("/")).name)
 
 # %% ../../nbs/api/volumes/volume.ipynb #4bb6ab47
 OPTIONS = dict(  # kind of source -> what a reader of it may be told
-    Volume=(), memory=("voxel_size", "origin"), NIfTI=("voxel_size", "origin", "channel", "time", "unit"), TIFF=("voxel_size", "origin", "channel", "time", "axes"), npy=("voxel_size", "origin"), N5=("unit",),
-    array=("voxel_size", "origin", "channel", "time", "unit", "missing", "storage_options"), OME_Zarr=("origin", "channel", "time", "unit", "missing", "storage_options"))
+    Volume=(),
+    memory=("voxel_size", "origin"),
+    NIfTI=("voxel_size", "origin", "channel", "time", "unit"),
+    TIFF=("voxel_size", "origin", "channel", "time", "axes"),
+    npy=("voxel_size", "origin"),
+    N5=("unit",),
+    array=("voxel_size", "origin", "channel", "time", "unit", "missing", "storage_options"),
+    OME_Zarr=("origin", "channel", "time", "unit", "missing", "storage_options"),
+)
+
 
 def format_of(
-    source,                     # file, folder or URL; or something open
-    storage_options:dict=None,  # for fsspec
-)->str:                         # key of OPTIONS
+    source,  # file, folder or URL; or something open
+    storage_options: dict = None,  # for fsspec
+) -> str:  # key of OPTIONS
     "The kind of a source; of a path, from its name and what is in the folder."
-    if isinstance(source, (Volume, Multiscale)): return "Volume"
-    if not isinstance(source, (str, Path)): return "memory"
+    if isinstance(source, (Volume, Multiscale)):
+        return "Volume"
+    if not isinstance(source, (str, Path)):
+        return "memory"
     path = plain_path(source).rstrip("/")
     low = path.lower()
-    if low.endswith((".nii", ".nii.gz")): return "NIfTI"
-    if low.endswith((".tif", ".tiff")) or _is_tiff_folder(path): return "TIFF"
-    if low.endswith(".npy"): return "npy"
-    if ".n5" in low: return "N5"
+    if low.endswith((".nii", ".nii.gz")):
+        return "NIfTI"
+    if low.endswith((".tif", ".tiff")) or _is_tiff_folder(path):
+        return "TIFF"
+    if low.endswith(".npy"):
+        return "npy"
+    if ".n5" in low:
+        return "N5"
     return "array" if _is_array(path, storage_options) else "OME_Zarr"
 
 # %% ../../nbs/api/volumes/volume.ipynb #6d4a2429
 def open_levels(
-    source,               # path, URL, array (NumPy, torch, zarr, dask), Volume or Multiscale
+    source,  # path, URL, array (NumPy, torch, zarr, dask), Volume or Multiscale
     *,
-    voxel_size=None,      # nm, where the source does not say; one number or z y x
-    origin=None,          # where the source does not say: nm, centre of the first voxel; for a pyramid "file" or "corner"
-    channel:int=None,     # index on the channel axis
-    time:int=None,        # index on the time axis
-    unit:str=None,        # unit, where the source has none
-    axes:str=None,        # of a TIFF whose axes are not stated or wrong, e.g. "zyx"
-    missing:str=None,     # an absent chunk is an "error" (the default), or "fill" for the fill value
-    storage_options:dict=None,  # for fsspec
-)->Multiscale:
+    voxel_size=None,  # nm, where the source does not say; one number or z y x
+    origin=None,  # where the source does not say: nm, centre of the first voxel; for a pyramid "file" or "corner"
+    channel: int = None,  # index on the channel axis
+    time: int = None,  # index on the time axis
+    unit: str = None,  # unit, where the source has none
+    axes: str = None,  # of a TIFF whose axes are not stated or wrong, e.g. "zyx"
+    missing: str = None,  # an absent chunk is an "error" (the default), or "fill" for the fill value
+    storage_options: dict = None,  # for fsspec
+) -> Multiscale:
     "Open anything as a pyramid, lazily where the format allows it; a single volume is a pyramid of one level. An option that the source has no use for is an `InputError`."
     kind = format_of(source, storage_options)
-    given = {k: v for k, v in dict(voxel_size=voxel_size, origin=origin, channel=channel, time=time, unit=unit, axes=axes, missing=missing, storage_options=storage_options).items() if v is not None}
+    given = {
+        k: v
+        for k, v in dict(
+            voxel_size=voxel_size,
+            origin=origin,
+            channel=channel,
+            time=time,
+            unit=unit,
+            axes=axes,
+            missing=missing,
+            storage_options=storage_options,
+        ).items()
+        if v is not None
+    }
     if idle := [k for k in given if k not in OPTIONS[kind]]:
         what = source if isinstance(source, (str, Path)) else getattr(source, "name", "array")
-        raise InputError(f"{what}: {', '.join(idle)} has no effect on a source of kind {kind}: expected {'only ' + ', '.join(OPTIONS[kind]) if OPTIONS[kind] else 'none'}")
-    if kind == "Volume": return source if isinstance(source, Multiscale) else Multiscale([source], source.name)
-    if kind == "memory": return Multiscale([_array_volume(source, voxel_size, origin)], "array")
+        raise InputError(
+            f"{what}: {', '.join(idle)} has no effect on a source of kind {kind}: expected {'only ' + ', '.join(OPTIONS[kind]) if OPTIONS[kind] else 'none'}"
+        )
+    if kind == "Volume":
+        return source if isinstance(source, Multiscale) else Multiscale([source], source.name)
+    if kind == "memory":
+        return Multiscale([_array_volume(source, voxel_size, origin)], "array")
     path = plain_path(source).rstrip("/")
-    if kind == "OME_Zarr": return open_multiscale(path, **given)
+    if kind == "OME_Zarr":
+        return open_multiscale(path, **given)
     return Multiscale([_single(path, kind, **given)], Path(path).name)
 
-def _single(path, kind, voxel_size=None, origin=None, channel=None, time=None, unit=None, axes=None, **stored):
+
+def _single(
+    path, kind, voxel_size=None, origin=None, channel=None, time=None, unit=None, axes=None, **stored
+):
     "The only level of a source that is no pyramid."
-    if kind == "NIfTI": return _source_volume(read_nifti(path, unit), path, voxel_size, origin, channel, time)
-    if kind == "TIFF": return _source_volume(read_tiff(path, axes), path, voxel_size, origin, channel, time)
+    if kind == "NIfTI":
+        return _source_volume(read_nifti(path, unit), path, voxel_size, origin, channel, time)
+    if kind == "TIFF":
+        return _source_volume(read_tiff(path, axes), path, voxel_size, origin, channel, time)
     if kind == "npy":
-        if voxel_size is None: raise InputError(f"{path} does not state its voxel size: give voxel_size in nm")
+        if voxel_size is None:
+            raise InputError(f"{path} does not state its voxel size: give voxel_size in nm")
         return _array_volume(_load_npy(path), voxel_size, origin, path)
-    if kind == "N5": return _n5_volume(path, unit)
+    if kind == "N5":
+        return _n5_volume(path, unit)
     return _array_in_group(path, voxel_size, origin, dict(channel=channel, time=time, unit=unit, **stored))
 
 # %% ../../nbs/api/volumes/volume.ipynb #7db3c73b
 def open_volume(
-    source,    # anything that the function open_levels takes
-    level=0,   # index (0 is the finest), or the last part of the level's path
-    **options, # of open_levels
-)->Volume:
+    source,  # anything that the function open_levels takes
+    level=0,  # index (0 is the finest), or the last part of the level's path
+    **options,  # of open_levels
+) -> Volume:
     "Open one volume, lazily where the format allows it."
     return _pick_level(open_levels(source, **options), level)
 
@@ -632,126 +872,214 @@ def _array_volume(array, voxel_size, origin=None, name="array"):
     "A volume of an array in memory (or dask, zarr)."
     array = array.numpy() if hasattr(array, "detach") else array
     array = array if hasattr(array, "dtype") and hasattr(array, "shape") else np.asarray(array)
-    if len(array.shape) != 3: raise InputError(f"{name} of shape {tuple(array.shape)}: expected three axes z y x; select a channel or time first")
-    return Volume(array, Grid(array.shape, 1. if voxel_size is None else voxel_size, (0, 0, 0) if origin is None else origin), name, "" if name == "array" else name)
+    if len(array.shape) != 3:
+        raise InputError(
+            f"{name} of shape {tuple(array.shape)}: expected three axes z y x; select a channel or time first"
+        )
+    return Volume(
+        array,
+        Grid(array.shape, 1.0 if voxel_size is None else voxel_size, (0, 0, 0) if origin is None else origin),
+        name,
+        "" if name == "array" else name,
+    )
+
 
 def _load_npy(path):
-    if not Path(path).exists(): raise MissingError(f"no such path {path!r}: expected a .npy file")
-    try: return _Mapped(path)
-    except ValueError as e: raise InputError(f"{path}: {e}; expected a plain .npy array") from None
+    if not Path(path).exists():
+        raise MissingError(f"no such path {path!r}: expected a .npy file")
+    try:
+        return _Mapped(path)
+    except ValueError as e:
+        raise InputError(f"{path}: {e}; expected a plain .npy array") from None
+
 
 class _Mapped:
     "A .npy file mapped into memory; it travels to other processes as a path, where NumPy would send all its values."
-    def __init__(self, path): self.path, self.array = path, np.load(path, mmap_mode="r", allow_pickle=False)
+
+    def __init__(self, path):
+        self.path, self.array = path, np.load(path, mmap_mode="r", allow_pickle=False)
+
     shape, dtype = property(lambda self: self.array.shape), property(lambda self: self.array.dtype)
-    def __getitem__(self, roi): return self.array[roi]
-    def __reduce__(self): return _Mapped, (self.path,)
+
+    def __getitem__(self, roi):
+        return self.array[roi]
+
+    def __reduce__(self):
+        return _Mapped, (self.path,)
+
 
 def _pick_level(pyramid, level):
     "A level by index or by the last part of its path."
-    if isinstance(level, int) and -len(pyramid.levels) <= level < len(pyramid.levels): return pyramid.levels[level]
+    if isinstance(level, int) and -len(pyramid.levels) <= level < len(pyramid.levels):
+        return pyramid.levels[level]
     for v in pyramid.levels:
-        if v.path.endswith(f"/{level}"): return v
-    raise InputError(f"{pyramid.name}: no level {level!r}: expected 0..{len(pyramid.levels) - 1} or one of {', '.join(v.path.rsplit('/', 1)[-1] for v in pyramid.levels)}")
+        if v.path.endswith(f"/{level}"):
+            return v
+    raise InputError(
+        f"{pyramid.name}: no level {level!r}: expected 0..{len(pyramid.levels) - 1} or one of {', '.join(v.path.rsplit('/', 1)[-1] for v in pyramid.levels)}"
+    )
 
 # %% ../../nbs/api/volumes/volume.ipynb #8bb5b8d0
 def _source_volume(src, path, voxel_size, origin, channel, time):
     "A volume of what `dinolab.volumes.formats` has read; extra axes selected as in OME-Zarr."
     size = voxel_size if voxel_size is not None else src.voxel_size
-    if size is None: raise InputError(f"{path} does not state its voxel size: give voxel_size in nm")
+    if size is None:
+        raise InputError(f"{path} does not state its voxel size: give voxel_size in nm")
     meta = LevelMeta("", src.axes, (), (), ())
     stored = StoredArray(src.array, src.axes, _select(meta, src.array.shape, channel, time, path), path)
-    return Volume(stored, Grid(stored.shape, size, origin if origin is not None else src.origin or (0, 0, 0)), path, path)
+    return Volume(
+        stored,
+        Grid(stored.shape, size, origin if origin is not None else src.origin or (0, 0, 0)),
+        path,
+        path,
+    )
+
 
 def _is_tiff_folder(path):
-    return Path(path).is_dir() and any(p.suffix.lower() in (".tif", ".tiff") for p in itertools.islice(Path(path).iterdir(), 100))
+    return Path(path).is_dir() and any(
+        p.suffix.lower() in (".tif", ".tiff") for p in itertools.islice(Path(path).iterdir(), 100)
+    )
 
 # %% ../../nbs/api/volumes/volume.ipynb #cd465bff
 def _is_array(path, storage_options=None):
     "Whether `path` is a zarr array rather than a group."
     if "://" not in path:
-        if (Path(path)/".zarray").exists(): return True
-        try: return json.loads((Path(path)/"zarr.json").read_text()).get("node_type") == "array"
-        except (OSError, ValueError): return False
-    try: zarr.open_array(path, mode="r", **_remote(path, storage_options)); return True
-    except Exception: return False
+        if (Path(path) / ".zarray").exists():
+            return True
+        try:
+            return json.loads((Path(path) / "zarr.json").read_text()).get("node_type") == "array"
+        except (OSError, ValueError):
+            return False
+    try:
+        zarr.open_array(path, mode="r", **_remote(path, storage_options))
+        return True
+    except Exception:
+        return False
+
 
 def _array_in_group(path, voxel_size, origin, options):
     "A level given by its own path: the group above, or one further up, knows its place."
     parts = path.split("/")
     for up in (1, 2):
         above, level = "/".join(parts[:-up]), "/".join(parts[-up:])
-        try: group = open_group(above, options.get("storage_options"))
-        except (InputError, ImportError): continue
-        try: return _pick_level(open_multiscale(above, **options), level)
+        try:
+            group = open_group(above, options.get("storage_options"))
+        except (InputError, ImportError):
+            continue
+        try:
+            return _pick_level(open_multiscale(above, **options), level)
         except InputError:
-            if "multiscales" in (group.attrs.get("ome") or group.attrs): raise
+            if "multiscales" in (group.attrs.get("ome") or group.attrs):
+                raise
     array = zarr.open_array(path, mode="r", **_remote(path, options.get("storage_options")))
     meta = array_level(dict(array.attrs), "")
-    if meta: return Volume(StoredArray(array, meta.axes, _select(meta, array.shape, options["channel"], options["time"], path), path, options.get("missing", "error")), _place(meta, array.shape, options["unit"], path), path, path)
-    if voxel_size is None: raise InputError(f"{path}: nothing above this array states its voxel size: give voxel_size in nm")
+    if meta:
+        return Volume(
+            StoredArray(
+                array,
+                meta.axes,
+                _select(meta, array.shape, options["channel"], options["time"], path),
+                path,
+                options.get("missing", "error"),
+            ),
+            _place(meta, array.shape, options["unit"], path),
+            path,
+            path,
+        )
+    if voxel_size is None:
+        raise InputError(f"{path}: nothing above this array states its voxel size: give voxel_size in nm")
     volume = _array_volume(array, voxel_size, origin, path)
-    return Volume(StoredArray(array, "zyx", {}, path, options.get("missing", "error")), volume.grid, path, path)
+    return Volume(
+        StoredArray(array, "zyx", {}, path, options.get("missing", "error")), volume.grid, path, path
+    )
 
 # %% ../../nbs/api/volumes/volume.ipynb #e676a268
 def _n5_volume(path, unit):
     "One array of an N5 container, by tensorstore; attributes as OpenOrganelle writes them."
-    try: import tensorstore as ts
-    except ImportError: raise ImportError(f"{path}: N5 needs tensorstore; install the extra: pip install 'dinolab[n5]'") from None
-    file = Path(path)/"attributes.json"
-    if not file.exists(): raise MissingError(f"no N5 array at {path!r}: expected attributes.json")
+    try:
+        import tensorstore as ts
+    except ImportError:
+        raise ImportError(
+            f"{path}: N5 needs tensorstore; install the extra: pip install 'dinolab[n5]'"
+        ) from None
+    file = Path(path) / "attributes.json"
+    if not file.exists():
+        raise MissingError(f"no N5 array at {path!r}: expected attributes.json")
     attrs = json.loads(file.read_text())
-    if "dimensions" not in attrs: raise InputError(f"{path} is an N5 group: give the path of one array, e.g. {path}/s0")
-    above = Path(path).parent/"attributes.json"
+    if "dimensions" not in attrs:
+        raise InputError(f"{path} is an N5 group: give the path of one array, e.g. {path}/s0")
+    above = Path(path).parent / "attributes.json"
     px = json.loads(above.read_text()).get("pixelResolution") if above.exists() else None
     meta = array_level(attrs, "", (px["dimensions"], px.get("unit")) if px else None)
-    if meta is None: raise InputError(f"{path}: no pixelResolution or transform in its attributes")
-    array = ts.open({"driver": "n5", "kvstore": {"driver": "file", "path": path}}, read=True).result().T  # x y z -> z y x
+    if meta is None:
+        raise InputError(f"{path}: no pixelResolution or transform in its attributes")
+    array = (
+        ts.open({"driver": "n5", "kvstore": {"driver": "file", "path": path}}, read=True).result().T
+    )  # x y z -> z y x
     return Volume(_Eager(array), _place(meta, array.shape, unit, path), path, path)
+
 
 class _Eager:
     "tensorstore arrays are read on request; ours are read on slicing."
-    def __init__(self, array): self.array, self.shape, self.dtype = array, tuple(array.shape), np.dtype(array.dtype.numpy_dtype)
-    def __getitem__(self, roi): return np.asarray(self.array[roi].read().result())
+
+    def __init__(self, array):
+        self.array, self.shape, self.dtype = array, tuple(array.shape), np.dtype(array.dtype.numpy_dtype)
+
+    def __getitem__(self, roi):
+        return np.asarray(self.array[roi].read().result())
 
 # %% ../../nbs/api/volumes/volume.ipynb #49568ce6
 def open_or_create_group(
-    path,                       # folder or fsspec URL
-    storage_options:dict=None,  # for fsspec
-)->zarr.Group:
+    path,  # folder or fsspec URL
+    storage_options: dict = None,  # for fsspec
+) -> zarr.Group:
     "A zarr 3 group for reading and writing; `InputError` when the place cannot be written."
     options = {"storage_options": storage_options} if storage_options else {}
-    try: return zarr.open_group(plain_path(path), mode="a", zarr_format=3, **options)
-    except OSError as e: raise InputError(f"{path} cannot be written ({e.strerror or e}): expected a writable folder") from e
-    except (zarr.errors.ContainsArrayError, ValueError) as e: raise InputError(f"{path} holds something else ({str(e).splitlines()[0]}): give a new path") from e
+    try:
+        return zarr.open_group(plain_path(path), mode="a", zarr_format=3, **options)
+    except OSError as e:
+        raise InputError(f"{path} cannot be written ({e.strerror or e}): expected a writable folder") from e
+    except (zarr.errors.ContainsArrayError, ValueError) as e:
+        raise InputError(f"{path} holds something else ({str(e).splitlines()[0]}): give a new path") from e
 
 # %% ../../nbs/api/volumes/volume.ipynb #8f00aac7
 def create_array(
-    group:zarr.Group,  # where
-    name:str,          # of the array
-    shape:tuple,       # of the array
-    dtype,             # of its elements
-    chunks:tuple,      # read at once
-    shards:tuple=None, # written at once, multiples of the chunks
+    group: zarr.Group,  # where
+    name: str,  # of the array
+    shape: tuple,  # of the array
+    dtype,  # of its elements
+    chunks: tuple,  # read at once
+    shards: tuple = None,  # written at once, multiples of the chunks
     dimension_names=None,  # one per axis
-)->zarr.Array:
+) -> zarr.Array:
     "An array compressed by lz4, which costs next to nothing."
-    codec = zarr.codecs.BloscCodec(cname="lz4", shuffle="bitshuffle" if np.dtype(dtype).itemsize == 1 else "shuffle")
-    return group.create_array(name, shape=shape, dtype=dtype, chunks=chunks, shards=shards, compressors=codec, dimension_names=dimension_names)
+    codec = zarr.codecs.BloscCodec(
+        cname="lz4", shuffle="bitshuffle" if np.dtype(dtype).itemsize == 1 else "shuffle"
+    )
+    return group.create_array(
+        name,
+        shape=shape,
+        dtype=dtype,
+        chunks=chunks,
+        shards=shards,
+        compressors=codec,
+        dimension_names=dimension_names,
+    )
 
 # %% ../../nbs/api/volumes/volume.ipynb #972eeb54
 def writable(
-    group:zarr.Group,  # where
-    name:str,          # of an array in it
-)->zarr.Array:
+    group: zarr.Group,  # where
+    name: str,  # of an array in it
+) -> zarr.Array:
     "An existing array for writing blank chunks too; zarr forgets that wish when an array is opened again, and `open_array` ignores it."
-    with zarr.config.set({"array.write_empty_chunks": True}): return group[name]
+    with zarr.config.set({"array.write_empty_chunks": True}):
+        return group[name]
 
 # %% ../../nbs/api/volumes/volume.ipynb #301b0879
 def pyramid_grids(
-    grid:Grid,     # the finest level
-    levels:int,    # at most this many; fewer when a level would be a single voxel
-)->list:
+    grid: Grid,  # the finest level
+    levels: int,  # at most this many; fewer when a level would be a single voxel
+) -> list:
     "Grids with voxel sizes doubling per level on every axis that is longer than one voxel."
     grids = [grid]
     while len(grids) < levels and max(grids[-1].shape) > 1:
@@ -761,88 +1089,126 @@ def pyramid_grids(
 
 # %% ../../nbs/api/volumes/volume.ipynb #c1d70995
 def ngff_attributes(
-    grids:list,        # one per level
-    name:str,          # of the image
-    version:str="0.5", # "0.4" or "0.5"
-    rgb:bool=False,    # three channels shown as red, green, blue
-)->dict:
+    grids: list,  # one per level
+    name: str,  # of the image
+    version: str = "0.5",  # "0.4" or "0.5"
+    rgb: bool = False,  # three channels shown as red, green, blue
+) -> dict:
     "Attributes of an OME-Zarr group whose arrays are s0, s1, ..."
     lead = [1.0] if rgb else []
-    datasets = [dict(path=f"s{i}", coordinateTransformations=[dict(type="scale", scale=lead + list(g.voxel_size)),
-                dict(type="translation", translation=[0.0 for _ in lead] + list(g.origin))]) for i, g in enumerate(grids)]
+    datasets = [
+        dict(
+            path=f"s{i}",
+            coordinateTransformations=[
+                dict(type="scale", scale=lead + list(g.voxel_size)),
+                dict(type="translation", translation=[0.0 for _ in lead] + list(g.origin)),
+            ],
+        )
+        for i, g in enumerate(grids)
+    ]
     axes = [dict(name=a, type="space", unit="nanometer") for a in "zyx"]
     image = dict(name=name, axes=([dict(name="c", type="channel")] if rgb else []) + axes, datasets=datasets)
-    channels = [dict(label=c, color=h, active=True, window=dict(min=0, max=255, start=0, end=255)) for c, h in (("red", "FF0000"), ("green", "00FF00"), ("blue", "0000FF"))]
+    channels = [
+        dict(label=c, color=h, active=True, window=dict(min=0, max=255, start=0, end=255))
+        for c, h in (("red", "FF0000"), ("green", "00FF00"), ("blue", "0000FF"))
+    ]
     omero = dict(omero=dict(channels=channels, rdefs=dict(model="color"))) if rgb else {}
-    if version == "0.4": return dict(multiscales=[dict(version="0.4", **image)], **omero)
+    if version == "0.4":
+        return dict(multiscales=[dict(version="0.4", **image)], **omero)
     return dict(ome=dict(version="0.5", multiscales=[image], **omero))
 
 # %% ../../nbs/api/volumes/volume.ipynb #6855fcf7
 def create_multiscale(
-    path,               # folder of the new group
-    grid:Grid,          # of the finest level
-    dtype,              # of the voxels
+    path,  # folder of the new group
+    grid: Grid,  # of the finest level
+    dtype,  # of the voxels
     *,
-    levels:int=4,       # at most
-    version:str="0.5",  # OME-Zarr "0.4" (zarr 2) or "0.5" (zarr 3)
-    chunk:int=64,       # voxels per axis
-    shard:int=None,     # voxels per axis, 0.5 only
-    rgb:bool=False,     # a leading axis of three channels
-    name:str=None,      # of the image; the folder's by default
-)->zarr.Group:
+    levels: int = 4,  # at most
+    version: str = "0.5",  # OME-Zarr "0.4" (zarr 2) or "0.5" (zarr 3)
+    chunk: int = 64,  # voxels per axis
+    shard: int = None,  # voxels per axis, 0.5 only
+    rgb: bool = False,  # a leading axis of three channels
+    name: str = None,  # of the image; the folder's by default
+) -> zarr.Group:
     "Create an empty pyramid, to be filled through `writable`: blank chunks are written too, so that a missing chunk is a fault."
-    if version not in ("0.4", "0.5"): raise InputError(f"OME-Zarr version {version!r}: expected '0.4' or '0.5'")
-    if shard and version == "0.4": raise InputError("shards need OME-Zarr 0.5: drop shard=, or use version='0.5'")
-    if shard and shard % chunk: raise InputError(f"shard {shard}: expected a multiple of the chunk {chunk}")
+    if version not in ("0.4", "0.5"):
+        raise InputError(f"OME-Zarr version {version!r}: expected '0.4' or '0.5'")
+    if shard and version == "0.4":
+        raise InputError("shards need OME-Zarr 0.5: drop shard=, or use version='0.5'")
+    if shard and shard % chunk:
+        raise InputError(f"shard {shard}: expected a multiple of the chunk {chunk}")
     grids, lead = pyramid_grids(grid, levels), (3,) if rgb else ()
     group = zarr.create_group(path, zarr_format=2 if version == "0.4" else 3, overwrite=True)
     for i, g in enumerate(grids):
         inner = tuple(min(chunk, n) for n in g.shape) if not shard else (chunk,) * 3
-        keys = dict(chunk_key_encoding=dict(name="v2", separator="/")) if version == "0.4" else dict(dimension_names=(["c"] if rgb else []) + list("zyx"))
-        group.create_array(f"s{i}", shape=lead + g.shape, dtype=dtype, chunks=lead + inner, shards=lead + (shard,) * 3 if shard else None, **keys)
+        keys = (
+            dict(chunk_key_encoding=dict(name="v2", separator="/"))
+            if version == "0.4"
+            else dict(dimension_names=(["c"] if rgb else []) + list("zyx"))
+        )
+        group.create_array(
+            f"s{i}",
+            shape=lead + g.shape,
+            dtype=dtype,
+            chunks=lead + inner,
+            shards=lead + (shard,) * 3 if shard else None,
+            **keys,
+        )
     group.attrs.update(ngff_attributes(grids, name or Path(str(path)).stem, version, rgb))
     return group
 
 # %% ../../nbs/api/volumes/volume.ipynb #383d6940
 def storage_blocks(
-    array:zarr.Array,  # ... z y x
-)->list:               # of three slices
+    array: zarr.Array,  # ... z y x
+) -> list:  # of three slices
     "The regions of whole storage chunks (shards where there are any), over the last three axes, in C order."
     sizes = (array.shards or array.chunks)[-3:]
     starts = [range(0, n, s) for n, s in zip(array.shape[-3:], sizes)]
-    return [tuple(slice(a, min(a + s, n)) for a, s, n in zip(at, sizes, array.shape[-3:])) for at in itertools.product(*starts)]
+    return [
+        tuple(slice(a, min(a + s, n)) for a, s, n in zip(at, sizes, array.shape[-3:]))
+        for at in itertools.product(*starts)
+    ]
 
 # %% ../../nbs/api/volumes/volume.ipynb #adf7ac0e
 def _reduce(x, factor, kind):
     "Blocks of `factor` voxels of `... z y x`; a block cut off by the edge counts what there is of it."
-    if kind == "labels": return _majority_blocks(x, factor)
+    if kind == "labels":
+        return _majority_blocks(x, factor)
     total = x
     for axis, f in zip((-3, -2, -1), factor):
         starts = np.arange(0, x.shape[axis], f)
         count = np.minimum(f, x.shape[axis] - starts)
-        total = np.add.reduceat(total, starts, axis=axis, dtype=np.float64) / count.reshape([-1 if a == axis else 1 for a in range(-x.ndim, 0)])
+        total = np.add.reduceat(total, starts, axis=axis, dtype=np.float64) / count.reshape(
+            [-1 if a == axis else 1 for a in range(-x.ndim, 0)]
+        )
     return (total if x.dtype.kind == "f" else np.rint(total)).astype(x.dtype)
+
 
 def _majority_blocks(x, factor):
     "Majority per block; an axis that ends in a cut block is done in two parts."
     for axis, f in enumerate(factor):
         whole = x.shape[axis] // f * f
-        if 0 < whole < x.shape[axis]: return np.concatenate([_majority_blocks(part, factor) for part in np.split(x, [whole], axis)], axis)
+        if 0 < whole < x.shape[axis]:
+            return np.concatenate(
+                [_majority_blocks(part, factor) for part in np.split(x, [whole], axis)], axis
+            )
     f, g, h = (min(f, n) for f, n in zip(factor, x.shape))
     votes = x.reshape(x.shape[0] // f, f, x.shape[1] // g, g, x.shape[2] // h, h).transpose(0, 2, 4, 1, 3, 5)
     return majority(votes.reshape(*votes.shape[:3], f * g * h))
 
 # %% ../../nbs/api/volumes/volume.ipynb #a2e69459
 def fill_pyramid(
-    group:zarr.Group,   # from create_multiscale, with s0 written
-    kind:str="image",   # "image" for means, "labels" for majorities
+    group: zarr.Group,  # from create_multiscale, with s0 written
+    kind: str = "image",  # "image" for means, "labels" for majorities
 ):
     "Compute the coarser levels block by block: images from the level before, labels from the finest."
     names = sorted(group.array_keys(), key=lambda s: int(s[1:]))
     for before, name in zip(names, names[1:]):
         src, dst = group["s0" if kind == "labels" else before], writable(group, name)
         factor = [round(_step(group, dst.basename, a) / _step(group, src.basename, a)) for a in range(3)]
-        for roi in progress(storage_blocks(dst), desc=f"level {name}", unit="block"): dst[(..., *roi)] = _reduced(src, roi, factor, kind)
+        for roi in progress(storage_blocks(dst), desc=f"level {name}", unit="block"):
+            dst[(..., *roi)] = _reduced(src, roi, factor, kind)
+
 
 def _reduced(src, roi, factor, kind):
     "One block of a coarser level, in pieces that need about 128³ voxels of `src` each: a 64³ chunk of labels at 1/16 stands for 1024³ voxels."
@@ -851,8 +1217,11 @@ def _reduced(src, roi, factor, kind):
     for at in itertools.product(*(range(s.start, s.stop, n) for s, n in zip(roi, side))):
         piece = [slice(a, min(a + n, s.stop)) for a, n, s in zip(at, side, roi)]
         read = tuple(slice(p.start * f, min(p.stop * f, n)) for p, f, n in zip(piece, factor, src.shape[-3:]))
-        out[(..., *(slice(p.start - s.start, p.stop - s.start) for p, s in zip(piece, roi)))] = _reduce(src[(..., *read)], factor, kind)
+        out[(..., *(slice(p.start - s.start, p.stop - s.start) for p, s in zip(piece, roi)))] = _reduce(
+            src[(..., *read)], factor, kind
+        )
     return out
+
 
 def _step(group, level, axis):
     attrs = group.attrs.get("ome") or group.attrs
@@ -862,18 +1231,20 @@ def _step(group, level, axis):
 # %% ../../nbs/api/volumes/volume.ipynb #55cb29cb
 @contextmanager
 def new_folder(
-    path,                  # local folder that shall appear
-    overwrite:bool=False,  # replace an existing one
-):                         # temporary path to write to
+    path,  # local folder that shall appear
+    overwrite: bool = False,  # replace an existing one
+):  # temporary path to write to
     "A folder that appears under its name only when the block ends without an error."
     path = Path(path)
-    if path.exists() and not overwrite: raise InputError(f"{path} exists: give another path, or overwrite=True")
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} exists: give another path, or overwrite=True")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         yield temporary
         old = temporary.with_name(temporary.name + ".old")
-        if path.exists(): os.replace(path, old)
+        if path.exists():
+            os.replace(path, old)
         os.replace(temporary, path)
         shutil.rmtree(old, ignore_errors=True)
     except BaseException:
@@ -882,29 +1253,46 @@ def new_folder(
 
 # %% ../../nbs/api/volumes/volume.ipynb #330a5f8a
 def write_multiscale(
-    path,                 # local folder of the new OME-Zarr image
-    image,                # array z y x (or c z y x with three channels: RGB), or a Volume
+    path,  # local folder of the new OME-Zarr image
+    image,  # array z y x (or c z y x with three channels: RGB), or a Volume
     *,
-    voxel_size=None,      # nm, one number or z y x; a Volume knows its own
-    origin=None,          # nm, centre of the first voxel; 0 by default, a Volume knows its own
-    levels:int=4,         # at most
-    kind:str="image",     # "image", or "labels" for majorities
-    version:str="0.5",    # OME-Zarr version, "0.4" or "0.5"
-    chunk:int=64,         # voxels per axis
-    shard:int=None,       # voxels per axis, 0.5 only
-    name:str=None,        # of the image
-    overwrite:bool=False, # replace an existing folder
-)->Multiscale:            # the pyramid, opened
+    voxel_size=None,  # nm, one number or z y x; a Volume knows its own
+    origin=None,  # nm, centre of the first voxel; 0 by default, a Volume knows its own
+    levels: int = 4,  # at most
+    kind: str = "image",  # "image", or "labels" for majorities
+    version: str = "0.5",  # OME-Zarr version, "0.4" or "0.5"
+    chunk: int = 64,  # voxels per axis
+    shard: int = None,  # voxels per axis, 0.5 only
+    name: str = None,  # of the image
+    overwrite: bool = False,  # replace an existing folder
+) -> Multiscale:  # the pyramid, opened
     "Write an OME-Zarr pyramid, block by block; it is whole or absent."
-    if kind not in ("image", "labels"): raise InputError(f"kind {kind!r}: expected 'image' or 'labels'")
+    if kind not in ("image", "labels"):
+        raise InputError(f"kind {kind!r}: expected 'image' or 'labels'")
     rgb = getattr(image, "ndim", 3) == 4
-    if rgb and image.shape[0] != 3: raise InputError(f"image of shape {tuple(image.shape)}: expected z y x, or 3 z y x for RGB")
-    if voxel_size is None and format_of(image) == "memory": raise InputError(f"{path}: voxel size None: expected nm, one number or three (z, y, x)")
-    if not rgb: image = open_volume(image, voxel_size=voxel_size, origin=origin)
-    grid = image.grid if not rgb else Grid(image.shape[1:], voxel_size, (0, 0, 0) if origin is None else origin)
-    if kind == "labels" and not np.issubdtype(image.dtype, np.integer): raise InputError(f"labels of type {image.dtype}: expected integers")
+    if rgb and image.shape[0] != 3:
+        raise InputError(f"image of shape {tuple(image.shape)}: expected z y x, or 3 z y x for RGB")
+    if voxel_size is None and format_of(image) == "memory":
+        raise InputError(f"{path}: voxel size None: expected nm, one number or three (z, y, x)")
+    if not rgb:
+        image = open_volume(image, voxel_size=voxel_size, origin=origin)
+    grid = (
+        image.grid if not rgb else Grid(image.shape[1:], voxel_size, (0, 0, 0) if origin is None else origin)
+    )
+    if kind == "labels" and not np.issubdtype(image.dtype, np.integer):
+        raise InputError(f"labels of type {image.dtype}: expected integers")
     with new_folder(path, overwrite) as temporary:
-        group = create_multiscale(temporary, grid, image.dtype, levels=levels, version=version, chunk=chunk, shard=shard, rgb=rgb, name=name or Path(path).stem)
+        group = create_multiscale(
+            temporary,
+            grid,
+            image.dtype,
+            levels=levels,
+            version=version,
+            chunk=chunk,
+            shard=shard,
+            rgb=rgb,
+            name=name or Path(path).stem,
+        )
         finest = writable(group, "s0")
         for roi in progress(storage_blocks(finest), desc=f"writing {Path(path).name}", unit="block"):
             finest[(..., *roi)] = np.asarray(image[(slice(None), *roi)]) if rgb else image.read(roi)
@@ -922,21 +1310,33 @@ def _level_path(path, voxel_size, finest, **options):
 
 # %% ../../nbs/api/volumes/volume.ipynb #2154091d
 def update_datapaths_with_target_scales(
-    dataset_pairs:list,                # of (raw, labels, ...) or {"raw": ..., name: ...}; paths of OME-Zarr images
-    base_resolution,                   # nm, of the ground truth; one number or z y x
-    use_highest_res_for_raw:bool=False,# the finest raw level instead of the one nearest to base_resolution
-    min_resolution_for_raw=None,       # nm, no raw level finer than this; one number or z y x
-    **options,                         # for open_multiscale
-)->list:                               # the same, each path with its level
+    dataset_pairs: list,  # of (raw, labels, ...) or {"raw": ..., name: ...}; paths of OME-Zarr images
+    base_resolution,  # nm, of the ground truth; one number or z y x
+    use_highest_res_for_raw: bool = False,  # the finest raw level instead of the one nearest to base_resolution
+    min_resolution_for_raw=None,  # nm, no raw level finer than this; one number or z y x
+    **options,  # for open_multiscale
+) -> list:  # the same, each path with its level
     "Choose a level for each image: ground truth nearest to `base_resolution`, raw as asked."
+
     def raw(path):
-        if use_highest_res_for_raw: return _level_path(path, min_resolution_for_raw or 1e-3, min_resolution_for_raw or 1e-3, **options)
+        if use_highest_res_for_raw:
+            return _level_path(
+                path, min_resolution_for_raw or 1e-3, min_resolution_for_raw or 1e-3, **options
+            )
         return _level_path(path, base_resolution, min_resolution_for_raw, **options)
-    def label(path): return None if path is None else _level_path(path, base_resolution, None, **options)
+
+    def label(path):
+        return None if path is None else _level_path(path, base_resolution, None, **options)
+
     def update(pair):
         if isinstance(pair, dict):
-            if "raw" not in pair: raise InputError(f"data set with keys {sorted(pair)}: expected a 'raw' entry")
+            if "raw" not in pair:
+                raise InputError(f"data set with keys {sorted(pair)}: expected a 'raw' entry")
             return {k: raw(p) if k == "raw" else label(p) for k, p in pair.items()}
-        if not isinstance(pair, (tuple, list)) or not pair: raise InputError(f"data set {pair!r}: expected a tuple (raw, labels, ...) or a dictionary with 'raw'")
+        if not isinstance(pair, (tuple, list)) or not pair:
+            raise InputError(
+                f"data set {pair!r}: expected a tuple (raw, labels, ...) or a dictionary with 'raw'"
+            )
         return type(pair)([raw(pair[0]), *map(label, pair[1:])])
+
     return [update(p) for p in dataset_pairs]

@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../../nbs/api/tasks/nnunet_trainer.ipynb #c005d16d
 import importlib
 
+
 def __getattr__(name):
     "nnUNetTrainerDino, from where it lives."
     return getattr(importlib.import_module("dinolab.tasks.nnunet"), name)
