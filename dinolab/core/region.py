@@ -76,6 +76,10 @@ class Box:
         "Its slices, so that a box goes where a tuple of slices is expected."
         return iter(self.slices)
 
+    def __getitem__(self, axis):
+        "The slice of an axis, or the slices of several."
+        return self.slices[axis]
+
     def __len__(self) -> int:
         "Number of axes."
         return len(self.start)
