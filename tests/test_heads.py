@@ -15,7 +15,7 @@ from transformers.models.upernet.modeling_upernet import UperNetHead
 from dinolab.models.lora import LoraSpec, add_lora, lora_layers, merge, silent_layers
 from dinolab.models.backbones import FeatureSpec, create_backbone
 from dinolab.core.errors import InputError
-from dinolab.models.heads import HEADS, Pyramid, Segmenter, create_head, create_segmentation_model
+from dinolab.models.heads import HEADS, FeaturePyramid, Segmenter, create_head, create_segmentation_model
 from dinolab.models.weights import load_weights, save_weights
 
 PYRAMID, FLAT = FeatureSpec((8, 16, 32, 32), (4, 8, 16, 32)), FeatureSpec((32,) * 4, (16,) * 4)
@@ -294,7 +294,7 @@ def test_wrong_arguments(wrong, kind, message):
 def test_pyramid_keeps_place():
     "A step in the maps stays at the same share of the width in every level."
     spec = FeatureSpec((8,) * 4, (16,) * 4)
-    neck = Pyramid(spec)
+    neck = FeaturePyramid(spec)
     with torch.no_grad():
         for p in neck.parameters():
             p.fill_(0.05)

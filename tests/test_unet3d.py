@@ -14,7 +14,7 @@ from dinolab.models.unet3d import (
     UNet3D,
     VoxelLinear,
     feature_bytes,
-    halvings,
+    pool_strides,
     standardise,
     target_size,
 )
@@ -60,7 +60,7 @@ def test_unet_of_any_size(size, levels, norm, training):
         maps = model(rand(0, 2, 2, *size))
     assert len(maps) == levels - 1 and maps[0].shape == (2, 2, *size) and found["voxels"] == math.prod(size)
     n = size
-    for i, (m, step) in enumerate(zip(maps, halvings(size, levels))):
+    for i, (m, step) in enumerate(zip(maps, pool_strides(size, levels))):
         assert m.shape[1] == model.widths[i] and tuple(m.shape[2:]) == n and torch.isfinite(m).all()
         n = tuple(-(-a // k) for a, k in zip(n, step))
     sum(m.sum() for m in maps).backward()
@@ -70,7 +70,7 @@ def test_unet_of_any_size(size, levels, norm, training):
 @settings(deadline=None, max_examples=100)
 @given(st.tuples(*[st.integers(1, 300)] * 3))
 def test_halving_makes_sizes_alike_and_never_grows_anisotropy(size):
-    k = halvings(size, 2)[0]
+    k = pool_strides(size, 2)[0]
     after = tuple(-(-n // a) for n, a in zip(size, k))
     assert all(a in (1, 2) for a in k) and all(a == 1 for n, a in zip(size, k) if n < 4)
     if max(size) >= 4:

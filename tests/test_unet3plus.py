@@ -12,9 +12,9 @@ from dinolab.models.backbones import FeatureSpec
 from dinolab.core.errors import InputError, MissingError
 from dinolab.models.unet3plus import (
     FullDecoder,
-    Judged,
+    GuidedLogits,
     UNet3Plus,
-    gate,
+    gate_logits,
     multiplications,
     presence_loss,
     set_paper_order,
@@ -189,7 +189,7 @@ def test_any_backbone_any_size(name, size):
     net = UNet3Plus(name, 4, cat_channels=4, deep_supervision=True, cgm=True)
     out = net(torch.rand(2, 3, *size))
     assert (
-        isinstance(out, Judged)
+        isinstance(out, GuidedLogits)
         and [tuple(o.shape) for o in out.logits] == [(2, 4, *size)] * len(net.spec)
         and out.presence.shape == (2, 3)
     )
@@ -223,22 +223,22 @@ def test_side_outputs_cover_what_their_cells_cover():
             f.weight.zero_()
             f.bias.fill_(2.0)
         assert all((o == 2).all() for o in net(torch.rand(2, 3, 70, 45)))
-    from dinolab.models.heads import covered, fit_logits
+    from dinolab.models.heads import covered_size, fit_logits
 
     ramp = (torch.arange(3.0) * 32 + 15.5)[None, None, None].expand(
         1, 1, 3, 3
     )  # pixel positions of the middles of cells of stride 32
     assert (
-        fit_logits(ramp, covered((3, 3), 32), (70, 70))[0, 0, 0, 16:70] - torch.arange(16.0, 70)
+        fit_logits(ramp, covered_size((3, 3), 32), (70, 70))[0, 0, 0, 16:70] - torch.arange(16.0, 70)
     ).abs().max() < 1e-4
 
 
 def test_gate_and_presence():
     logits = torch.randn(2, 3, 4, 4)
     sure, absent = torch.full((2, 2), 50.0), torch.full((2, 2), -50.0)
-    assert torch.allclose(gate(logits, sure), logits)
-    assert (gate(logits, absent).argmax(1) == 0).all() and torch.equal(
-        gate(logits, absent)[:, 0], logits[:, 0]
+    assert torch.allclose(gate_logits(logits, sure), logits)
+    assert (gate_logits(logits, absent).argmax(1) == 0).all() and torch.equal(
+        gate_logits(logits, absent)[:, 0], logits[:, 0]
     )
     target = torch.tensor([[[0, 1], [2, 0]], [[0, 0], [2, 2]]])
     p = torch.tensor([[0.3, -0.2], [1.0, 2.0]])
@@ -249,7 +249,7 @@ def test_gate_and_presence():
         hidden, F.binary_cross_entropy_with_logits(p, torch.tensor([[0.0, 1.0], [0.0, 1.0]]))
     )
     p.requires_grad_()
-    assert not gate(logits, p).requires_grad  # no gradient flows through the gate
+    assert not gate_logits(logits, p).requires_grad  # no gradient flows through the gate
 
 
 def test_frozen_backbone_keeps_its_statistics_and_gets_no_gradient():

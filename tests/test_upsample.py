@@ -14,7 +14,7 @@ from dinolab.models.neighborhood import NeighborhoodFilter
 from dinolab.models.upsample import (
     LINEAR,
     UPSAMPLERS,
-    Guided,
+    GuidedUpsampler,
     Interpolate,
     JointBilateral,
     Transpose,
@@ -24,7 +24,7 @@ from dinolab.models.upsample import (
     from_cells,
     record_voxels,
     resize,
-    stages,
+    growth_stages,
     to_cells,
 )
 
@@ -218,7 +218,7 @@ def test_gradient_reaches_the_guide():
 @given(pairs(40, 90))
 def test_stages(sizes):
     small, size = sizes
-    plan = stages(small, size)
+    plan = growth_stages(small, size)
     assert plan[-1] == size
     for before, after in zip([small, *plan], plan):
         for b, a, n, s in zip(before, after, small, size):
@@ -233,7 +233,7 @@ def test_transpose_starts_as_interpolation_and_takes_other_sizes(sizes, seed):
     up = Transpose(12, small, size).requires_grad_(False)
     x = rand(seed, 1, 12, *small)
     expected = x
-    for s in stages(small, size):
+    for s in growth_stages(small, size):
         expected = resize(expected, s)
     with record_voxels(up, len(size)) as found:
         torch.testing.assert_close(up(x, size), expected)
@@ -273,4 +273,4 @@ def test_choice_and_errors():
         create_upsampler("transpos", 2, (2, 2), (4, 4))
     with pytest.raises(InputError, match="as many axes"):
         create_upsampler("transpose", 2, (2, 2), (4, 4, 4))
-    assert issubclass(NeighborhoodFilter, Guided)
+    assert issubclass(NeighborhoodFilter, GuidedUpsampler)

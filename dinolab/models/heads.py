@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'HEADS', 'NECKS', 'BatchNorm', 'group_norm', 'replace_norms', 'LinearHead', 'UperNetHead', 'SegFormerHead',
-           'DPTHead', 'create_head', 'ChannelNorm', 'Pyramid', 'stem', 'WithImage', 'Fine', 'covered', 'Segmenter',
-           'fit_logits', 'make_neck', 'create_segmentation_model']
+           'DPTHead', 'create_head', 'ChannelNorm', 'FeaturePyramid', 'image_stem', 'ImageStemNeck',
+           'FullResolutionHead', 'covered_size', 'Segmenter', 'fit_logits', 'create_neck', 'create_segmentation_model']
 
 # %% ../../nbs/api/models/heads.ipynb #8aedba7d
 import inspect
@@ -214,7 +214,7 @@ class ChannelNorm(nn.LayerNorm):
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
-class Pyramid(nn.Module):
+class FeaturePyramid(nn.Module):
     "Maps of one stride s to strides s/4, s/2, s, 2s: a simple feature pyramid (Li et al. 2022, section 3), one layer of the ViT per level."
 
     def __init__(
@@ -245,7 +245,7 @@ class Pyramid(nn.Module):
         return [level(maps[max(0, i - 4 + len(maps))]) for i, level in enumerate(self.levels)]
 
 # %% ../../nbs/api/models/heads.ipynb #d8c880c3
-def stem(
+def image_stem(
     in_channels: int,  # of the image
     channels: int,  # of the map
 ) -> nn.Module:  # b c h w -> b channels h w
@@ -254,7 +254,7 @@ def stem(
     return nn.Sequential(conv(in_channels), conv(channels))
 
 
-class WithImage(nn.Module):
+class ImageStemNeck(nn.Module):
     "A neck, and in front of its maps one of stride 1."
 
     def __init__(
@@ -265,7 +265,7 @@ class WithImage(nn.Module):
         channels: int = 0,  # of the stem; 0: the image itself
     ):
         super().__init__()
-        self.neck, self.stem = neck, stem(in_channels, channels) if channels else nn.Identity()
+        self.neck, self.stem = neck, image_stem(in_channels, channels) if channels else nn.Identity()
         inner = spec if neck is None else neck.spec
         self.spec = FeatureSpec((channels or in_channels, *inner.channels), (1, *inner.strides))
 
@@ -276,7 +276,7 @@ class WithImage(nn.Module):
         ]
 
 # %% ../../nbs/api/models/heads.ipynb #43f19ef4
-class Fine(nn.Module):
+class FullResolutionHead(nn.Module):
     "A head at the resolution of the first map."
 
     stride = 1
@@ -314,13 +314,13 @@ class Fine(nn.Module):
 
     def forward(self, maps: list) -> Tensor:  # b n h w, logits
         fine, maps = maps[0], maps[1:]
-        size = covered(maps[0].shape[2:], self.inner_spec.strides[0])
+        size = covered_size(maps[0].shape[2:], self.inner_spec.strides[0])
         guide = F.pad(fine, (0, size[1] - fine.shape[3], 0, size[0] - fine.shape[2]), mode="replicate")
         x = self.upsample(self.inner(maps), size, guide)[..., : fine.shape[2], : fine.shape[3]]
         return self.classifier(x if self.fuse is None else self.fuse(torch.cat([x, fine], 1)))
 
 
-def covered(
+def covered_size(
     cells: tuple,  # of a map, height and width
     stride: float,  # pixels per cell
 ) -> tuple:  # pixels
@@ -361,7 +361,9 @@ class Segmenter(nn.Module):
         maps = self.features(image)
         if self.neck is not None:
             maps = self.neck(maps, image)
-        return fit_logits(self.head(maps), covered(maps[0].shape[2:], self.spec.strides[0]), image.shape[2:])
+        return fit_logits(
+            self.head(maps), covered_size(maps[0].shape[2:], self.spec.strides[0]), image.shape[2:]
+        )
 
     def train(self, mode: bool = True) -> "Segmenter":
         "Training mode for what is trained: frozen parts keep their statistics."
@@ -395,11 +397,11 @@ def fit_logits(
 NECKS = ("auto", "pyramid", "none")
 
 
-def make_neck(
+def create_neck(
     name: str,  # auto, pyramid or none
     head: str,  # auto is pyramid for upernet and segformer on one stride
     spec: FeatureSpec,  # of the backbone
-):  # a Pyramid, or None
+):  # a FeaturePyramid, or None
     "The neck that brings a backbone's maps to the strides that a head is made for."
     pick(dict.fromkeys(NECKS), name, "neck")
     wanted = (
@@ -407,7 +409,7 @@ def make_neck(
         if name == "auto"
         else name == "pyramid"
     )
-    return Pyramid(spec) if wanted else None
+    return FeaturePyramid(spec) if wanted else None
 
 # %% ../../nbs/api/models/heads.ipynb #d55bd58b
 def create_segmentation_model(
@@ -450,12 +452,14 @@ def create_segmentation_model(
         k: v for k, v in dict(hidden_size=hidden_size, pool_scales=pool_scales).items() if v is not None
     }
     make = lambda spec, n: create_head(head, spec, n, norm=norm, **options)
-    made = make_neck(neck, head, net.spec)
+    made = create_neck(neck, head, net.spec)
     if stem or upsampler:
-        made = WithImage(net.spec, made, in_channels, stem)
+        made = ImageStemNeck(net.spec, made, in_channels, stem)
         return Segmenter(
             net,
-            Fine(make, made.spec, num_classes, upsampler=upsampler or "interpolate", join=bool(stem)),
+            FullResolutionHead(
+                make, made.spec, num_classes, upsampler=upsampler or "interpolate", join=bool(stem)
+            ),
             made,
         )
     return Segmenter(net, make(net.spec if made is None else made.spec, num_classes), made)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..core.keys import keyed_rng
 from ..core.errors import InputError
 from ..core.progress import progress
-from .upsample import POOL, UPSAMPLERS, Guided, sum_axes
+from .upsample import POOL, UPSAMPLERS, GuidedUpsampler, sum_axes
 
 # %% ../../nbs/api/models/neighborhood.ipynb #d51642e7
 class GuideEncoder(nn.Module):
@@ -41,7 +41,7 @@ class GuideEncoder(nn.Module):
         return x + self.conv3(F.gelu(x))
 
 # %% ../../nbs/api/models/neighborhood.ipynb #ad1d20cf
-class NeighborhoodFilter(Guided):
+class NeighborhoodFilter(GuidedUpsampler):
     "Guided upsampling with learned weights (after NAF, Chambon et al. 2026), for 2D and 3D."
 
     def __init__(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DECODERS', 'shifted_matrices', 'upsampled_conv', 'multiplications', 'UpsampledConv', 'set_paper_order', 'Branch',
-           'check_pyramid', 'pooled', 'FullDecoder', 'SimpleDecoder', 'Presence', 'gate', 'presence_loss', 'Judged',
-           'UNet3PlusHead', 'UNet3Plus', 'level_rows']
+           'check_pyramid', 'pooled', 'FullDecoder', 'SimpleDecoder', 'ClassificationGuidedModule', 'gate_logits',
+           'presence_loss', 'GuidedLogits', 'UNet3PlusHead', 'UNet3Plus', 'level_rows']
 
 # %% ../../nbs/api/models/unet3plus.ipynb #9fd71771
 from functools import lru_cache
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .backbones import FeatureSpec, create_backbone
 from ..core.errors import InputError, pick
-from .heads import BatchNorm, Segmenter, WithImage, covered, fit_logits
+from .heads import BatchNorm, Segmenter, ImageStemNeck, covered_size, fit_logits
 
 # %% ../../nbs/api/models/unet3plus.ipynb #361cee0a
 @lru_cache(64)
@@ -89,7 +89,7 @@ class UpsampledConv(nn.Conv2d):
     ) -> Tensor:  # b o *size
         if ratio == 1:
             return super().forward(x)
-        cover = covered(x.shape[2:], ratio)
+        cover = covered_size(x.shape[2:], ratio)
         before, after = multiplications(self.in_channels, self.out_channels, x.shape[2:], size)
         if after < before and not self.paper_order:
             return upsampled_conv(x, self.weight, self.bias, size, cover)
@@ -198,7 +198,7 @@ class SimpleDecoder(nn.Module):
         for i in reversed(range(len(maps) - 1)):
             up = F.interpolate(
                 nodes[0],
-                size=covered(nodes[0].shape[2:], self.strides[i + 1] // self.strides[i]),
+                size=covered_size(nodes[0].shape[2:], self.strides[i + 1] // self.strides[i]),
                 mode="bilinear",
                 align_corners=False,
             )
@@ -211,7 +211,7 @@ class SimpleDecoder(nn.Module):
         return [F.relu(self.norm(joined)), *nodes[1:]]
 
 # %% ../../nbs/api/models/unet3plus.ipynb #0093c270
-class Presence(nn.Module):
+class ClassificationGuidedModule(nn.Module):
     "Which foreground classes an image has, from its coarsest map: b c h w -> logits b n - 1 (b 1 for one class)."
 
     def __init__(
@@ -231,7 +231,7 @@ class Presence(nn.Module):
         return self.layers(x)
 
 
-def gate(
+def gate_logits(
     logits: Tensor,  # b n h w
     presence: Tensor,  # b n - 1, or b 1 for one class; logits
 ) -> Tensor:  # b n h w
@@ -254,7 +254,7 @@ def presence_loss(
 DECODERS = dict(full=FullDecoder, simple=SimpleDecoder)
 
 
-class Judged(NamedTuple):
+class GuidedLogits(NamedTuple):
     "What a network with the classification-guided module gives in training."
 
     logits: object  # b n h w, or a list of such
@@ -262,7 +262,7 @@ class Judged(NamedTuple):
 
 
 class UNet3PlusHead(nn.Module):
-    "Decoder and logits: maps -> logits at the finest stride; in training a list with deep supervision, and `Judged` with cgm."
+    "Decoder and logits: maps -> logits at the finest stride; in training a list with deep supervision, and `GuidedLogits` with cgm."
 
     def __init__(
         self,
@@ -283,7 +283,7 @@ class UNet3PlusHead(nn.Module):
             nn.Conv2d(c, num_classes, 3, padding=1)
             for c in self.decoder.channels[: len(spec) if deep_supervision else 1]
         )
-        self.presence = Presence(spec.channels[-1], num_classes) if cgm else None
+        self.presence = ClassificationGuidedModule(spec.channels[-1], num_classes) if cgm else None
         self.stride = spec.strides[0]
 
     def forward(self, maps: list):
@@ -291,13 +291,13 @@ class UNet3PlusHead(nn.Module):
         logits = [f(n) for f, n in zip(self.classify if self.training else self.classify[:1], nodes)]
         if self.presence is not None:
             there = self.presence(maps[-1])
-            logits = [gate(l, there) for l in logits]
+            logits = [gate_logits(l, there) for l in logits]
         found = logits if len(self.classify) > 1 and self.training else logits[0]
-        return Judged(found, there) if self.presence is not None and self.training else found
+        return GuidedLogits(found, there) if self.presence is not None and self.training else found
 
 # %% ../../nbs/api/models/unet3plus.ipynb #b4a1e231
 class UNet3Plus(Segmenter):
-    "Image b c h w in 0..1 to logits b n h w; in training a list with deep supervision, and `Judged` with cgm."
+    "Image b c h w in 0..1 to logits b n h w; in training a list with deep supervision, and `GuidedLogits` with cgm."
 
     def __init__(
         self,
@@ -323,7 +323,7 @@ class UNet3Plus(Segmenter):
             raise InputError(f"num_classes={num_classes!r}: expected a whole number of 1 or more")
         if freeze_backbone:
             net.requires_grad_(False)
-        neck = WithImage(net.spec, None, in_channels, stem) if stem else None
+        neck = ImageStemNeck(net.spec, None, in_channels, stem) if stem else None
         spec = net.spec if neck is None else neck.spec
         super().__init__(
             net,
@@ -355,13 +355,17 @@ class UNet3Plus(Segmenter):
     ):
         maps = self.features(image)
         found = self.head(maps if self.neck is None else self.neck(maps, image))
-        fit = lambda l, stride: fit_logits(l, covered(l.shape[2:], stride), image.shape[2:])
+        fit = lambda l, stride: fit_logits(l, covered_size(l.shape[2:], stride), image.shape[2:])
         all_of = lambda x: (
             [fit(l, s) for l, s in zip(x, self.spec.strides)]
             if isinstance(x, list)
             else fit(x, self.spec.strides[0])
         )
-        return Judged(all_of(found.logits), found.presence) if isinstance(found, Judged) else all_of(found)
+        return (
+            GuidedLogits(all_of(found.logits), found.presence)
+            if isinstance(found, GuidedLogits)
+            else all_of(found)
+        )
 
 # %% ../../nbs/api/models/unet3plus.ipynb #3a6ee5fa
 def level_rows(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LINEAR', 'POOL', 'UPSAMPLERS', 'resize', 'Interpolate', 'cell_tables', 'to_cells', 'from_cells', 'windows',
-           'window_distance', 'sum_axes', 'Tile', 'tiles', 'GuidedTile', 'Guided', 'JointBilateral', 'stages',
-           'Transpose', 'choose_upsampler', 'create_upsampler', 'record_voxels']
+           'window_distance', 'sum_axes', 'Tile', 'tiles', 'GuidedTile', 'GuidedUpsampler', 'JointBilateral',
+           'growth_stages', 'Transpose', 'choose_upsampler', 'create_upsampler', 'record_voxels']
 
 # %% ../../nbs/api/models/upsample.ipynb #07646f55
 import math
@@ -231,7 +231,7 @@ class GuidedTile(nn.Module):
         return from_cells(out.unflatten(1 + d, m), tile.places)
 
 # %% ../../nbs/api/models/upsample.ipynb #defa904b
-class Guided(GuidedTile):
+class GuidedUpsampler(GuidedTile):
     "Weighted means of the coarse cells around each fine voxel, tile by tile."
 
     def __init__(
@@ -285,7 +285,7 @@ class Guided(GuidedTile):
         return out
 
 # %% ../../nbs/api/models/upsample.ipynb #7876a705
-class JointBilateral(Guided):
+class JointBilateral(GuidedUpsampler):
     "Joint bilateral upsampling (Kopf et al. 2007): no training; weights from distance and from the image."
 
     def __init__(
@@ -318,7 +318,7 @@ class JointBilateral(Guided):
         return torch.softmax(near + alike, -1)
 
 # %% ../../nbs/api/models/upsample.ipynb #8b93aa40
-def stages(
+def growth_stages(
     small: tuple,  # of the features
     size: tuple,  # of the target
 ) -> list:  # sizes, the last is the target; one at least
@@ -352,7 +352,7 @@ class Transpose(nn.Module):
             )
 
         self.out_channels = in_channels
-        self.steps = nn.ModuleList(stage() for _ in stages(small, size))
+        self.steps = nn.ModuleList(stage() for _ in growth_stages(small, size))
 
     def forward(
         self,
@@ -363,7 +363,7 @@ class Transpose(nn.Module):
         "Fewer steps than were built use the last ones, more repeat the first."
         if x.shape[2:] == tuple(size):
             return x
-        plan = stages(x.shape[2:], size)
+        plan = growth_stages(x.shape[2:], size)
         used = [self.steps[max(0, i + len(self.steps) - len(plan))] for i in range(len(plan))]
         for step, s in zip(used, plan):
             x = resize(x, s)
@@ -390,7 +390,7 @@ def choose_upsampler(
     if factor <= 1:
         return "interpolate"
     learned = (
-        sum(math.prod(s) for s in stages(small, size)) * channels * 4 * 4
+        sum(math.prod(s) for s in growth_stages(small, size)) * channels * 4 * 4
     )  # input, normalised, activated, output
     if learned <= budget and (factor < 4 or not guide):
         return "transpose"

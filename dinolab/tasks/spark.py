@@ -51,7 +51,7 @@ from ..train.metrics import ConfusionMatrix, mean_of
 from ..train.runs import Run
 from ..core.show import overlay_labels, rgb_table, show_images
 from ..train.distributed import launched, my_share, sum_over_all
-from ..models.unet3plus import Judged, UNet3Plus, presence_loss
+from ..models.unet3plus import GuidedLogits, UNet3Plus, presence_loss
 from ..models.weights import load_weights
 
 # %% ../../nbs/api/tasks/spark.ipynb #4d790f48
@@ -215,7 +215,7 @@ class FullStep:
 
     def __call__(self, model, batch):
         out = model(batch["image"])
-        if not isinstance(out, Judged):
+        if not isinstance(out, GuidedLogits):
             return self.loss(out, batch["target"], batch["mask"]), {}
         there = presence_loss(out.presence, batch["target"], batch["mask"])
         return self.loss(out.logits, batch["target"], batch["mask"]) + there, dict(presence=there)
