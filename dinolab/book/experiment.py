@@ -25,20 +25,19 @@ from collections.abc import Mapping
 
 import yaml
 
-import dinolab
 from ..core.errors import InputError, MissingError, nearest, pick
 from ..core.files import write_json
+from ..core.shipped import shipped
 from ..train.runs import Run
 
 # %% ../../nbs/api/book/experiment.ipynb #169e1f09
 def list_experiments() -> dict:  # name -> path of the notebook
-    "The notebooks in nbs/experiments."
-    for base in (Path.cwd(), *Path.cwd().parents, Path(dinolab.__file__).resolve().parents[1]):
-        if (base / "nbs/experiments").is_dir():
-            return {
-                p.stem: p for p in sorted((base / "nbs/experiments").glob("*.ipynb")) if p.name[0] not in "._"
-            }
-    return {}
+    "The notebooks of the nearest folder of experiments."
+    folder = shipped("experiments")
+    if folder is None:
+        return {}
+    notebooks = sorted(folder.glob("*.ipynb"))
+    return {path.stem: path for path in notebooks if path.name[0] not in "._"}
 
 # %% ../../nbs/api/book/experiment.ipynb #f7e77e42
 def find_experiment(
@@ -51,10 +50,13 @@ def find_experiment(
         raise MissingError(
             f"no notebook {str(name)!r}: expected an existing file, or a name: {', '.join(list_experiments()) or 'none here'}"
         )
+    if elsewhere := shipped("experiments", f"{name}.ipynb"):
+        return elsewhere
     if found := list_experiments():
         return pick(found, str(name), "experiment")
     raise InputError(
-        f"unknown experiment {name!r}: no nbs/experiments with notebooks here; go to the repository, or give the path of an .ipynb"
+        f"unknown experiment {name!r}: no nbs/experiments with notebooks here or in the package; "
+        "give the path of an .ipynb"
     )
 
 # %% ../../nbs/api/book/experiment.ipynb #00c82b78

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..core.errors import InputError, MissingError, nearest, pick
+from ..core.shipped import shipped
 from ..train.runs import Run
 from .images import evaluate_segmenter, predict_images, train_segmenter
 from .volumes import evaluate_unet3d, predict_unet3d, train_unet3d
@@ -92,13 +93,16 @@ def _say(value):
 
 # %% ../../nbs/api/tasks/recipes.ipynb #61a886c2
 def read_yaml(
-    path,  # file
+    path,  # file, or the name of a shipped one, such as upernet.yaml
 ) -> dict:  # key -> value
     "The content of a recipe file."
     if not Path(path).is_file():
-        raise MissingError(
-            f"no file {str(path)!r}: expected a recipe in YAML; dinolab train --keys lists what it may hold"
-        )
+        there = shipped("configs", str(path))
+        if there is None:
+            raise MissingError(
+                f"no file {str(path)!r}: expected a recipe in YAML; dinolab train --keys lists what it may hold"
+            )
+        path = there
     try:
         found = OmegaConf.load(path)
     except Exception as e:
