@@ -12,7 +12,8 @@ from transformers.models.dpt.modeling_dpt import DPTNeck, DPTSemanticSegmentatio
 from transformers.models.segformer.modeling_segformer import SegformerDecodeHead
 from transformers.models.upernet.modeling_upernet import UperNetHead
 
-from dinolab.models.lora import LoraSpec, add_lora, lora_layers, merge, silent_layers
+from dinolab.models.lora import add_lora, lora_layers, merge, silent_layers
+from dinolab.models.specs import LoraSpec
 from dinolab.models.backbones import FeatureSpec, create_backbone
 from dinolab.core.errors import InputError
 from dinolab.models.heads import HEADS, FeaturePyramid, Segmenter, create_head, create_segmentation_model

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dinolab.models.lora import LoraSpec
+from dinolab.models.specs import LoraSpec
 from dinolab.core.errors import InputError
 from dinolab.train.loop import TrainArgs
 from dinolab.data.images import read_image

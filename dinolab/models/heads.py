@@ -20,7 +20,8 @@ from transformers.models.dpt.modeling_dpt import DPTNeck, DPTSemanticSegmentatio
 from transformers.models.segformer.modeling_segformer import SegformerDecodeHead
 from transformers.models.upernet.modeling_upernet import UperNetHead as UperNetDecoder
 
-from .lora import LoraSpec, add_lora, parameter_rows
+from .lora import add_lora, parameter_rows
+from .specs import LoraSpec
 from .backbones import FAMILIES, FeatureSpec, create_backbone
 from ..core.errors import InputError, nearest, pick
 from ..core.progress import format_table

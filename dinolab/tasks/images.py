@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..models.lora import LoraSpec
+from ..models.specs import LoraSpec
 from ..data.augment import find_augment
 from ..models.backbones import create_backbone, layer_scales
 from ..core.errors import InputError, MissingError

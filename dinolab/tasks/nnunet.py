@@ -87,7 +87,7 @@ def build_network(
     num_classes: int,  # logits
 ) -> FromPlans:
     "The network of a recipe, without pretrained weights."
-    from dinolab.models.lora import LoraSpec
+    from dinolab.models.specs import LoraSpec
     from dinolab.models.heads import create_segmentation_model
 
     network = dict(
