@@ -7,7 +7,8 @@ from typer.testing import CliRunner
 from dinolab.cli.main import app
 from dinolab.core.errors import InputError
 from dinolab.features.extract import open_features
-from dinolab.volumes.volume import open_multiscale, write_multiscale
+from dinolab.volumes.sources import open_multiscale
+from dinolab.volumes.write import write_multiscale
 
 TINY = ["--backbone", "vit_tiny_patch16_224", "--layers", "0,1", "--pixel-size", "8", "--block", "16"]
 

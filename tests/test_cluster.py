@@ -28,7 +28,7 @@ from dinolab.volumes.blocks import Done, make_blocks, run_blocks  # noqa: E402
 from dinolab.cli.main import app  # noqa: E402
 from dinolab.volumes.cluster import Cluster, job_script, open_cluster, spread_work, use_client  # noqa: E402
 from dinolab.core.errors import InputError  # noqa: E402
-from dinolab.volumes.volume import write_multiscale  # noqa: E402
+from dinolab.volumes.write import write_multiscale  # noqa: E402
 
 LAUNCH = Path(__file__).parents[1] / "nbs/experiments/launch"
 SCRIPT = "import sys; from dinolab.cli.main import main; sys.argv[0] = 'dinolab'; main()"

@@ -349,7 +349,7 @@ def test_settings_reach_the_reader(tmp_path):
 def test_manifest_can_correct_the_origins_of_levels(tmp_path):
     import numpy as np
     from dinolab.data.fetch import open_volumes
-    from dinolab.volumes.volume import write_multiscale
+    from dinolab.volumes.write import write_multiscale
 
     folder = tmp_path / "em" / "a.zarr"
     write_multiscale(folder, np.arange(8**3, dtype="uint16").reshape(8, 8, 8), voxel_size=8, levels=3)

@@ -8,7 +8,7 @@ import pytest
 
 from dinolab.book.experiment import run_experiment
 from dinolab.features.extract import open_features
-from dinolab.volumes.volume import open_multiscale
+from dinolab.volumes.sources import open_multiscale
 
 
 def test_multires_features(tmp_path, monkeypatch):

@@ -34,7 +34,10 @@ from dinolab.features.extract import (
     extract_to_zarr,
     open_features,
 )
-from dinolab.volumes.volume import Grid, Volume, open_multiscale, write_multiscale
+from dinolab.volumes.grid import Grid
+from dinolab.volumes.sources import open_multiscale
+from dinolab.volumes.volume import Volume
+from dinolab.volumes.write import write_multiscale
 
 
 class LocalNet(torch.nn.Module):

@@ -25,7 +25,7 @@ from dinolab.volumes.tiles import (
     tile_starts,
     tile_weight,
 )
-from dinolab.volumes.volume import Grid
+from dinolab.volumes.grid import Grid
 
 SHAPE, TILE = (20, 24, 28), (12, 12, 16)
 GRID = Grid(SHAPE, (8, 4, 4))

@@ -16,7 +16,7 @@ GATEWAYS = dict(
     matplotlib="core.show",
     nibabel="volumes.formats",
     tifffile="volumes.formats",
-    zarr="volumes.volume",
+    zarr="volumes.arrays",
     dask="volumes.cluster",
     distributed="volumes.cluster",
     dask_jobqueue="volumes.cluster",
@@ -99,7 +99,7 @@ def test_rules_are_checked():
     assert (
         "dinolab.core.errors" in MODULES["volumes.volume"] and ORDER["core.errors"] < ORDER["volumes.volume"]
     )
-    assert any("zarr" in m for m in MODULES["volumes.volume"])
+    assert any("zarr" in m for m in MODULES["volumes.arrays"])
 
 
 def test_light_import():

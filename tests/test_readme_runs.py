@@ -71,7 +71,7 @@ def as_the_authors(state):
 def volumes(folder):
     "A cell, and labelled pieces of it."
     from dinolab.synth.em import em_volume
-    from dinolab.volumes.volume import write_multiscale
+    from dinolab.volumes.write import write_multiscale
 
     write_multiscale(
         folder / "cell.zarr/em", em_volume((32, 32, 32), voxel_size=(16, 16, 16), seed=1).raw, voxel_size=16

@@ -25,7 +25,10 @@ from dinolab.volumes.instances import affinities
 from dinolab.models.neighborhood import NeighborhoodFilter
 from dinolab.tasks.volumes import evaluate_unet3d, load_trained, predict_unet3d, train_unet3d
 from dinolab.synth.em import em_volume
-from dinolab.volumes.volume import Grid, Volume, open_multiscale, write_multiscale
+from dinolab.volumes.grid import Grid
+from dinolab.volumes.sources import open_multiscale
+from dinolab.volumes.volume import Volume
+from dinolab.volumes.write import write_multiscale
 
 
 @pytest.fixture(scope="module")

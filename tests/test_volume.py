@@ -18,21 +18,12 @@ import yaozarrs
 import zarr
 from hypothesis import given, settings, strategies as st
 
-import dinolab.volumes.volume
+import dinolab.volumes.write
 from dinolab.core.errors import InputError, MissingError
-from dinolab.volumes.volume import (
-    Grid,
-    Multiscale,
-    Volume,
-    apply_matrices,
-    axis_matrices,
-    majority,
-    open_multiscale,
-    open_volume,
-    resample_matrix,
-    update_datapaths_with_target_scales,
-    write_multiscale,
-)
+from dinolab.volumes.grid import Grid, apply_matrices, axis_matrices, majority, resample_matrix
+from dinolab.volumes.sources import open_multiscale, open_volume, update_datapaths_with_target_scales
+from dinolab.volumes.volume import Multiscale, Volume
+from dinolab.volumes.write import write_multiscale
 
 UM = 1000.0  # nm
 
@@ -163,7 +154,7 @@ def test_levels_of_odd_shapes_count_what_there_is(tmp_path, kind, shape, shard):
 def test_coarse_labels_are_counted_in_pieces(tmp_path, monkeypatch):
     "A chunk of a coarse level stands for many voxels of the finest; they are never all in memory."
     sizes = []
-    monkeypatch.setattr(dinolab.volumes.volume, "majority", lambda x: (sizes.append(x.size), majority(x))[1])
+    monkeypatch.setattr(dinolab.volumes.write, "majority", lambda x: (sizes.append(x.size), majority(x))[1])
     labels = np.random.default_rng(0).integers(0, 3, (1, 512, 512)).astype(np.uint8)
     m = write_multiscale(tmp_path / "l.zarr", labels, voxel_size=8, kind="labels", levels=4)
     assert max(sizes) <= 128**2

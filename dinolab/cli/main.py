@@ -206,7 +206,7 @@ def open_source(
     **options,  # of open_levels
 ):  # Multiscale
     "Open the source; errors speak of the command's options."
-    from dinolab.volumes.volume import open_levels
+    from dinolab.volumes.sources import open_levels
 
     try:
         return open_levels(path, **options)

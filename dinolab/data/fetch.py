@@ -25,7 +25,8 @@ from ..core.errors import InputError, MissingError, pick
 from ..core.files import atomic_write, plain, write_json
 from ..core.progress import progress
 from .manifest import File, Manifest, find_manifests, load_manifest, source_kind
-from ..volumes.volume import open_levels, write_multiscale
+from ..volumes.sources import open_levels
+from ..volumes.write import write_multiscale
 
 # %% ../../nbs/api/data/fetch.ipynb #0c8c1c14
 def package_path(

@@ -35,15 +35,9 @@ from dinolab.features.extract import (
     source_identity,
 )
 from ..volumes.instances import affinities, local_shape_descriptors
-from dinolab.volumes.volume import (
-    Grid,
-    Multiscale,
-    Volume,
-    apply_matrices,
-    check_inside,
-    open_levels,
-    resample_matrix,
-)
+from ..volumes.grid import Grid, apply_matrices, resample_matrix
+from ..volumes.sources import open_levels
+from ..volumes.volume import Multiscale, Volume, check_inside
 
 # %% ../../nbs/api/features/crops.ipynb #6ea4548d
 def lattice_factor(

@@ -31,28 +31,20 @@ from ..core.files import plain, settings_hash
 from ..core.machine import memory_mb
 from ..core.progress import Stages, format_table, progress
 from ..core.show import Pca, fit_pca
-from dinolab.volumes.volume import (
+from ..volumes.arrays import create_array, open_group, open_or_create_group, plain_path, writable
+from dinolab.volumes.grid import (
     Grid,
-    Volume,
-    check_inside,
-    check_roi,
     check_same_box,
-    create_array,
-    create_multiscale,
-    fill_pyramid,
     is_identity,
     mirror,
-    open_group,
-    open_levels,
-    open_or_create_group,
-    open_volume,
-    plain_path,
     resample_matrix,
     size_text,
     triple,
     with_mirror,
-    writable,
 )
+from ..volumes.sources import open_levels, open_volume
+from ..volumes.volume import Volume, check_inside, check_roi
+from ..volumes.write import create_multiscale, fill_pyramid
 
 # %% ../../nbs/api/features/extract.ipynb #981c345e
 PLANES = dict(xy=0, xz=1, yz=2)  # plane -> axis of its normal, z y x

@@ -55,7 +55,9 @@ from ..core.show import overlay_labels, show_images
 from ..train.distributed import from_first, in_turn, launched
 from ..models.unet3d import DINOv3UNet3D, feature_bytes, load_filter, standardise
 from ..models.upsample import resize
-from ..volumes.volume import Volume, triple, write_multiscale
+from ..volumes.grid import triple
+from ..volumes.volume import Volume
+from ..volumes.write import write_multiscale
 
 # %% ../../nbs/api/tasks/volumes.ipynb #12faabd4
 def run_model(

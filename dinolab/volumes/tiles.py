@@ -24,18 +24,11 @@ from ..core.errors import InputError
 from ..core.files import plain, settings_hash
 from ..core.progress import progress
 from ..core.show import rgb_table
-from dinolab.volumes.volume import (
-    Grid,
-    Multiscale,
-    create_array,
-    create_multiscale,
-    fill_pyramid,
-    open_group,
-    open_multiscale,
-    open_or_create_group,
-    plain_path,
-    writable,
-)
+from .arrays import create_array, open_group, open_or_create_group, plain_path, writable
+from .grid import Grid
+from .sources import open_multiscale
+from .volume import Multiscale
+from .write import create_multiscale, fill_pyramid
 
 # %% ../../nbs/api/volumes/tiles.ipynb #ee97eda7
 def tile_starts(
