@@ -13,17 +13,14 @@ from dinolab.core.errors import InputError
 from dinolab.data.images import (
     Classes,
     ImageDataset,
-    Picture,
     count_labels,
     cut,
-    folder_pictures,
-    list_images,
     read_image,
     read_mask,
     read_pair,
     scaled,
-    table_pictures,
 )
+from dinolab.data.tables import ImagePair, folder_pairs, list_images, table_pairs
 
 TWO = Classes(("a", "b"))
 
@@ -119,13 +116,14 @@ def test_wrong_masks(tmp_path):
     Image.fromarray(np.zeros((5, 4), np.uint8)).save(tmp_path / "i.png")
     with pytest.raises(InputError, match="is 5 x 4, its mask .* 2 x 2"):
         read_pair(
-            Picture("x", str(tmp_path / "i.png"), str(tmp_path / "b.png")), Classes(("a", "b"), kind="binary")
+            ImagePair("x", str(tmp_path / "i.png"), str(tmp_path / "b.png")),
+            Classes(("a", "b"), kind="binary"),
         )
     with pytest.raises(InputError, match="x has no mask"):
-        read_pair(Picture("x", str(tmp_path / "i.png")), TWO)
+        read_pair(ImagePair("x", str(tmp_path / "i.png")), TWO)
     Image.fromarray(np.full((5, 4), 255, np.uint8)).save(tmp_path / "void.png")
     with pytest.raises(InputError, match="all pixels of all masks are ignored"):
-        count_labels([Picture("x", str(tmp_path / "i.png"), str(tmp_path / "void.png"))], TWO)
+        count_labels([ImagePair("x", str(tmp_path / "i.png"), str(tmp_path / "void.png"))], TWO)
 
 
 def pairs(folder, n=3, size=(40, 30)):
@@ -136,20 +134,20 @@ def pairs(folder, n=3, size=(40, 30)):
         mask = np.kron(rng(i).integers(0, 2, (size[0] // 5, size[1] // 5)), np.ones((5, 5))).astype(np.uint8)
         Image.fromarray(mask * 255).save(folder / f"images/{i}.png")
         Image.fromarray(mask).save(folder / f"masks/{i}.png")
-    return folder_pictures(folder / "images", folder / "masks")
+    return folder_pairs(folder / "images", folder / "masks")
 
 
 def test_pairs_and_tables(tmp_path):
     assert [p.name for p in pairs(tmp_path)] == ["0", "1", "2"]
     (tmp_path / "images/1.png").rename(tmp_path / "images/one.png")
     with pytest.raises(InputError, match="1 without mask: one; expected the same names"):
-        folder_pictures(tmp_path / "images", tmp_path / "masks")
+        folder_pairs(tmp_path / "images", tmp_path / "masks")
     (tmp_path / "images/0.tif").write_bytes((tmp_path / "images/0.png").read_bytes())
     with pytest.raises(InputError, match="differ only by the suffix"):
-        folder_pictures(tmp_path / "images")
+        folder_pairs(tmp_path / "images")
     (tmp_path / "t.csv").write_text("picture,mask\na,b\n")
     with pytest.raises(InputError, match="columns picture, mask: expected image; image is missing"):
-        table_pictures(tmp_path / "t.csv")
+        table_pairs(tmp_path / "t.csv")
 
 
 @settings(deadline=None, max_examples=30)
@@ -204,7 +202,7 @@ def test_balance_finds_a_rare_class(tmp_path):
     mask[150:153, 20:23] = 1
     for name, pixels in dict(i=mask * 255, m=mask).items():
         Image.fromarray(pixels).save(tmp_path / f"{name}.png")
-    picture = [Picture("x", str(tmp_path / "i.png"), str(tmp_path / "m.png"))]
+    picture = [ImagePair("x", str(tmp_path / "i.png"), str(tmp_path / "m.png"))]
     seen = lambda balance: np.mean(
         [
             bool(

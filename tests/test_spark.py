@@ -16,6 +16,7 @@ from PIL import Image
 
 from dinolab.core.errors import InputError, MissingError
 from dinolab.data.images import ImageDataset
+from dinolab.data.tables import spark_pairs
 from dinolab.train.losses import make_loss
 from dinolab.train.metrics import ConfusionMatrix
 from dinolab.synth.spacecraft import spacecraft_image, write_spark
@@ -26,7 +27,6 @@ from dinolab.tasks.spark import (
     layer_names,
     load_unet3plus,
     scores_of,
-    spark_pictures,
     train_unet3plus,
 )
 from dinolab.models.unet3plus import UNet3Plus
@@ -253,7 +253,7 @@ def test_killed_trainings_end_with_the_same_bytes(processes, data, tmp_path):
 
 
 def test_validation_counts_each_picture_once(data):
-    pictures = spark_pictures(data / "train.csv", data / "images", data / "mask")
+    pictures = spark_pairs(data / "train.csv", data / "images", data / "mask")
     torch.manual_seed(0)
     net, whole = (
         UNet3Plus("resnet10t", 3, cat_channels=4).eval(),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STORAGE', 'GENERATORS', 'package_path', 'read_blocks', 'difference', 'fetch', 'file_state', 'generate', 'read_note',
-           'made_state', 'make_em', 'make_picture', 'make_retina', 'make_spacecraft', 'Part', 'parts', 'Data', 'choose',
+           'made_state', 'make_em', 'make_image', 'make_retina', 'make_spacecraft', 'Part', 'parts', 'Data', 'choose',
            'get_data', 'check_data', 'open_volumes', 'list_data']
 
 # %% ../../nbs/api/data/fetch.ipynb #94c35c0f
@@ -193,7 +193,7 @@ def make_em(
     return {role: role for role in ("raw", "labels", "instances")}
 
 # %% ../../nbs/api/data/fetch.ipynb #2e57ac2f
-def make_picture(
+def make_image(
     folder,  # to fill
     name: str,  # of the generator, for errors
     draw: Callable,  # gives an image and its labels
@@ -218,7 +218,7 @@ def make_retina(
     "A synthetic photograph of a retina, and its labels, as PNG."
     from dinolab.synth.retina import retina_image
 
-    return make_picture(folder, "retina", retina_image, parameters, "image.png")
+    return make_image(folder, "retina", retina_image, parameters, "image.png")
 
 
 def make_spacecraft(
@@ -228,7 +228,7 @@ def make_spacecraft(
     "A synthetic picture of a spacecraft as JPEG, and its labels as PNG."
     from dinolab.synth.spacecraft import spacecraft_image
 
-    return make_picture(folder, "spacecraft", spacecraft_image, parameters, "image.jpg")
+    return make_image(folder, "spacecraft", spacecraft_image, parameters, "image.jpg")
 
 
 GENERATORS = dict(em=make_em, retina=make_retina, spacecraft=make_spacecraft)

@@ -32,15 +32,12 @@ from dinolab.data.images import (
     Classes,
     ImageDataset,
     count_labels,
-    folder_pictures,
     largest_label,
-    list_images,
     manifest_classes,
-    manifest_pictures,
     read_image,
     read_pair,
-    table_pictures,
 )
+from ..data.tables import folder_pairs, list_images, manifest_pairs, table_pairs
 from ..volumes.tiles import all_tiles, blend, sliding_window
 from ..train.losses import class_weights, make_loss
 from ..train.metrics import BoundaryF, ConfusionMatrix
@@ -79,7 +76,7 @@ def tiled_logits(
 class PictureValidation:
     "Loss and scores of a network on whole pictures."
 
-    pictures: list  # of Picture
+    pictures: list  # of ImagePair
     classes: Classes  # what is in the masks
     step: SegStep  # its loss
     tile: tuple  # pixels
@@ -190,14 +187,14 @@ def _pictures(s) -> tuple:
             f"{', '.join(given) or 'no data'}: expected one of manifest, images (with masks) and table"
         )
     if s.images is not None:
-        return hold_out(folder_pictures(s.images, s.masks), s.holdout)
+        return hold_out(folder_pairs(s.images, s.masks), s.holdout)
     find = (
-        (lambda split: manifest_pictures(s.manifest, split, s.root))
+        (lambda split: manifest_pairs(s.manifest, split, s.root))
         if s.manifest is not None
-        else (lambda split: table_pictures(s.table, split))
+        else (lambda split: table_pairs(s.table, split))
     )
     if s.table is not None and not _has_splits(s.table):
-        return hold_out(table_pictures(s.table), s.holdout)
+        return hold_out(table_pairs(s.table), s.holdout)
     return find(s.train_split), find(s.valid_split) if s.valid_split else []
 
 
@@ -482,11 +479,11 @@ def evaluate_segmenter(
     if images is None and table is None and manifest is None:
         raise InputError("no data to score on: expected one of manifest, images (with masks) and table")
     found = (
-        folder_pictures(images, masks)
+        folder_pairs(images, masks)
         if images is not None
-        else table_pictures(table, split)
+        else table_pairs(table, split)
         if table is not None
-        else manifest_pictures(manifest, split, root)
+        else manifest_pairs(manifest, split, root)
     )
     cm, borders, rows = ConfusionMatrix(list(classes.names)), BoundaryF(list(classes.names), tolerance), []
     tile = trained.tile if tile is None else (tile, tile) if isinstance(tile, int) else tuple(tile)
@@ -511,7 +508,7 @@ def evaluate_segmenter(
 
 
 def worst_pictures(
-    rows: Sequence,  # (mean IoU, Picture, labels)
+    rows: Sequence,  # (mean IoU, ImagePair, labels)
     trained: TrainedSegmenter,  # for its classes
     count: int = 3,  # pictures
 ):  # figure
