@@ -30,16 +30,16 @@ lab: $(STAMP)  ## JupyterLab on an experiment, at its parameters (EXPERIMENT=nam
 	@$(BIN)/jupyter lab --notebook-dir nbs --LabApp.default_url=/lab/tree/experiments/$(EXPERIMENT).ipynb
 
 docs: $(STAMP)  ## the site, in _docs (minutes)
-	@PATH="$(CURDIR)/$(BIN):$$PATH" python -c 'from dinolab.book.site import build; print(build())'
+	@PATH="$(CURDIR)/$(BIN):$$PATH" python -c 'from dinolab.site.build import build; print(build())'
 
 export: $(STAMP)  ## notebooks -> dinolab/, cleaned
 	@PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_export && PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_clean
 
 readme: $(STAMP)  ## README.md and CONTRIBUTING.md from their pages
-	@$(BIN)/python -c 'from dinolab.book.docs import write_readme; write_readme()'
+	@$(BIN)/python -c 'from dinolab.site.docs import write_readme; write_readme()'
 
 results: $(STAMP)  ## the page of results from the summaries in nbs/results
-	@$(BIN)/python -c 'from dinolab.book.docs import write_results; write_results()'
+	@$(BIN)/python -c 'from dinolab.site.docs import write_results; write_results()'
 
 clean:  ## remove .venv and built files (not runs/ or data/)
 	rm -rf .venv _docs _proc build *.egg-info

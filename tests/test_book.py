@@ -34,9 +34,7 @@ def sidebar():
 
 
 def page_of(notebook):
-    from dinolab.book.site import page_name
-
-    return str(Path(page_name(notebook)).with_suffix(".html"))
+    return str(Path(notebook).with_suffix(".html"))
 
 
 PAGES = [page_of(n) for n in sidebar()]
@@ -46,7 +44,7 @@ PAGES = [page_of(n) for n in sidebar()]
 def book(tmp_path_factory):
     if "DINOLAB_BOOK" in os.environ:
         return (ROOT / os.environ["DINOLAB_BOOK"]).resolve()
-    from dinolab.book.site import build
+    from dinolab.site.build import build
 
     before = os.getcwd()
     os.chdir(ROOT)

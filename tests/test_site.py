@@ -14,14 +14,14 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.parametrize("name, page", dict({"README.md": "index", "CONTRIBUTING.md": "contribute"}).items())
 def test_files_of_the_root_are_pages(name, page):
-    from dinolab.book.docs import readme
+    from dinolab.site.docs import readme
 
     assert (ROOT / name).read_text(encoding="utf-8") == readme(ROOT / f"nbs/{page}.ipynb"), "run make readme"
 
 
 def test_results_are_those_of_the_summaries(tmp_path, monkeypatch):
     "The committed page is what make results writes, plots included."
-    from dinolab.book.docs import write_results
+    from dinolab.site.docs import write_results
 
     page = ROOT / "nbs/results.ipynb"
     shutil.copy(page, tmp_path / "results.ipynb")
