@@ -15,7 +15,7 @@ import dinolab.dwi.learn as learn
 from dinolab.cli.main import main
 from dinolab.core.errors import InputError
 from dinolab.dwi.data import check_series
-from dinolab.dwi.denoise import METHODS, NEEDS_SIGMA, against_truth, denoise, evaluate_files
+from dinolab.dwi.denoise import METHODS, NEEDS_SIGMA, score_against_truth, denoise, evaluate_files
 from dinolab.dwi.linear import fit_tissue
 from dinolab.dwi.nets import MultiScaleDetailNet
 from dinolab.dwi.scores import psnr
@@ -562,14 +562,14 @@ def test_qnet_does_no_harm(seed):
 def test_a_useless_net_is_left_out(phantom, noise, monkeypatch):
     series = check_series(noise, phantom.gradients, phantom.mask)
     start = fit_tissue(series).fitted
-    monkeypatch.setattr(learn, "teach", lambda model, *args, **kw: model)
+    monkeypatch.setattr(learn, "train_net", lambda model, *args, **kw: model)
     away = lambda k: (
         lambda model, channels, volumes, start: (
-            start + k * (start - np.asarray(series.data / learn.unit_of(series)))
+            start + k * (start - np.asarray(series.data / learn.signal_scale(series)))
         )
     )
     for k, expected in ((1.0, 0.0), (-0.25, 1.0)):
-        monkeypatch.setattr(learn, "apply_net", away(k))
+        monkeypatch.setattr(learn, "predict_volumes", away(k))
         out, share = learn.qnet(series, start)
         assert share == expected
         if not share:
@@ -580,12 +580,15 @@ def test_a_net_with_frozen_weights_does_not_see_its_volume(phantom, noise):
     torch.manual_seed(0)
     net = MultiScaleDetailNet(10, residual=0)
     torch.nn.init.normal_(net.fuse.weight, std=0.1)
-    series, folds = check_series(noise, phantom.gradients, phantom.mask), learn.deal(phantom.gradients, 8)
+    series, folds = (
+        check_series(noise, phantom.gradients, phantom.mask),
+        learn.make_folds(phantom.gradients, 8),
+    )
     start, v, changed = fit_tissue(series).fitted, 9, noise.copy()
     changed[..., v] = noise[..., v] + 300 * np.random.default_rng(0).random(noise.shape[:3], np.float32)
-    say = lambda data: learn.apply_net(
+    say = lambda data: learn.predict_volumes(
         net.eval(),
-        learn.blind_channels(check_series(data, phantom.gradients, phantom.mask), start, folds, 1000.0),
+        learn.qnet_channels(check_series(data, phantom.gradients, phantom.mask), start, folds, 1000.0),
         [v],
         start / 1000,
     )[..., v]
@@ -712,7 +715,7 @@ def test_the_truth_is_perfect(phantom):
 def test_the_better_result_scores_better(phantom, noise):
     g = phantom.gradients
     worse, better = (
-        against_truth(check_series(d, g, phantom.mask), phantom.clean)
+        score_against_truth(check_series(d, g, phantom.mask), phantom.clean)
         for d in (noise, denoise(noise, g.bvals, g.bvecs, "mppca", phantom.mask).data)
     )
     assert (

@@ -11,7 +11,15 @@ from numpy.linalg import lstsq
 
 from dinolab.core.errors import InputError
 from dinolab.dwi.data import background_sigma, brain_mask, check_gradients, check_series, read_series
-from dinolab.dwi.linear import AROUND, chain, deal, fit_loo, fit_spatial, fit_tissue, list_voxels
+from dinolab.dwi.linear import (
+    NEIGHBOURS,
+    order_directions,
+    make_folds,
+    fit_loo,
+    fit_spatial,
+    fit_tissue,
+    list_voxels,
+)
 
 
 def unit(n, rng):
@@ -36,9 +44,9 @@ def make(shape=(14, 12, 10), b0s=2, dirs=12, seed=0, noise=10.0):
 FITS = dict(
     loo=lambda s: fit_loo(s),
     spatial=lambda s: fit_spatial(s, rank=4),
-    tissue=lambda s: fit_tissue(s, rank=4, kinds=3),
+    tissue=lambda s: fit_tissue(s, rank=4, clusters=3),
     voxel=lambda s: fit_spatial(s, rank=4, blind="voxel"),
-    tissue_voxel=lambda s: fit_tissue(s, rank=4, kinds=3, blind="voxel"),
+    tissue_voxel=lambda s: fit_tissue(s, rank=4, clusters=3, blind="voxel"),
 )
 
 
@@ -120,10 +128,10 @@ def test_single_b0_stays_as_it_is():
 def test_scale_and_order_do_not_matter():
     "Ten times the values give ten times the result; the order of volumes changes nothing but the folds."
     series, _ = make()
-    found = fit_tissue(series, rank=4, kinds=3).predict(series.data)
+    found = fit_tissue(series, rank=4, clusters=3).predict(series.data)
     tenfold = replace(series, data=series.data * 10)
     np.testing.assert_allclose(
-        fit_tissue(tenfold, rank=4, kinds=3).predict(tenfold.data), found * 10, rtol=2e-3
+        fit_tissue(tenfold, rank=4, clusters=3).predict(tenfold.data), found * 10, rtol=2e-3
     )
     order = np.random.default_rng(0).permutation(14)
     a = fit_loo(series).predict(series.data)
@@ -142,7 +150,7 @@ def test_folds_hold_every_volume_once(b0s, dirs, folds, seed):
     rng = np.random.default_rng(seed)
     bvals = rng.permutation(np.r_[np.zeros(b0s), rng.choice([700, 1500, 3000], dirs)])
     table = check_gradients(bvals, unit(b0s + dirs, rng))
-    dealt = deal(table, folds)
+    dealt = make_folds(table, folds)
     assert sorted(np.concatenate(dealt)) == list(range(b0s + dirs))
     weighted = [f for f in dealt if not table.is_b0[f].any()]
     assert len(weighted) == min(folds, dirs) and max(map(len, weighted)) - min(map(len, weighted)) <= 1
@@ -150,7 +158,9 @@ def test_folds_hold_every_volume_once(b0s, dirs, folds, seed):
 
 def test_opposite_directions_are_alike():
     g = unit(9, np.random.default_rng(0))
-    assert chain(g) == chain(g * np.sign(np.random.default_rng(1).standard_normal((9, 1))))
+    assert order_directions(g) == order_directions(
+        g * np.sign(np.random.default_rng(1).standard_normal((9, 1)))
+    )
 
 
 def test_neighbours():
@@ -162,7 +172,7 @@ def test_neighbours():
     place = np.stack(np.unravel_index(voxels.where, mask.shape), 1)
     for p, r in zip(place, rows):
         assert np.array_equal(padded[tuple(slice(a, a + 3) for a in p)].ravel(), r.numpy())
-    assert len(AROUND) == 26 and sorted(map(tuple, place)) == sorted(map(tuple, at))
+    assert len(NEIGHBOURS) == 26 and sorted(map(tuple, place)) == sorted(map(tuple, at))
 
 
 # bad input

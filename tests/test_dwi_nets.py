@@ -26,8 +26,8 @@ from dinolab.dwi.nets import (
     edge_loss,
     factorised_conv,
     gradient_encoding,
-    grow,
-    halve,
+    upsample_by_two,
+    downsample_by_two,
     low_pass,
     masked_mse,
     progressive_loss,
@@ -322,12 +322,12 @@ def cell(x, *at):
 @given(sizes, channels, seeds)
 def test_half_resolution_and_back(size, c, seed):
     x = rand(seed, 2, c, *size)
-    down = halve(x)
+    down = downsample_by_two(x)
     assert down.shape == (2, c, *(-(-n // 2) for n in size)) and low_pass(x).shape == x.shape
     for z, y, w in np.ndindex(*down.shape[2:]):
         torch.testing.assert_close(down[..., z, y, w], cell(x, z, y, w))
     even = F.interpolate(down, scale_factor=2, mode="trilinear", align_corners=False)
-    assert torch.equal(grow(down, size), even[..., : size[0], : size[1], : size[2]])
+    assert torch.equal(upsample_by_two(down, size), even[..., : size[0], : size[1], : size[2]])
 
 
 # networks
@@ -451,7 +451,7 @@ def test_coarse_stage_returns_what_is_smooth():
     x = rand(0, 1, 3, 6, 8, 4)
     coarse, final = net.stages(x)
     correction = coarse - low_pass(x[:, 1:2])
-    torch.testing.assert_close(correction, grow(net.coarse(halve(x)), x.shape[2:]))
+    torch.testing.assert_close(correction, upsample_by_two(net.coarse(downsample_by_two(x)), x.shape[2:]))
     torch.testing.assert_close(final - x[:, 1:2] - correction, net.detail(torch.cat([x, coarse], 1)))
     assert torch.equal(net(x), final)
 
@@ -466,7 +466,10 @@ def test_each_path_sees_its_band():
         low, high = split_bands(x, 0.4, kind)
         torch.testing.assert_close(
             net(x),
-            x[:, :1] + net.fuse(torch.cat([grow(net.low(halve(low)), x.shape[2:]), net.high(high)], 1)),
+            x[:, :1]
+            + net.fuse(
+                torch.cat([upsample_by_two(net.low(downsample_by_two(low)), x.shape[2:]), net.high(high)], 1)
+            ),
         )
 
 

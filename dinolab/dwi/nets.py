@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['DIFFERENCE', 'SMOOTH', 'FORMS', 'SPLITS', 'NETS', 'correlate3', 'pad_short', 'sobel_gradient', 'check_pair',
            'mean_where', 'masked_mse', 'vector_difference', 'magnitude_difference', 'edge_loss', 'EdgeAwareLoss',
-           'factorised_conv', 'GatedBlock', 'box_pool', 'CBAM3d', 'AdaptiveSkipConnection', 'halve', 'grow',
-           'FromStart', 'conv_path', 'MultiScaleDetailNet', 'low_pass', 'ProgressiveDetailNet', 'progressive_loss',
-           'fft_low', 'gaussian_low', 'split_bands', 'FrequencyDomainNet', 'sinusoids', 'SinusoidalVolumeEncoder',
-           'gradient_encoding', 'GroupedDetail', 'ConditionedDetail', 'VolumeSpecificDetailEncoder', 'create_net']
+           'factorised_conv', 'GatedBlock', 'box_pool', 'CBAM3d', 'AdaptiveSkipConnection', 'downsample_by_two',
+           'upsample_by_two', 'ResidualNet', 'conv_path', 'MultiScaleDetailNet', 'low_pass', 'ProgressiveDetailNet',
+           'progressive_loss', 'fft_low', 'gaussian_low', 'split_bands', 'FrequencyDomainNet', 'sinusoids',
+           'SinusoidalVolumeEncoder', 'gradient_encoding', 'GroupedDetail', 'ConditionedDetail',
+           'VolumeSpecificDetailEncoder', 'create_net']
 
 # %% ../../nbs/api/dwi/nets.ipynb #c93fe14d
 import math
@@ -268,7 +269,7 @@ class AdaptiveSkipConnection(nn.Module):
         return self.join(torch.cat([x, skip * self.gate(torch.cat([x, skip], 1))], 1))
 
 # %% ../../nbs/api/dwi/nets.ipynb #7ef8b8f4
-def halve(
+def downsample_by_two(
     x: Tensor,  # b c z y x
 ) -> Tensor:  # b c and half of each axis, rounded up
     "Means of 2³ voxels."
@@ -279,7 +280,7 @@ def halve(
     return x
 
 
-def grow(
+def upsample_by_two(
     x: Tensor,  # b c and half of size, rounded up
     size: tuple,  # z y x
 ) -> Tensor:  # b c *size
@@ -288,7 +289,7 @@ def grow(
     return F.interpolate(x, scale_factor=2, mode="trilinear", align_corners=False)[..., :z, :y, :x_]
 
 # %% ../../nbs/api/dwi/nets.ipynb #ae00e189
-class FromStart(nn.Module):
+class ResidualNet(nn.Module):
     "Base of networks that correct a starting prediction among their inputs."
 
     def __init__(
@@ -312,7 +313,7 @@ class FromStart(nn.Module):
             )
         self.in_channels, self.out_channels, self.residual = in_channels, out_channels, chosen
 
-    def start(
+    def initial(
         self,
         x: Tensor,  # b c z y x
     ) -> Tensor:  # b out z y x
@@ -325,7 +326,7 @@ class FromStart(nn.Module):
             else x[:, self.residual]
         )
 
-    def last(
+    def output_layer(
         self,
         channels: int,  # that it sees
     ) -> nn.Conv3d:  # 1³, to out_channels
@@ -349,7 +350,7 @@ def conv_path(
     )
 
 # %% ../../nbs/api/dwi/nets.ipynb #4d838f79
-class MultiScaleDetailNet(FromStart):
+class MultiScaleDetailNet(ResidualNet):
     "A path at full and one at half resolution, fused: b c z y x -> b out z y x."
 
     def __init__(
@@ -365,21 +366,23 @@ class MultiScaleDetailNet(FromStart):
             conv_path(in_channels, fine, fine),
             conv_path(in_channels, base_filters, base_filters),
         )
-        self.fuse = self.last(fine + base_filters)
+        self.fuse = self.output_layer(fine + base_filters)
 
     def forward(self, x: Tensor) -> Tensor:  # b c z y x -> b out z y x
-        start = self.start(x)
-        return start + self.fuse(torch.cat([self.full(x), grow(self.pooled(halve(x)), x.shape[2:])], 1))
+        start = self.initial(x)
+        return start + self.fuse(
+            torch.cat([self.full(x), upsample_by_two(self.pooled(downsample_by_two(x)), x.shape[2:])], 1)
+        )
 
 # %% ../../nbs/api/dwi/nets.ipynb #0bc97933
 def low_pass(
     x: Tensor,  # b c z y x
 ) -> Tensor:  # b c z y x
     "What is left of a volume at half the resolution."
-    return grow(halve(x), x.shape[2:])
+    return upsample_by_two(downsample_by_two(x), x.shape[2:])
 
 
-class ProgressiveDetailNet(FromStart):
+class ProgressiveDetailNet(ResidualNet):
     "A coarse stage at half resolution, then a stage of details: b c z y x -> b out z y x."
 
     def __init__(
@@ -397,16 +400,16 @@ class ProgressiveDetailNet(FromStart):
             nn.PReLU(f),
             factorised_conv(f, f, kernel),
             nn.PReLU(f),
-            self.last(f),
+            self.output_layer(f),
         )
-        self.detail = nn.Sequential(conv_path(in_channels + out_channels, f, f), self.last(f))
+        self.detail = nn.Sequential(conv_path(in_channels + out_channels, f, f), self.output_layer(f))
 
     def stages(
         self,
         x: Tensor,  # b c z y x
     ) -> tuple:  # coarse and final result, b out z y x each
         "Results of both stages, for `progressive_loss`."
-        start, correction = self.start(x), grow(self.coarse(halve(x)), x.shape[2:])
+        start, correction = self.initial(x), upsample_by_two(self.coarse(downsample_by_two(x)), x.shape[2:])
         coarse = low_pass(start) + correction
         return coarse, start + correction + self.detail(torch.cat([x, coarse.to(x.dtype)], 1))
 
@@ -476,7 +479,7 @@ def split_bands(
     return low, x - low
 
 # %% ../../nbs/api/dwi/nets.ipynb #ef2d039c
-class FrequencyDomainNet(FromStart):
+class FrequencyDomainNet(ResidualNet):
     "A path for the low band and one for the high, fused: b c z y x -> b out z y x."
 
     def __init__(
@@ -495,11 +498,13 @@ class FrequencyDomainNet(FromStart):
             conv_path(in_channels, base_filters, base_filters),
             conv_path(in_channels, fine, fine),
         )
-        self.fuse = self.last(base_filters + fine)
+        self.fuse = self.output_layer(base_filters + fine)
 
     def forward(self, x: Tensor) -> Tensor:  # b c z y x -> b out z y x
-        start, (low, high) = self.start(x), split_bands(x, self.cutoff, self.kind)
-        return start + self.fuse(torch.cat([grow(self.low(halve(low)), x.shape[2:]), self.high(high)], 1))
+        start, (low, high) = self.initial(x), split_bands(x, self.cutoff, self.kind)
+        return start + self.fuse(
+            torch.cat([upsample_by_two(self.low(downsample_by_two(low)), x.shape[2:]), self.high(high)], 1)
+        )
 
 # %% ../../nbs/api/dwi/nets.ipynb #472290cd
 def sinusoids(

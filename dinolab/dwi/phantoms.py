@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEMES', 'TISSUES', 'S0', 'FAMILIES', 'even_directions', 'make_scheme', 'Compartment', 'compartment_signal',
            'FineGrid', 'Head', 'make_head', 'cortex_distance', 'brain_labels', 'vessel_curves', 'bundle_curves',
-           'nearest_tangents', 'fibres', 'fanned', 'brain_compartments', 'Anatomy', 'brain', 'helix', 'shapes',
+           'nearest_tangents', 'fibres', 'cone_directions', 'brain_compartments', 'Anatomy', 'brain', 'helix', 'shapes',
            'Phantom', 'make_phantom', 'add_rician', 'noisy', 'write_phantom']
 
 # %% ../../nbs/api/dwi/phantoms.ipynb #616ffc2b
@@ -338,7 +338,7 @@ def fibres(
 S0 = dict(zip(TISSUES, (2.2, 1.25, 0.95, 1.0, 1.5, 0.2, 1.6)))  # signal at b = 0, white matter 1
 
 
-def fanned(
+def cone_directions(
     direction: np.ndarray,  # ... 3, unit vectors
     angle: float,  # radians
     count: int = 3,
@@ -385,7 +385,9 @@ def brain_compartments(
             axial * rng.uniform(0.92, 1.08),
             directions[..., i, :],
         )
-        parts += [Compartment(mine * packed / 3, d, 0.0, m) for m in fanned(n, rng.uniform(0.2, 0.35))]
+        parts += [
+            Compartment(mine * packed / 3, d, 0.0, m) for m in cone_directions(n, rng.uniform(0.2, 0.35))
+        ]
         parts += [Compartment(mine * (1 - packed), d, d * (1 - packed), n)]
     cortex, deep = (
         vary("cortex", 8.0, rng.uniform(0.75, 0.88) * 1e-3, 0.06),
