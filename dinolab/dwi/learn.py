@@ -345,7 +345,10 @@ def train_simnet(
     run=None,  # where checkpoints and log go
 ) -> nn.Module:
     "Teach `simnet`."
-    cases = [training_case(seed + i, *l) for i, l in enumerate(progress(curriculum, desc="phantoms", unit="phantom"))]
+    cases = [
+        training_case(seed + i, *l)
+        for i, l in enumerate(progress(curriculum, desc="phantoms", unit="phantom"))
+    ]
     torch.manual_seed(seed)
     return train_net(FrequencyDomainNet(9, residual=0), cases, steps, seed, run=run)
 
@@ -370,9 +373,7 @@ def simnet(
 ) -> np.ndarray:  # x y z v, without the bias of magnitudes
     "Mend the blend with a network that was taught by simulated brains."
     scale = signal_scale(series)
-    channels = simnet_channels(
-        series, found or estimates(series, sigma, folds, blind, threads), sigma, scale
-    )
+    channels = simnet_channels(series, found or estimates(series, sigma, folds, blind, threads), sigma, scale)
     out = predict_volumes(
         load_simnet() if model is None else model, channels, range(series.data.shape[3]), channels.maps[0][0]
     )
