@@ -135,3 +135,17 @@ def test_the_picture_needs_three_channels(folder, tmp_path):
         == 0
     )
     assert open_features(tmp_path / "f.zarr").channels == 2 and not (tmp_path / "f.zarr/rgb").exists()
+
+
+def test_workers(folder, tmp_path):
+    "Two processes give the bytes of one, from a shell as from Python."
+    files = {}
+    for workers in (1, 2):
+        out = tmp_path / f"{workers}.zarr"
+        done = dinolab(
+            folder / "raw.zarr", out, *TINY, "--planes", "xy", "--components", "8", "--workers", workers
+        )
+        assert done.exit_code == 0, done.output
+        files[workers] = {p.relative_to(out): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
+    assert open_features(out).group["done"].size == 18
+    assert files[1] == files[2]

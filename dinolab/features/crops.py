@@ -30,9 +30,11 @@ from dinolab.features.extract import (
     intensity_range,
     make_plan,
     model_identity,
+    pack_network,
     plane_axes,
     raw_region,
     source_identity,
+    unpack_network,
 )
 from ..volumes.instances import affinities, local_shape_descriptors
 from ..volumes.grid import Grid, apply_matrices, resample_matrix
@@ -201,6 +203,12 @@ class Extraction:
             raise InputError(
                 f"backbone with maps of strides {self.backbone.spec.strides}: expected one stride; choose layers of equal stride"
             )
+
+    def __getstate__(self):
+        return {**self.__dict__, "backbone": pack_network(self.backbone)}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state, backbone=unpack_network(state["backbone"]))
 
     @property
     def stride(self) -> int:

@@ -6,11 +6,12 @@
 __all__ = ['PLANES', 'PARTIAL', 'plane_axes', 'check_planes', 'spread', 'intensity_range', 'check_finite', 'Plan',
            'default_pixel', 'tile_span', 'slice_weights', 'PlanePass', 'add_plane', 'auto_batch', 'auto_precision',
            'Compute', 'raw_region', 'extract_block', 'run_backbone', 'PatchMean', 'make_plan', 'extract_features_3d',
-           'count_images', 'report', 'timing_table', 'native_grid', 'extract_native', 'model_identity', 'worker_device',
-           'extract_to_zarr', 'source_identity', 'Features', 'open_features', 'estimate_extraction']
+           'count_images', 'report', 'timing_table', 'native_grid', 'extract_native', 'model_identity', 'pack_network',
+           'unpack_network', 'worker_device', 'extract_to_zarr', 'source_identity', 'Features', 'open_features',
+           'estimate_extraction']
 
 # %% ../../nbs/api/features/extract.ipynb #2a78480e
-import copy
+import io
 import math
 import os
 import shutil
@@ -819,6 +820,22 @@ def model_identity(
         spec=asdict(backbone.spec),
     )
 
+# %% ../../nbs/api/features/extract.ipynb #3bc57de1
+def pack_network(
+    network: nn.Module,  # of classes that the other side can import
+) -> bytes:
+    "A network as it travels to another process or machine; ours stays where it is."
+    file = io.BytesIO()
+    torch.save(network, file)
+    return file.getvalue()
+
+
+def unpack_network(
+    packed: bytes,  # from pack_network, by a process of the same run
+) -> nn.Module:
+    "The network, on the CPU."
+    return torch.load(io.BytesIO(packed), map_location="cpu", weights_only=False)
+
 # %% ../../nbs/api/features/extract.ipynb #f35e2feb
 def worker_device(
     device: str,  # cpu, cuda ..., or auto
@@ -841,12 +858,11 @@ class _Extraction:
         )
         self.device, self.stages, self.images = device or str(_device(backbone)), _stages(backbone, True), 0
 
-    def __getstate__(self):  # ours stays where it is
-        return {
-            **self.__dict__,
-            "backbone": copy.deepcopy(self.backbone).cpu(),
-            "stages": None,
-        }
+    def __getstate__(self):
+        return {**self.__dict__, "backbone": pack_network(self.backbone), "stages": None}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state, backbone=unpack_network(state["backbone"]))
 
     def features(self, write):
         "z y x c, float32, of three slices of the target."

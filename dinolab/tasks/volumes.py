@@ -10,7 +10,6 @@ __all__ = ['TARGETS', 'run_model', 'ClassStep', 'InstanceStep', 'predicted_class
            'evaluate_unet3d', 'score_classes', 'worst_figure', 'score_instances']
 
 # %% ../../nbs/api/tasks/volumes.ipynb #163d1b39
-import io
 import json
 import math
 from collections.abc import Sequence
@@ -44,7 +43,7 @@ from dinolab.features.crops import (
 )
 from ..data.fetch import open_volumes
 from ..train.loop import TrainArgs, fit_run, load_checkpoint
-from ..features.extract import model_identity, worker_device
+from ..features.extract import model_identity, pack_network, unpack_network, worker_device
 from ..volumes.tiles import Prediction, predict_to_zarr
 from ..volumes.instances import segment_affinities
 from ..train.losses import affinity_loss, class_weights, descriptor_loss, make_loss, resize_labels
@@ -610,22 +609,20 @@ class TilePredictor:
             trained.about["context_scale"],
             str(device or next(trained.model.parameters()).device),
         )
-        extraction = getattr(
-            getattr(case.features, "live", case.features), "extraction", None
-        )  # None where features are stored
-        self.backbone = extraction and extraction.backbone
         self.exclusive = trained.about["targets"] == "classes" and trained.model.num_classes > 1
 
+    @property
+    def backbone(self):
+        "What extracts the features; None where they are stored."
+        live = getattr(self.case.features, "live", self.case.features)
+        extraction = getattr(live, "extraction", None)
+        return extraction and extraction.backbone
+
     def __getstate__(self):
-        "Weights travel to workers as bytes: tensors that two modules share would be sent as one file twice, which processes refuse."
-        file = io.BytesIO()
-        torch.save({k: v.cpu() for k, v in self.model.state_dict().items()}, file)
-        return {**self.__dict__, "model": (self.model.config, file.getvalue())}
+        return {**self.__dict__, "model": pack_network(self.model)}
 
     def __setstate__(self, state):
-        config, weights = state.pop("model")
-        self.__dict__.update(state, model=DINOv3UNet3D.from_config(config))
-        self.model.load_state_dict(torch.load(io.BytesIO(weights), weights_only=True))
+        self.__dict__.update(state, model=unpack_network(state["model"]))
 
     @torch.inference_mode()
     def __call__(self, region: tuple) -> np.ndarray:  # n z y x, float32
