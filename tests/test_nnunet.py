@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 from dinolab.core.errors import InputError
-from dinolab.tasks.nnunet import build_network, setup, trainer_folder
+from dinolab.tasks.nnunet import build_network
+from dinolab.tasks.nnunet_plans import setup, trainer_folder
 
 VIT = "vit_tiny_patch16_224"
 needs = pytest.mark.skipif(importlib.util.find_spec("nnunetv2") is None, reason="needs the extra nnunet")
@@ -198,6 +200,47 @@ def test_recipe_is_followed(plans, monkeypatch):
         made.lr_scheduler.step(0)
         [made.train_step(batch) for _ in range(6)]
     assert float(made.train_step(batch)["loss"]) < first and clips[0] == 0.5
+
+
+@needs
+@pytest.mark.parametrize("epochs,expected", [(1, [0.5]), (2, [0.854, 0.146]), (3, [0.933, 0.5, 0.067])])
+def test_every_epoch_learns(plans, monkeypatch, epochs, expected):
+    "The rate of an epoch is the cosine in its middle: (1 + cos(pi (e + 1/2) / n)) / 2, set where nnU-Net sets it."
+    quick(f"train.epochs={epochs}", "train.schedule=cosine")
+    made = initialised(plans, monkeypatch)
+    rates = []
+    for made.current_epoch in range(epochs):
+        made.lr_scheduler.step(made.current_epoch)  # the call of on_train_epoch_start
+        rates.append(made.optimizer.param_groups[0]["lr"] / 0.01)
+    assert rates == pytest.approx(expected, abs=2e-3)
+
+
+def test_path_and_refused_calls_load_no_torch():
+    code = """
+import os, sys
+from dinolab.tasks.nnunet_plans import setup, trainer_folder
+assert (trainer_folder() / "dinolab_trainer.py").is_file()
+try: setup(901)
+except ValueError as e: print(e)
+assert not {"torch", "numpy", "timm"} & set(sys.modules), sys.modules.keys()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | dict(nnUNet_preprocessed=""),
+    )
+    assert done.returncode == 0 and "nnUNet_preprocessed is not set" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"configurations": []}', '{"configurations": {"2d": 3}}']
+)
+def test_damaged_plans_are_named(plans, content):
+    plans.write_text(content)
+    with pytest.raises(InputError, match="nnUNetPlans.json is damaged|unknown configuration"):
+        quick()
+    assert plans.read_text() == content
 
 
 @needs

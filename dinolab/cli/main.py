@@ -673,7 +673,7 @@ def nnunet_setup(
     plans: Annotated[str, typer.Option(help="Name of the plans.")] = "nnUNetPlans",
 ):
     "Write a configuration that carries a recipe into the plans of a data set."
-    from dinolab.tasks.nnunet import setup, trainer_folder
+    from dinolab.tasks.nnunet_plans import setup, trainer_folder
 
     if not config and not pairs:
         raise InputError(
@@ -690,7 +690,7 @@ def nnunet_setup(
 @nnunet.command("path")
 def nnunet_path():
     "Print the folder for nnUNet_extTrainer."
-    from dinolab.tasks.nnunet import trainer_folder
+    from dinolab.tasks.nnunet_plans import trainer_folder
 
     print(trainer_folder())
 
