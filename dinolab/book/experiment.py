@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TYPES', 'list_experiments', 'find_experiment', 'read_notebook', 'experiment_title', 'Parameter', 'read_parameters',
            'experiment_parameters', 'read_literal', 'convert', 'resolve_parameters', 'inject', 'kernel_class',
-           'execute', 'sigterm_raises', 'ExperimentError', 'launch', 'run_experiment']
+           'Narrator', 'execute', 'sigterm_raises', 'ExperimentError', 'launch', 'run_experiment']
 
 # %% ../../nbs/api/book/experiment.ipynb #68092ced
 import ast
@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import tokenize
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -265,6 +266,50 @@ def kernel_class(
 
     return Kernel
 
+# %% ../../nbs/api/book/experiment.ipynb #b07d8589
+class Narrator:
+    "Says on standard error which part of a notebook runs, and for how long already."
+
+    def __init__(
+        self,
+        nb: dict,  # the notebook, with the source of each cell as one text
+        name: str,  # of the experiment
+        every: float = 10.0,  # seconds between lines about the same part
+    ):
+        self.name, self.every, self.parts = name, every, []
+        part = "start"
+        for cell in nb["cells"]:
+            heads = re.findall(r"^#+ (.+)$", cell["source"], re.M) if cell["cell_type"] == "markdown" else []
+            part = heads[-1].strip() if heads else part
+            self.parts.append(part)
+        self.part, self.began, self.over = None, time.monotonic(), threading.Event()
+
+    def say(self):
+        "One line: experiment, part, seconds since the start."
+        print(f"{self.name}: {self.part}, {time.monotonic() - self.began:.0f} s", file=sys.stderr, flush=True)
+
+    def on_cell(
+        self,
+        cell,  # that begins; not used
+        cell_index: int,  # its place in the notebook
+    ):
+        "Called by nbclient before each cell."
+        if self.parts[cell_index] != self.part:
+            self.part = self.parts[cell_index]
+            self.say()
+
+    def __enter__(self) -> "Narrator":
+        threading.Thread(target=self._repeat, daemon=True).start()
+        return self
+
+    def _repeat(self):
+        while not self.over.wait(self.every):
+            if self.part:
+                self.say()
+
+    def __exit__(self, *_):
+        self.over.set()
+
 # %% ../../nbs/api/book/experiment.ipynb #4654a27e
 def execute(
     path: Path,  # notebook, executed in place and saved after each cell
@@ -274,16 +319,18 @@ def execute(
     from papermill import execute_notebook
 
     name = str(path).replace("{", "{{").replace("}", "}}")  # papermill formats paths
-    execute_notebook(
-        name,
-        name,
-        kernel_name="python3",
-        language="python",
-        progress_bar=sys.stderr.isatty(),
-        log_output=False,
-        coalesce_streams=True,
-        kernel_manager_class=kernel_class(run),
-    )
+    with Narrator(read_notebook(path), run.info["experiment"]) as narrator:
+        execute_notebook(
+            name,
+            name,
+            kernel_name="python3",
+            language="python",
+            progress_bar=False,
+            log_output=False,
+            coalesce_streams=True,
+            kernel_manager_class=kernel_class(run),
+            on_cell_start=narrator.on_cell,
+        )
 
 # %% ../../nbs/api/book/experiment.ipynb #b5d14820
 @contextmanager
