@@ -1,44 +1,80 @@
 # Everything runs in .venv; `make demo` on a bare machine needs Python >= 3.10 with venv, and nothing else.
 PYTHON ?= python3
 BIN := .venv/bin
-STAMP := .venv/.ready
+# What is installed: the package itself; with what the tests need; with JupyterLab; with what builds the site.
+BASE := .venv/.base
+TEST := .venv/.test
+LAB := .venv/.lab
+DOCS := .venv/.docs
 
-.PHONY: help setup demo test lab docs export readme results clean
+.PHONY: help setup demo test test-long gpu-check lab docs export readme results format clean
 
 help:  ## list the commands
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
-setup: $(STAMP)  ## make .venv (about 7 GB, minutes; once)
+setup: $(BASE)  ## make .venv with dinolab and what it needs to run (minutes, once)
 
-$(STAMP): settings.ini setup.py
+# Installing says which large files it fetches, and when it unpacks; everything else is in .venv/install.log.
+define install
+	@echo "installing $(2) into .venv (the log is .venv/install.log)"
+	@{ $(BIN)/python -m pip install --disable-pip-version-check --no-input --progress-bar off --editable '$(1)' 2>&1 || echo FAILED; } | tee .venv/install.log | awk ' \
+	  /Downloading .*\([0-9.]+ [MG]B\)/ { size = $$(NF - 1); sub(/\(/, "", size); unit = $$NF; \
+	    if (unit ~ /GB/ || size >= 30) { name = $$2; sub(/.*\//, "", name); sub(/-.*/, "", name); print "  fetching " name ", " size " " substr(unit, 1, 2) } } \
+	  /^Collecting/ { n++; if (n % 40 == 0) print "  " n " packages looked up" } \
+	  /^Installing collected packages/ { print "  unpacking " NF - 3 " packages (a minute or two)" } \
+	  /^ERROR|No space left/ { print "  " $$0 } { fflush() }'
+	@tail -n 1 .venv/install.log | grep -qv FAILED || { echo "installing failed (see .venv/install.log); needed: a network with a Python package index, 10 GB of disk; then run make again"; exit 2; }
+	@touch $@
+endef
+
+.venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { echo "$(PYTHON): Python >= 3.10 is needed; install it, or: make PYTHON=/path/to/python3 $(MAKECMDGOALS)"; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) lacks venv; on Debian and Ubuntu: apt-get install python3-venv"; exit 2; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@echo "installing dinolab and its tools into .venv"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' || { echo "installing failed (see above); needed: a network with a Python package index, 10 GB of disk; then run make again"; exit 2; }
-	@touch $@
+	@$(PYTHON) -m venv .venv
 
-demo: $(STAMP)  ## features of two volumes, from image to picture (minutes)
-	@echo "running nbs/experiments/multires_features.ipynb: some minutes"
+$(BASE): settings.ini setup.py | .venv/bin/python
+	$(call install,.,dinolab and what it needs to run)
+
+$(TEST): settings.ini setup.py | .venv/bin/python
+	$(call install,.[test],what the tests need)
+	@touch $(BASE)
+
+$(LAB): $(BASE)
+	$(call install,.[lab],JupyterLab)
+
+$(DOCS): $(BASE)
+	$(call install,.[docs],what builds the site)
+
+demo: $(BASE)  ## features of two volumes, from image to picture (minutes)
 	@folder=$$($(BIN)/dinolab run multires_features --out runs --figures-to runs/demo) && cat "$$folder/timing.txt" && echo "pictures in runs/demo, everything in $$folder"
+	@echo "to type dinolab in this terminal: . .venv/bin/activate"
 
-test: $(STAMP)  ## all tests: notebooks and tests/
+test: $(TEST)  ## all quick tests: notebooks and tests/ (minutes)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" tests/run
 
+test-long: $(TEST)  ## also kills, whole experiments, the README and every wrong call (an hour)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" tests/run --long
+
+gpu-check: $(BASE)  ## correctness and speed on this machine's GPU, into nbs/results/gpu.json (8 minutes)
+	@$(BIN)/python -m dinolab.book.gpu
+
 EXPERIMENT ?= multires_features
-lab: $(STAMP)  ## JupyterLab on an experiment, at its parameters (EXPERIMENT=name)
+lab: $(LAB)  ## JupyterLab on an experiment, at its parameters (EXPERIMENT=name)
 	@$(BIN)/jupyter lab --notebook-dir nbs --LabApp.default_url=/lab/tree/experiments/$(EXPERIMENT).ipynb
 
-docs: $(STAMP)  ## the site, in _docs (minutes)
+docs: $(DOCS)  ## the site, in _docs (minutes)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" python -c 'from dinolab.site.build import build; print(build())'
 
-export: $(STAMP)  ## notebooks -> dinolab/, cleaned
-	@PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_export && PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_clean
+export: $(TEST)  ## notebooks -> dinolab/, formatted and cleaned
+	@PATH="$(CURDIR)/$(BIN):$$PATH" && ruff format --quiet nbs tests && nbdev_export && nbdev_clean
 
-readme: $(STAMP)  ## README.md and CONTRIBUTING.md from their pages
+format: $(TEST)  ## what the formatter and the linter say
+	@PATH="$(CURDIR)/$(BIN):$$PATH" && ruff format --check nbs tests && ruff check nbs tests
+
+readme: $(TEST)  ## README.md and CONTRIBUTING.md from their pages
 	@$(BIN)/python -c 'from dinolab.site.docs import write_readme; write_readme()'
 
-results: $(STAMP)  ## the page of results from the summaries in nbs/results
+results: $(TEST)  ## the page of results from the summaries in nbs/results
 	@$(BIN)/python -c 'from dinolab.site.docs import write_results; write_results()'
 
 clean:  ## remove .venv and built files (not runs/ or data/)

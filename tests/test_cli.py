@@ -39,7 +39,7 @@ def test_failing_cell_is_one_line():
     done = dinolab("run", TOY, "-p", "end", "raise")
     said = [line for line in done.stderr.splitlines() if line.startswith("dinolab:")]
     assert done.returncode == 1 and len(said) == 1 and "Traceback" not in done.stderr
-    assert done.stderr.startswith("dinolab: toy failed in cell [") and "notebook.ipynb" in done.stderr
+    assert said[0].startswith("dinolab: toy failed in cell [") and "notebook.ipynb" in said[0]
 
 
 def test_our_own_failure_is_a_traceback():
