@@ -28,7 +28,7 @@ class Fill:
         with open(self.log, "a") as f:
             f.write(f"{os.getpid()} {block.index}\n")
         time.sleep(self.seconds)
-        self.array[block.write] = 1 + np.ravel_multi_index(block.index, (4, 4))
+        self.array[block.write.slices] = 1 + np.ravel_multi_index(block.index, (4, 4))
 
 
 class Die(Fill):
@@ -89,7 +89,7 @@ def kill_a_worker(tmp_path, after=4):
 def test_blocks_write_each_voxel_once_and_read_a_halo(shape, size, halo):
     count = np.zeros(shape, int)
     for b in make_blocks(shape, size, halo):
-        count[b.write] += 1
+        count[b.write.slices] += 1
         assert all(
             r.start == w.start - h and r.stop - r.start == s + 2 * h and r.stop >= w.stop + h
             for r, w, s, h in zip(b.read, b.write, size, halo)

@@ -268,7 +268,7 @@ class Fill:
         with open(self.log, "a") as f:
             f.write(f"{os.getppid()} {os.getpid()}\n")
         time.sleep(self.seconds)
-        self.array[block.write] = 1 + np.ravel_multi_index(block.index, (4, 4))
+        self.array[block.write.slices] = 1 + np.ravel_multi_index(block.index, (4, 4))
 
 
 @pytest.fixture

@@ -149,7 +149,7 @@ def brute_blend(f, tiles, channels):
     for t in tiles:
         w = tile_weight(t, SHAPE).astype(float)
         total[(slice(None), *t)] += f(t) * w
-        weight[t] += w
+        weight[t.slices] += w
     return total / weight
 
 

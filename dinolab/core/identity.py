@@ -142,6 +142,9 @@ def unchanged(
     thing,  # now
 ) -> bool:
     "Whether `thing` is what it was: in its place untouched, or with the same content."
+    own = getattr(thing, "unchanged", None)
+    if callable(own):
+        return own(kept)
     if isinstance(thing, (str, Path)) and "://" not in os.fspath(thing):
         place = os.path.abspath(thing)
         if kept.get("place") == place and kept.get("stamp") == stamp_of(place):

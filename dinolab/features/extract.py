@@ -888,7 +888,7 @@ class _Extraction:
     def __call__(self, block):
         x = self.features(block.write)
         with self.stages("write"):
-            self.array[block.write] = (x if self.pca is None else self.pca.transform(x)).astype(
+            self.array[block.write.slices] = (x if self.pca is None else self.pca.transform(x)).astype(
                 self.array.dtype
             )
 
@@ -922,7 +922,7 @@ class _Paint:
 
     def __call__(self, block):
         self.rgb[(slice(None), *block.write)] = np.moveaxis(
-            self.pca.rgb(np.asarray(self.features[block.write], np.float32)), -1, 0
+            self.pca.rgb(np.asarray(self.features[block.write.slices], np.float32)), -1, 0
         )
 
 
@@ -1222,7 +1222,7 @@ def _write_rgb(group, store, array, dst, blocks, client=None):
             f"{store}/rgb",
             dst,
             "u1",
-            chunk=max(b.stop - b.start for b in blocks[0].write),
+            chunk=max(blocks[0].write.shape),
             rgb=True,
             name="features (three principal components)",
         )
@@ -1258,7 +1258,7 @@ class Features:
     ) -> Tensor:  # c z y x, float16; in memory it is z y x c
         "Features of a region."
         return torch.from_numpy(
-            np.ascontiguousarray(self.array[check_roi(roi, self.shape, self.path)])
+            np.ascontiguousarray(self.array[check_roi(roi, self.shape, self.path).slices])
         ).permute(3, 0, 1, 2)
 
     def __repr__(self):

@@ -724,7 +724,6 @@ def predict_case(
     settings = dict(
         weights=model_identity_of(trained.model),
         backbone=about["backbone"]["weights_hash"],
-        raw=case.name,
         intensity=case.intensity,
     )
     names = about["classes"] or [f"affinity {tuple(o)}" for o in about["offsets"]] + [
@@ -742,6 +741,7 @@ def predict_case(
         block=block,
         chunk=chunk,
         probabilities=probabilities or about["classes"] is None,
+        sources=dict(raw=case.raw),
         settings=settings,
         workers=workers,
         client=client,

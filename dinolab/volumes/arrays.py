@@ -7,7 +7,6 @@ __all__ = ['touched_chunks', 'check_present', 'decoding_error', 'StoredArray', '
            'open_array', 'open_or_create_group', 'create_group', 'create_array', 'writable', 'storage_blocks']
 
 # %% ../../nbs/api/volumes/arrays.ipynb #4b62af8b
-import itertools
 import json
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,8 @@ import zarr
 from zarr.core.sync import sync
 
 from ..core.errors import InputError, MissingError
+from ..core.region import Box
+from .grid import divide
 
 # %% ../../nbs/api/volumes/arrays.ipynb #60a0f831
 def touched_chunks(
@@ -26,14 +27,12 @@ def touched_chunks(
 ):  # yields the chunk's place in the grid of chunks, and slices of the data read
     "Storage chunks that `index` touches."
     sizes = getattr(array, "shards", None) or array.chunks
-    ranges = [slice(i, i + 1) if isinstance(i, int) else i for i in index]
-    spans = [range(r.start // n, (r.stop - 1) // n + 1) for r, n in zip(ranges, sizes)]
-    for chunk in itertools.product(*spans):
-        inside = tuple(
-            slice(max(k * n, r.start) - r.start, min((k + 1) * n, r.stop) - r.start)
-            for k, n, r in zip(chunk, sizes, ranges)
-        )
-        yield chunk, tuple(s for s, i in zip(inside, index) if not isinstance(i, int))
+    read = Box.of(slice(i, i + 1) if isinstance(i, int) else i for i in index)
+    kept = [axis for axis, i in enumerate(index) if not isinstance(i, int)]
+    for whole in divide(read.align(sizes), sizes):
+        inside = whole.intersect(read).relative_to(read)
+        chunk = tuple(a // n for a, n in zip(whole.start, sizes))
+        yield chunk, tuple(inside[axis] for axis in kept)
 
 # %% ../../nbs/api/volumes/arrays.ipynb #9e8a5865
 def _exists(array, chunk):
@@ -73,7 +72,7 @@ def decoding_error(
     sizes = getattr(array, "shards", None) or array.chunks
     for chunk, _ in touched_chunks(array, index):
         try:
-            array[tuple(slice(k * n, k * n + n) for k, n in zip(chunk, sizes))]
+            array[Box.sized([k * n for k, n in zip(chunk, sizes)], sizes).slices]
         except Exception:
             return InputError(
                 f"{name}: chunk {chunk} cannot be decoded ({reason}): it is truncated or corrupted; restore or rewrite it"
@@ -255,11 +254,6 @@ def writable(
 # %% ../../nbs/api/volumes/arrays.ipynb #383d6940
 def storage_blocks(
     array: zarr.Array,  # ... z y x
-) -> list:  # of three slices
+) -> list:  # of Box
     "The regions of whole storage chunks (shards where there are any), over the last three axes, in C order."
-    sizes = (array.shards or array.chunks)[-3:]
-    starts = [range(0, n, s) for n, s in zip(array.shape[-3:], sizes)]
-    return [
-        tuple(slice(a, min(a + s, n)) for a, s, n in zip(at, sizes, array.shape[-3:]))
-        for at in itertools.product(*starts)
-    ]
+    return divide(Box.whole(array.shape[-3:]), (array.shards or array.chunks)[-3:])

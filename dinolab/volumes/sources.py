@@ -56,7 +56,7 @@ def open_multiscale(
     if missing not in ("error", "fill"):
         raise InputError(f"missing={missing!r}: expected 'error' or 'fill'")
     group = open_group(source, storage_options)
-    where = (group.name or "group") if group is source else plain_path(source)
+    where = plain_path(str(group.store_path) if group is source else source)
     metas, name = group_levels(group, where, multiscale)
     volumes = []
     for m in metas:

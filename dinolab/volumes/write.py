@@ -6,7 +6,6 @@
 __all__ = ['create_multiscale', 'fill_pyramid', 'new_folder', 'write_multiscale']
 
 # %% ../../nbs/api/volumes/write.ipynb #7c3d6f7f
-import itertools
 import os
 import shutil
 import uuid
@@ -18,7 +17,7 @@ import numpy as np
 from ..core.errors import InputError
 from ..core.progress import progress
 from .arrays import create_group, storage_blocks, writable
-from .grid import Grid, majority
+from .grid import Grid, divide, majority
 from .ngff import ngff_attributes, pyramid_grids
 from .sources import format_of, open_multiscale, open_volume
 from .volume import Multiscale
@@ -106,14 +105,11 @@ def fill_pyramid(
 
 def _reduced(src, roi, factor, kind):
     "One block of a coarser level, in pieces that need about 128³ voxels of `src` each: a 64³ chunk of labels at 1/16 stands for 1024³ voxels."
-    out = np.empty((*src.shape[:-3], *(s.stop - s.start for s in roi)), src.dtype)
+    out = np.empty((*src.shape[:-3], *roi.shape), src.dtype)
     side = [max(1, max(128, n) // f) for f, n in zip(factor, src.chunks[-3:])]
-    for at in itertools.product(*(range(s.start, s.stop, n) for s, n in zip(roi, side))):
-        piece = [slice(a, min(a + n, s.stop)) for a, n, s in zip(at, side, roi)]
-        read = tuple(slice(p.start * f, min(p.stop * f, n)) for p, f, n in zip(piece, factor, src.shape[-3:]))
-        out[(..., *(slice(p.start - s.start, p.stop - s.start) for p, s in zip(piece, roi)))] = _reduce(
-            src[(..., *read)], factor, kind
-        )
+    for piece in divide(roi, side):
+        read = piece.scale(factor).clip(src.shape[-3:])
+        out[(..., *piece.relative_to(roi))] = _reduce(src[(..., *read)], factor, kind)
     return out
 
 
