@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from dinolab.train.runs import Run as Run
     from dinolab.train.runs import start_run as start_run
     from dinolab.train.runs import gather as gather
-    from dinolab.train.loop import TrainArgs as TrainArgs
+    from dinolab.train.settings import TrainArgs as TrainArgs
     from dinolab.train.loop import fit as fit
     from dinolab.features.extract import extract_features_3d as extract_features_3d
     from dinolab.features.extract import extract_to_zarr as extract_to_zarr

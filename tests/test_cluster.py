@@ -158,7 +158,7 @@ def test_features_on_a_local_cluster_with_a_killed_worker(folder, tmp_path):
 def test_predict_on_a_local_cluster(folder, tmp_path):
     "As one process does, with weights that travel once to each worker."
     from dinolab.tasks.volumes import train_unet3d
-    from dinolab.train.loop import TrainArgs
+    from dinolab.train.settings import TrainArgs
 
     labels = np.random.default_rng(1).integers(0, 2, (32, 32, 32)).astype(np.uint8)
     raw = labels * 150 + np.random.default_rng(2).integers(0, 90, labels.shape).astype(np.uint8)

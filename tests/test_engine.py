@@ -13,14 +13,17 @@ import torch
 from torch import nn
 
 from dinolab.core.errors import InputError
-from dinolab.train.loop import TrainArgs, fit, load_checkpoint, save_checkpoint
+from dinolab.train.settings import TrainArgs
+from dinolab.train.loop import fit
+from dinolab.train.checkpoints import load_checkpoint, save_checkpoint
 from dinolab.train.runs import Run
 
 KILLS = int(os.environ.get("DINOLAB_KILLS", 3))  # per variant; 20 for the full test
 SCRIPT = """
 import sys, time, json, torch
 from torch import nn
-from dinolab.train.loop import TrainArgs, fit
+from dinolab.train.settings import TrainArgs
+from dinolab.train.loop import fit
 from dinolab.train.runs import Run
 torch.set_num_threads(1)
 
@@ -139,7 +142,7 @@ def test_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     net = nn.Linear(1, 1)
     save_checkpoint(tmp_path / "checkpoints/last", net, dict(step=1))
     monkeypatch.setattr(
-        "dinolab.train.loop.save_weights",
+        "dinolab.train.checkpoints.save_weights",
         lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")),
     )
     with pytest.raises(InputError, match="No space left on device.*is intact"):

@@ -14,7 +14,7 @@ from PIL import Image
 
 from dinolab.models.specs import LoraSpec
 from dinolab.core.errors import InputError
-from dinolab.train.loop import TrainArgs
+from dinolab.train.settings import TrainArgs
 from dinolab.data.images import read_image
 from dinolab.tasks.images import (
     evaluate_segmenter,

@@ -19,7 +19,7 @@ from dinolab.features.crops import (
     cache_features,
     open_case,
 )
-from dinolab.train.loop import TrainArgs
+from dinolab.train.settings import TrainArgs
 from dinolab.features.extract import PatchMean
 from dinolab.volumes.instances import affinities
 from dinolab.models.neighborhood import NeighborhoodFilter

@@ -25,7 +25,8 @@ from .lowrank import localpca, mppca
 from .nets import FrequencyDomainNet, MultiScaleDetailNet
 from .scores import debias
 from .phantoms import make_phantom, noisy
-from ..train.loop import TrainArgs, fit
+from ..train.settings import TrainArgs
+from ..train.loop import fit
 from ..volumes.tiles import DirectConvolution
 
 # %% ../../nbs/api/dwi/learn.ipynb #09ea7d31

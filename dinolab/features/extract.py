@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['PLANES', 'PARTIAL', 'plane_axes', 'check_planes', 'spread', 'intensity_range', 'check_finite', 'Plan',
-           'default_pixel', 'tile_span', 'slice_weights', 'PlanePass', 'add_plane', 'auto_batch', 'auto_precision',
-           'Compute', 'raw_region', 'extract_block', 'run_backbone', 'PatchMean', 'make_plan', 'extract_features_3d',
+           'default_pixel', 'tile_span', 'slice_weights', 'PlanePass', 'add_plane', 'auto_batch', 'Compute',
+           'raw_region', 'extract_block', 'run_backbone', 'PatchMean', 'make_plan', 'extract_features_3d',
            'count_images', 'report', 'timing_table', 'native_grid', 'extract_native', 'model_identity', 'pack_network',
-           'unpack_network', 'worker_device', 'extract_to_zarr', 'source_identity', 'Features', 'open_features',
-           'estimate_extraction']
+           'unpack_network', 'extract_to_zarr', 'source_identity', 'Features', 'open_features', 'estimate_extraction']
 
 # %% ../../nbs/api/features/extract.ipynb #2a78480e
 import io
@@ -32,6 +31,7 @@ from ..core.files import plain, settings_hash
 from ..core.machine import memory_mb
 from ..core.progress import Stages, format_table, progress
 from ..core.show import Pca, fit_pca
+from ..train.device import auto_precision, find_device
 from ..volumes.arrays import create_array, open_group, open_or_create_group, plain_path, writable
 from dinolab.volumes.grid import (
     Grid,
@@ -398,20 +398,6 @@ def _available():
         )
     except (OSError, StopIteration):
         return 4 * 2**30
-
-# %% ../../nbs/api/features/extract.ipynb #e47f76ac
-def auto_precision(
-    device="cpu",  # where the backbone runs
-) -> str:  # "bf16" or "fp32"
-    "bf16 on GPUs and CPUs that have instructions for it."
-    device = torch.device(device)
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return (
-        "bf16"
-        if device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-        else "fp32"
-    )
 
 # %% ../../nbs/api/features/extract.ipynb #d9caa022
 @dataclass(frozen=True)
@@ -837,13 +823,6 @@ def unpack_network(
     return torch.load(io.BytesIO(packed), map_location="cpu", weights_only=False)
 
 # %% ../../nbs/api/features/extract.ipynb #f35e2feb
-def worker_device(
-    device: str,  # cpu, cuda ..., or auto
-) -> str:
-    "The device of this process: for auto a GPU, where it has one."
-    return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-
-
 class _Extraction:
     "Task of `run_blocks`: extract one target block and write it. Travels to workers once."
 
@@ -877,7 +856,7 @@ class _Extraction:
                 self.volume.grid.crop(roi),
                 dst,
                 self.plan,
-                self.backbone.to(worker_device(self.device)),
+                self.backbone.to(find_device(self.device)),
                 self.compute,
                 self.stages,
             )
@@ -1099,7 +1078,7 @@ def _stored_intensity(store):
 
 
 def _worker_precision(device):
-    return auto_precision(worker_device(device))
+    return auto_precision(find_device(device))
 
 
 def _settled_precision(precision, group, client, device):

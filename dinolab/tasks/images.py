@@ -25,7 +25,10 @@ from ..models.backbones import create_backbone, layer_scales
 from ..core.errors import InputError, MissingError
 from ..core.files import atomic_write, write_json
 from ..core.progress import progress
-from ..train.loop import TrainArgs, fit_run, load_checkpoint
+from ..train.settings import TrainArgs
+from ..train.loop import fit_run
+from ..train.checkpoints import load_checkpoint
+from ..train.device import find_device
 from ..features.extract import model_identity
 from ..models.heads import create_segmentation_model
 from dinolab.data.images import (
@@ -44,7 +47,7 @@ from ..train.metrics import BoundaryF, ConfusionMatrix
 from ..train.runs import Run
 from .volumes import hold_out, predicted_classes, remake_backbone, run_of_settings
 from ..core.show import overlay_labels, rgb_table, show_images
-from ..train.distributed import launched
+from ..train.launch import launched
 
 # %% ../../nbs/api/tasks/images.ipynb #1d0ace69
 @dataclass
@@ -421,7 +424,7 @@ def predict_images(
     device="auto",  # auto, cpu or cuda
 ) -> dict:  # path of each picture -> path of its mask
     "Segment pictures; masks that are there stay, so that an interrupted prediction goes on."
-    trained = load_segmenter(run, which, "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    trained = load_segmenter(run, which, find_device(device))
     classes, tile = (
         trained.classes,
         trained.tile if tile is None else (tile, tile) if isinstance(tile, int) else tuple(tile),
@@ -474,7 +477,7 @@ def evaluate_segmenter(
     device="auto",  # auto, cpu or cuda
 ) -> dict:  # split/metric/class -> number, as in metrics.json
     "Score a training on pictures that it has not seen; writes metrics.json, confusion.csv, and figures of the worst."
-    trained = load_segmenter(run, which, "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    trained = load_segmenter(run, which, find_device(device))
     about, classes = trained.about, trained.classes
     if images is None and table is None and manifest is None:
         raise InputError("no data to score on: expected one of manifest, images (with masks) and table")

@@ -19,7 +19,8 @@ from ..core.errors import InputError
 from ..models.backbones import create_backbone, layer_scales
 from ..models.heads import create_segmentation_model
 from ..models.specs import LoraSpec
-from ..train.loop import lr_factor, parameter_groups
+from ..train.settings import lr_factor
+from ..train.loop import parameter_groups
 
 # %% ../../nbs/api/tasks/nnunet.ipynb #9c678fb5
 UNIT = ("RGBTo01Normalization", "RescaleTo01Normalization")

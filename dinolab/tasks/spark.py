@@ -33,8 +33,11 @@ from ..data.augment import find_augment
 from ..core.errors import InputError, MissingError
 from ..core.files import atomic_write, write_json
 from ..core.progress import format_table, progress
-from ..train.loop import Keyed, TrainArgs, bring_back, fit_run, new_checkpoint, training_curves
-from ..features.extract import auto_precision
+from ..train.loop import Keyed, fit_run, training_curves
+from ..train.settings import TrainArgs
+from ..core.files import bring_back
+from ..train.checkpoints import new_checkpoint
+from ..train.device import auto_precision, find_device
 from dinolab.data.images import (
     Classes,
     ImageDataset,
@@ -47,7 +50,8 @@ from ..train.losses import make_loss
 from ..train.metrics import ConfusionMatrix, mean_of
 from ..train.runs import Run
 from ..core.show import overlay_labels, rgb_table, show_images
-from ..train.distributed import launched, my_share, sum_over_all
+from ..train.launch import launched
+from ..train.distributed import my_share, sum_over_all
 from ..models.unet3plus import GuidedLogits, UNet3Plus, presence_loss
 from ..models.weights import load_weights
 
@@ -157,7 +161,7 @@ def load_unet3plus(
     with torch.random.fork_rng(), redirect_stderr(io.StringIO()):
         model = UNet3Plus(config["backbone"], **config["network"])
     load_weights(folder / "unet3plus_model.safetensors", model)
-    device = torch.device("cuda", launched()[2]) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device(find_device())
     half = "fp32" if not fp16 else "fp16" if device.type == "cuda" else auto_precision(device)
     model = model.to(device).eval()
     return TrainedUNet3Plus(torch.compile(model) if compile else model, config, half)

@@ -42,8 +42,11 @@ from dinolab.features.crops import (
     read_crop,
 )
 from ..data.fetch import open_volumes
-from ..train.loop import TrainArgs, fit_run, load_checkpoint
-from ..features.extract import model_identity, pack_network, unpack_network, worker_device
+from ..train.settings import TrainArgs
+from ..train.loop import fit_run
+from ..train.checkpoints import load_checkpoint
+from ..features.extract import model_identity, pack_network, unpack_network
+from ..train.device import find_device
 from ..volumes.tiles import Prediction, predict_to_zarr
 from ..volumes.instances import segment_affinities
 from ..train.losses import affinity_loss, class_weights, descriptor_loss, make_loss, resize_labels
@@ -51,7 +54,8 @@ from ..data.manifest import load_manifest
 from ..train.metrics import BoundaryF, ConfusionMatrix, adapted_rand, variation_of_information
 from ..train.runs import Run
 from ..core.show import overlay_labels, show_images
-from ..train.distributed import from_first, in_turn, launched
+from ..train.distributed import from_first, in_turn
+from ..train.launch import launched
 from ..models.unet3d import DINOv3UNet3D, feature_bytes, load_filter, standardise
 from ..models.upsample import resize
 from ..volumes.grid import triple
@@ -554,7 +558,7 @@ def _train(s) -> Trained:
     target = ClassTarget(len(names)) if names else InstanceTarget(sigma=s.lsd_sigma)
     backbone, about = find_backbone(s.backbone, s.backbone_size, s.weights, s.layers, s.train.seed)
     extraction = Extraction(
-        backbone.to("cuda" if s.train.device != "cpu" and torch.cuda.is_available() else "cpu"),
+        backbone.to(find_device(s.train.device)),
         s.planes,
         s.pixel_size,
         bool(s.learn_upsampling),
@@ -627,7 +631,7 @@ class TilePredictor:
     @torch.inference_mode()
     def __call__(self, region: tuple) -> np.ndarray:  # n z y x, float32
         "Probabilities of a region."
-        device = worker_device(self.device)
+        device = find_device(self.device)
         if self.backbone is not None:
             self.backbone.to(device)
         steps = self.case.features.layout.step
@@ -671,7 +675,7 @@ def predict_unet3d(
         run,
         which,
         backbone,
-        "cuda" if client is None and device != "cpu" and torch.cuda.is_available() else "cpu",
+        find_device(device) if client is None else "cpu",
     )
     about = trained.about
     case = open_case(
@@ -786,9 +790,7 @@ def evaluate_unet3d(
     device="auto",  # auto, cpu or cuda
 ) -> dict:  # split/metric/class -> number, as in metrics.json
     "Score a training on volumes that it has not seen."
-    trained = load_trained(
-        run, which, backbone, "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    )
+    trained = load_trained(run, which, backbone, find_device(device))
     about, run = trained.about, trained.run
     options = dict(voxel_size=about["voxel_size"], raw_resolution=about["raw_resolution"])
     role = "labels" if about["classes"] else "instances"
