@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from dinolab.models import backbones
-from dinolab.models.backbones import FAMILIES, RESIZING, FeatureSpec, build_model, create_backbone
+from dinolab.models import architectures, backbones, pretrained
+from dinolab.models.architectures import FAMILIES, RESIZING, build_model
+from dinolab.models.backbones import FeatureSpec, create_backbone
 from dinolab.core.errors import InputError, MissingError
 
 TINY_VIT = "vit_tiny_patch16_224"
@@ -114,7 +115,7 @@ def test_dinov2_equals_transformers(tmp_path, registers):
 def test_dinov2_giant_mlp_equals_transformers(tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers")
     monkeypatch.setattr(
-        backbones.timm,
+        architectures.timm,
         "create_model",
         lambda name, **kw: create(name, **kw, embed_dim=384, depth=2, num_heads=6),
     )
@@ -471,7 +472,7 @@ def test_recipe_is_plain():
         (dict(layers=13), "has 12 layers"),
         (dict(layers=[-13]), "has 12 layers"),
         (dict(layers="all"), "has 12 layers"),
-        (dict(in_channels=0), "expected a positive number"),
+        (dict(in_channels=0), "expected a whole number of 1 or more"),
         (dict(weights="no/such/file.pth"), "no file or folder"),
         (dict(weights=""), "no weights file"),
         (dict(name="retfound", size="large", weights="pretrained"), "weights=<file>"),
@@ -563,7 +564,7 @@ def test_config_that_contradicts_the_model(tmp_path):
 
 def test_offline_and_nothing_cached(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(backbones, "get_hf_file_metadata", lambda *a, **k: time.sleep(60))
+    monkeypatch.setattr(pretrained, "get_hf_file_metadata", lambda *a, **k: time.sleep(60))
     start = time.perf_counter()
     with pytest.raises(InputError, match="^[^\n]*$") as e:
         create_backbone("dinov3", "small", weights="pretrained")
@@ -580,7 +581,7 @@ def test_offline_and_nothing_cached(tmp_path, monkeypatch):
 def test_cached_weights_need_no_network(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(
-        backbones, "get_hf_file_metadata", lambda *a, **k: pytest.fail("the network was asked")
+        pretrained, "get_hf_file_metadata", lambda *a, **k: pytest.fail("the network was asked")
     )
     repo = tmp_path / "models--timm--vit_small_patch16_dinov3.lvd1689m"
     (repo / "snapshots/abc").mkdir(parents=True)

@@ -44,33 +44,46 @@ class Number:
         return over and under
 
     def __str__(self) -> str:
-        kind = "a whole number" if self.whole else "a number"
-        if self.count == (2,):
-            kind = "two whole numbers" if self.whole else "two numbers"
-        elif len(self.count) > 1:
-            kind += f", or {self.count[-1]} of them,"
-        low = f"more than {self.low:g}" if self.above else f"{self.low:g} or more"
+        return " ".join(filter(None, [self._kind(), self._range(), self.unit]))
+
+    def _kind(self):
+        "A number, or so many of them."
+        one, many = ("a whole number", "whole numbers") if self.whole else ("a number", "numbers")
+        if self.count == (1,):
+            return one
+        if 1 in self.count:
+            others = " or ".join(str(n) for n in self.count if n > 1)
+            return f"{one}, or {others} of them,"
+        words = {2: "two", 3: "three"}
+        return f"{' or '.join(words.get(n, str(n)) for n in self.count)} {many}"
+
+    def _range(self):
+        "Its bounds in words."
+        low, high = f"{self.low:g}", f"{self.high:g}"
         if self.low > -math.inf and self.high < math.inf:
-            first = f"more than {self.low:g}" if self.above else f"{self.low:g}"
-            low = f"from {first} to {'less than ' if self.below else ''}{self.high:g}"
-        elif self.low > -math.inf:
-            low = f"of {low}"
-        else:
-            low = ""
-        return " ".join(filter(None, [kind, low, self.unit]))
+            first = f"more than {low}" if self.above else low
+            last = f"less than {high}" if self.below else high
+            return f"from {first} to {last}"
+        if self.low > -math.inf:
+            return f"of more than {low}" if self.above else f"of {low} or more"
+        if self.high < math.inf:
+            return f"of less than {high}" if self.below else f"of {high} at most"
+        return ""
 
     def check(
         self,
         name: str,  # of the setting
         value,  # that was given
-    ):
+    ):  # the value; a whole number as int
         "Raise `InputError` for a value that breaks the rule."
         several = isinstance(value, (list, tuple))
         values = value if several else [value]
-        if (several and len(values) not in self.count) or not all(map(self.fits, values)):
+        counted = len(values) in self.count if several else 1 in self.count
+        if not counted or not all(map(self.fits, values)):
             raise InputError(f"{name}={value!r}: expected {self}")
-        if not several and 1 not in self.count:
-            raise InputError(f"{name}={value!r}: expected {self}")
+        if not self.whole:
+            return value
+        return type(value)(map(int, value)) if several else int(value)
 
 # %% ../../nbs/api/core/settings.ipynb #e663953e
 SHARE = Number(0, 1)
@@ -87,11 +100,14 @@ RULES = dict(
     base_channels=COUNT,
     batch_size=COUNT,
     block=VOXELS,
+    cat_channels=COUNT,
     chunk=Number(1, whole=True, unit="voxels"),
+    context_channels=FROM_ZERO,
     context_scale=Number(1, above=True),
     crop=VOXELS,
     crops_per_epoch=COUNT,
     dropout=PART,
+    guide_channels=FROM_ZERO,
     halo=FROM_ZERO,
     hidden_size=COUNT,
     holdout=PART,
@@ -103,9 +119,11 @@ RULES = dict(
     lsd_sigma=Number(0, unit="nm"),
     min_size=FROM_ZERO,
     n_components=COUNT,
+    num_classes=COUNT,
     overlap=PART,
     pixel_size=LENGTH,
     progressive=SHARE,
+    raw_channels=FROM_ZERO,
     raw_resolution=PER_AXIS,
     scale=Number(0, above=True, count=(2,)),
     seed=Number(0, 2**63 - 1, whole=True),
@@ -127,9 +145,10 @@ def check_settings(
     for name, value in values.items():
         if name in rules and value is not None:
             rules[name].check(name, value)
-    low_high = values.get("intensity") if "intensity" in rules else None
-    if low_high is not None and not low_high[0] < low_high[1]:
-        raise InputError(f"intensity={tuple(low_high)!r}: expected low, high with low below high")
+    if "intensity" in rules and values.get("intensity") is not None:
+        low, high = values["intensity"]
+        if not low < high:
+            raise InputError(f"intensity={(low, high)!r}: expected low, high with low below high")
 
 # %% ../../nbs/api/core/settings.ipynb #498ac67f
 def checked(
@@ -139,15 +158,27 @@ def checked(
     "The function, with its settings checked before it runs."
     if function is None:
         return lambda f: checked(f, **own)
-    signature, rules = inspect.signature(function), RULES | own
+    signature = inspect.signature(function)
+    rules = {name: rule for name, rule in (RULES | own).items() if name in signature.parameters}
 
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
-        given = signature.bind(*args, **kwargs).arguments
-        check_settings(rules, **{k: v for k, v in given.items() if k in signature.parameters})
-        return function(*args, **kwargs)
+        try:
+            given = signature.bind(*args, **kwargs)
+        except TypeError:
+            return function(*args, **kwargs)  # says what is missing or unknown, with the function's name
+        for name, value in given.arguments.items():
+            if name in rules and not _left_out(value, signature.parameters[name]):
+                given.arguments[name] = rules[name].check(name, value)
+        check_settings(rules, intensity=given.arguments.get("intensity"))
+        return function(*given.args, **given.kwargs)
 
     return wrapper
+
+
+def _left_out(value, parameter):
+    "None leaves a setting to the function where its default says so."
+    return value is None and parameter.default is None
 
 # %% ../../nbs/api/core/settings.ipynb #5b5d163d
 def differences(
@@ -183,11 +214,12 @@ def check_same(
     free: tuple = (),  # names that may differ
 ):
     "Raise `InputError` unless work goes on as it was begun."
-    wrong = [d for d in differences(there, now) if d[0] not in free]
-    if wrong:
-        said = "; ".join(f"{name} ({_short(a)} there, {_short(b)} now)" for name, a, b in wrong[:3])
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise InputError(f"{what} was begun with other settings: {said}{more}; {advice}")
+    wrong = [difference for difference in differences(there, now) if difference[0] not in free]
+    if not wrong:
+        return
+    said = [f"{name} ({_short(before)} there, {_short(after)} now)" for name, before, after in wrong[:3]]
+    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    raise InputError(f"{what} was begun with other settings: {'; '.join(said)}{more}; {advice}")
 
 
 def _short(value):

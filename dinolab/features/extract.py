@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..models.backbones import FeatureSpec, state_hash
+from ..core.identity import state_hash
+from ..models.backbones import FeatureSpec
 from ..volumes.blocks import Done, check_aligned, lock_folder, make_blocks, run_blocks
 from ..volumes.cluster import spread_work, use_client
 from ..core.errors import InputError, pick

@@ -22,7 +22,8 @@ from transformers.models.upernet.modeling_upernet import UperNetHead as UperNetD
 
 from .lora import add_lora, parameter_rows
 from .specs import LoraSpec
-from .backbones import FAMILIES, FeatureSpec, create_backbone
+from .architectures import FAMILIES
+from .backbones import FeatureSpec, create_backbone
 from ..core.errors import InputError, nearest, pick
 from ..core.progress import format_table
 from .upsample import create_upsampler, resize

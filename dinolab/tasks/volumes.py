@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..data.augment import find_augment
-from ..models.backbones import create_backbone, state_hash
+from ..core.identity import state_hash
+from ..models.backbones import create_backbone
 from ..core.errors import InputError, MissingError, pick
 from ..core.files import atomic_write, write_json
 from ..core.progress import format_table, progress
