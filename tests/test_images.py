@@ -13,8 +13,11 @@ from dinolab.core.errors import InputError
 from dinolab.data.images import (
     Classes,
     ImageDataset,
+    check_pairs,
     count_labels,
     cut,
+    look_up,
+    nearest_colour,
     read_image,
     read_mask,
     read_pair,
@@ -233,3 +236,136 @@ def test_blue_is_no_ignored_value():
     classes = Classes(("a", "b"), colours=("#000000", "#ff0000"))
     with pytest.raises(InputError, match="#0000ff in 1 pixels"):
         classes.index(np.array([[[0, 0, 255]]], np.uint8))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 10**6), st.integers(1, 6))
+def test_nearest_colour_is_the_least_distance(seed, n):
+    "Squared distances one by one; the first of equal ones."
+    colours = rng(seed).integers(0, 256, (n, 3))
+    pixels = rng(seed + 1).integers(0, 256, (6, 5, 3)).astype(np.uint8)
+    names = ["#" + bytes(c.tolist()).hex() for c in colours]
+    distances = [((pixels.astype(int) - c) ** 2).sum(-1) for c in colours]
+    assert (nearest_colour(pixels, names, "mask") == np.argmin(distances, 0)).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.sampled_from(["u1", "u2", "i2", "i8"]),
+    st.dictionaries(st.integers(0, 200), st.integers(0, 9), min_size=1, max_size=8),
+    st.integers(0, 10**6),
+)
+def test_look_up_is_a_dictionary(kind, table, seed):
+    "Every integer type gives what the dictionary gives, value by value."
+    values = rng(seed).choice([*table, 255], (7, 4)).astype(kind)
+    index, known = look_up(values, table, tuple("abcdefghij"), 255, "mask")
+    assert known.tolist() == [[v in table for v in row] for row in values.tolist()]
+    assert index.tolist() == [[table.get(v, 0) for v in row] for row in values.tolist()]
+    with pytest.raises(InputError, match="mask has the value 250 in 1 pixels"):
+        look_up(np.append(values.ravel(), 250).astype(kind), table, tuple("abcdefghij"), 255, "mask")
+
+
+def reads(monkeypatch):
+    "The masks that are read from now on."
+    import dinolab.data.images as images
+
+    seen, read = [], images.read_mask
+    monkeypatch.setattr(images, "read_mask", lambda path, classes: seen.append(path) or read(path, classes))
+    return seen
+
+
+def test_pairs_are_checked_once(tmp_path, monkeypatch):
+    some, kept = pairs(tmp_path), tmp_path / "run/checked.json"
+    first = count_labels(some, TWO, remember=kept)
+    assert (first == [[np.sum(mask(p) == k) for k in (0, 1)] for p in some]).all()
+    seen = reads(monkeypatch)
+    assert (count_labels(some, TWO, remember=kept) == first).all() and seen == []
+    changed = 1 - mask(some[1])
+    Image.fromarray(changed).save(some[1].mask)
+    again = count_labels(some, TWO, remember=kept)
+    assert seen == [some[1].mask] and (again[1] == first[1][::-1]).all()
+
+
+def mask(pair):
+    return np.asarray(Image.open(pair.mask))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        dict(classes=Classes(("a", "b", "c"))),
+        dict(classes=Classes(("a", "b"), (1, 0))),
+        dict(classes=Classes(("a", "b"), kind="binary")),
+        dict(classes=Classes(("a", "b"), ignore=7)),
+        dict(channels=1),
+        dict(white=300.0),
+    ],
+)
+def test_what_was_asked_otherwise_is_checked_again(tmp_path, monkeypatch, other):
+    some, kept = pairs(tmp_path), tmp_path / "checked.json"
+    count_labels(some, TWO, remember=kept)
+    seen = reads(monkeypatch)
+    asked = dict(classes=TWO) | other
+    assert (count_labels(some, **asked, remember=kept) == count_labels(some, **asked)).all()
+    assert len(seen) == 2 * len(some)
+
+
+def test_mistakes_are_not_remembered(tmp_path):
+    some, kept = pairs(tmp_path), tmp_path / "checked.json"
+    whole = (tmp_path / "images/1.png").read_bytes()
+    (tmp_path / "images/1.png").write_bytes(whole[:40])
+    (tmp_path / "masks/2.png").unlink()
+    found = check_pairs(some, TWO, remember=kept)
+    assert [bool(one.problem) for one in found] == [False, True, True]
+    assert "cannot be read" in found[1].problem and "no image" in found[2].problem
+    with pytest.raises(InputError, match=r"images/1.png cannot be read .* \(and 1 more of 3 pairs\)"):
+        count_labels(some, TWO, remember=kept)
+    (tmp_path / "images/1.png").write_bytes(whole)
+    assert count_labels(some[:2], TWO, remember=kept).shape == (2, 2)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"a": 1}', "\x00"])
+def test_a_damaged_memory_is_made_anew(tmp_path, content):
+    some, kept = pairs(tmp_path), tmp_path / "checked.json"
+    kept.write_text(content)
+    assert (count_labels(some, TWO, remember=kept) == count_labels(some, TWO)).all()
+
+
+def test_a_check_that_was_killed_goes_on(tmp_path, monkeypatch):
+    import dinolab.data.images as images
+
+    monkeypatch.setattr(images, "AT_ONCE", 1)
+    some, kept = pairs(tmp_path), tmp_path / "checked.json"
+    read = images.read_mask
+
+    def stop_at_the_third(path, classes):
+        if path == some[2].mask:
+            raise KeyboardInterrupt
+        return read(path, classes)
+
+    monkeypatch.setattr(images, "read_mask", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        count_labels(some, TWO, remember=kept)
+    monkeypatch.setattr(images, "read_mask", read)
+    seen = reads(monkeypatch)
+    count_labels(some, TWO, remember=kept)
+    assert seen == [some[2].mask]
+
+
+def test_a_memory_that_cannot_be_written_stops_nothing(tmp_path):
+    some = pairs(tmp_path)
+    (tmp_path / "file").write_text("")
+    assert count_labels(some, TWO, remember=tmp_path / "file/checked.json").sum() == 3 * 40 * 30
+
+
+@pytest.mark.parametrize("name", ["length", "channels", "white", "scale", "balance", "memory", "crop"])
+@pytest.mark.parametrize(
+    "value", [0, -1, float("nan"), float("inf"), "x", True, (0, 1), (1, float("nan")), [1] * 5]
+)
+def test_wrong_numbers_of_a_dataset(tmp_path, name, value):
+    if (name, value) in [("balance", 0), ("memory", 0)]:
+        pytest.skip("means none")
+    given = dict(crop=(8, 8)) | {name: value}
+    with pytest.raises(InputError, match=name) as e:
+        ImageDataset([ImagePair("x", "i.png", "m.png")], TWO, **given)
+    assert "\n" not in str(e.value)
