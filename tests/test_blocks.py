@@ -14,8 +14,9 @@ import pytest
 import zarr
 from hypothesis import given, settings, strategies as st
 
-from dinolab.volumes.blocks import Done, _processes, check_aligned, lock_folder, make_blocks, run_blocks
+from dinolab.volumes.blocks import Done, _processes, check_aligned, make_blocks, run_blocks
 from dinolab.core.errors import InputError
+from dinolab.core.files import lock_folder
 
 
 class Fill:

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from ..core.identity import state_hash
 from ..models.backbones import FeatureSpec
-from ..volumes.blocks import Done, check_aligned, lock_folder, make_blocks, run_blocks
+from ..volumes.blocks import Done, check_aligned, make_blocks, run_blocks
 from ..volumes.cluster import spread_work, use_client
 from ..core.errors import InputError, pick
-from ..core.files import plain, settings_hash
+from ..core.files import lock_folder, plain, settings_hash
 from ..core.machine import memory_mb
 from ..core.progress import Stages, format_table, progress
 from ..core.show import Pca, fit_pca

@@ -18,7 +18,8 @@ from ..core.files import plain
 from ..core.identity import check_unchanged, identity
 from ..core.settings import check_same
 from .arrays import create_array, open_group, open_or_create_group, plain_path, writable
-from .blocks import Done, lock_folder, run_blocks
+from ..core.files import lock_folder
+from .blocks import Done, run_blocks
 
 # %% ../../nbs/api/volumes/store.ipynb #9e94ef9d
 PARTIAL = "*." + "[0-9a-f]" * 32 + ".partial"  # files that zarr was writing
