@@ -18,7 +18,7 @@ setup: $(BASE)  ## make .venv with dinolab and what it needs to run (minutes, on
 define install
 	@echo "installing $(2) into .venv (the log is .venv/install.log)"
 	@{ $(BIN)/python -m pip install --disable-pip-version-check --no-input --progress-bar off --editable '$(1)' 2>&1 || echo FAILED; } | tee .venv/install.log | awk ' \
-	  /Downloading .*\([0-9.]+ [MG]B\)/ { size = $$(NF - 1); sub(/\(/, "", size); unit = $$NF; \
+	  /Downloading .*\([0-9.]+ [MG]B\)/ { size = $$(NF - 1); sub(/\(/, "", size); size += 0; unit = $$NF; \
 	    if (unit ~ /GB/ || size >= 30) { name = $$2; sub(/.*\//, "", name); sub(/-.*/, "", name); print "  fetching " name ", " size " " substr(unit, 1, 2) } } \
 	  /^Collecting/ { n++; if (n % 40 == 0) print "  " n " packages looked up" } \
 	  /^Installing collected packages/ { print "  unpacking " NF - 3 " packages (a minute or two)" } \
@@ -56,7 +56,7 @@ test-long: $(TEST)  ## also kills, whole experiments, the README and every wrong
 	@PATH="$(CURDIR)/$(BIN):$$PATH" tests/run --long
 
 gpu-check: $(BASE)  ## correctness and speed on this machine's GPU, into nbs/results/gpu.json (8 minutes)
-	@$(BIN)/python -m dinolab.book.gpu
+	@$(BIN)/python -c "from dinolab.book.gpu import main; main()"
 
 EXPERIMENT ?= multires_features
 lab: $(LAB)  ## JupyterLab on an experiment, at its parameters (EXPERIMENT=name)
