@@ -285,9 +285,9 @@ def test_shipped_recipes_are_valid():
     from dinolab.tasks.recipes import arguments, recipe_of
 
     for path in (Path(__file__).parents[1] / "nbs/experiments/configs").glob("*.yaml"):
-        function, config = recipe_of("train", path)
-        given = arguments(function, config)
-        if function is train_segmenter:
+        recipe, config = recipe_of("train", path)
+        given = arguments(recipe, config)
+        if recipe.name == "train_segmenter":
             keys = ("head", "hidden_size", "pool_scales", "neck", "stem", "norm", "lora", "freeze_backbone")
             assert create_segmentation_model(VIT, **{k: given[k] for k in keys}).eval()(
                 torch.rand(1, 3, 32, 32)

@@ -553,7 +553,7 @@ def run_flags(
     dash: str = "_",  # between the words of a flag
 ):  # what the function returns
     "Call a function with the flags of a command line."
-    from dinolab.tasks.recipes import describe
+    from dinolab.core.signatures import describe
 
     meanings, params = (
         {row["key"]: row["meaning"] for row in describe(function)},

@@ -158,7 +158,10 @@ RENAMED = {
 }
 
 # %% ../../nbs/api/core/names.ipynb #ff8697a0
-GONE = {}
+GONE = {
+    "recipes.config_class": "core.signatures says what a recipe takes",
+    "recipes.nested_class": "core.signatures says what a recipe takes",
+}
 
 
 def new_place(
