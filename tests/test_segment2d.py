@@ -143,7 +143,7 @@ train: {{epochs: 2, batch_size: 4, lr: 5e-3, device: cpu, monitor: mean_iou, mod
         ("backbone=dinov4", "unknown backbone 'dinov4'"),
         ("masks=nowhere", "no file or folder 'nowhere'"),
         ("classes=1", "has the value"),
-        ("crop=0", "crop (0, 0)"),
+        ("crop=0", "crop=0: expected a whole number"),
         ("weights=none.pth", "no file or folder"),
         ("layers=[99]", "12 layers"),
         ("pool_scales=[1]", "the linear head has no pool_scales"),

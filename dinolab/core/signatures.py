@@ -313,8 +313,7 @@ def fit_value(
     if value is None and (setting.default is None or "None" in setting.kind or "None" in setting.meaning):
         return None
     if setting.rule:
-        setting.rule.check(key, value)
-        return value
+        return setting.rule.check(key, value)
     kind, number = expected_type(setting), isinstance(value, Real) and not isinstance(value, bool)
     if kind is bool and not isinstance(value, bool):
         raise InputError(f"{key}={value!r}: expected true or false")
