@@ -23,8 +23,8 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from . import settings
 from .errors import InputError, nearest
+import dinolab.core.settings as settings
 from .settings import RULES, Number
 
 # %% ../../nbs/api/core/signatures.ipynb #a7c7d04a
