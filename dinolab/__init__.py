@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from dinolab.train.settings import TrainArgs as TrainArgs
     from dinolab.train.loop import fit as fit
     from dinolab.features.extract import extract_features_3d as extract_features_3d
-    from dinolab.features.extract import extract_to_zarr as extract_to_zarr
-    from dinolab.features.extract import open_features as open_features
+    from dinolab.features.store import extract_to_zarr as extract_to_zarr
+    from dinolab.features.store import open_features as open_features
     from dinolab.dwi.data import read_series as read_series
     from dinolab.dwi.denoise import denoise as denoise
     from dinolab.tasks.volumes import train_unet3d as train_unet3d

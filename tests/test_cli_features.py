@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 
 from dinolab.cli.main import app
 from dinolab.core.errors import InputError
-from dinolab.features.extract import open_features
+from dinolab.features.store import open_features
 from dinolab.volumes.sources import open_multiscale
 from dinolab.volumes.write import write_multiscale
 

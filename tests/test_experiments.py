@@ -7,7 +7,7 @@ import os
 import pytest
 
 from dinolab.book.experiment import run_experiment
-from dinolab.features.extract import open_features
+from dinolab.features.store import open_features
 from dinolab.volumes.sources import open_multiscale
 
 

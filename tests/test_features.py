@@ -19,22 +19,12 @@ from scipy.ndimage import gaussian_filter
 
 from dinolab.models.backbones import FeatureSpec, create_backbone
 from dinolab.core.errors import InputError
-import dinolab.features.extract
+import dinolab.features.store
 from dinolab.volumes.blocks import make_blocks
-from dinolab.features.extract import (
-    PLANES,
-    PatchMean,
-    Plan,
-    _Extraction,
-    extract_block,
-    intensity_range,
-    raw_region,
-    slice_weights,
-    extract_features_3d,
-    extract_native,
-    extract_to_zarr,
-    open_features,
-)
+from dinolab.features.extract import PatchMean, extract_block, extract_features_3d, extract_native
+from dinolab.features.intensity import intensity_range
+from dinolab.features.plan import PLANES, Plan, raw_region, slice_weights
+from dinolab.features.store import _Extraction, extract_to_zarr, open_features
 from dinolab.volumes.grid import Grid
 from dinolab.volumes.sources import open_multiscale
 from dinolab.volumes.volume import Volume
@@ -520,7 +510,7 @@ def test_ended_between_two_steps(blobs, tmp_path, monkeypatch, step):
         def end(*args, **kw):
             raise KeyboardInterrupt
 
-        m.setattr(dinolab.features.extract, step, end)
+        m.setattr(dinolab.features.store, step, end)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "ended.zarr")
     with pytest.raises(InputError, match="unfinished"):

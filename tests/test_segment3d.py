@@ -11,14 +11,10 @@ import pytest
 import torch
 
 from dinolab.core.errors import InputError
-from dinolab.features.crops import (
-    ClassTarget,
-    CropDataset,
-    Extraction,
-    InstanceTarget,
-    cache_features,
-    open_case,
-)
+from dinolab.features.cache import Extraction, cache_features
+from dinolab.features.cases import open_case
+from dinolab.features.crops import CropDataset
+from dinolab.features.targets import ClassTarget, InstanceTarget
 from dinolab.train.settings import TrainArgs
 from dinolab.features.extract import PatchMean
 from dinolab.volumes.instances import affinities

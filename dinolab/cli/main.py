@@ -379,7 +379,8 @@ def features(
     jobs = find_cluster(cluster, workers, job, job_script)
     import torch
     from dinolab.models.backbones import create_backbone
-    from dinolab.features.extract import extract_to_zarr, timing_table
+    from dinolab.features.extract import timing_table
+    from dinolab.features.store import extract_to_zarr
 
     volume = open_source(
         source,

@@ -29,7 +29,7 @@ from ..train.settings import TrainArgs
 from ..train.loop import fit_run
 from ..train.checkpoints import load_checkpoint
 from ..train.device import find_device
-from ..features.extract import model_identity
+from ..features.compute import model_identity
 from ..models.heads import create_segmentation_model
 from dinolab.data.images import (
     Classes,

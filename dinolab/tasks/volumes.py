@@ -28,25 +28,16 @@ from ..models.backbones import create_backbone
 from ..core.errors import InputError, MissingError, pick
 from ..core.files import atomic_write, write_json
 from ..core.progress import format_table, progress
-from dinolab.features.crops import (
-    Case,
-    CellFeatures,
-    ClassTarget,
-    CropDataset,
-    Extraction,
-    GridDataset,
-    InstanceTarget,
-    Layout,
-    LiveFeatures,
-    cache_features,
-    open_case,
-    read_crop,
-)
+from ..features.cache import CellFeatures, Extraction, LiveFeatures, cache_features
+from ..features.cases import Case, open_case
+from ..features.crops import CropDataset, GridDataset, read_crop
+from ..features.layout import Layout
+from ..features.targets import ClassTarget, InstanceTarget
 from ..data.fetch import open_volumes
 from ..train.settings import TrainArgs
 from ..train.loop import fit_run
 from ..train.checkpoints import load_checkpoint
-from ..features.extract import model_identity, pack_network, unpack_network
+from ..features.compute import model_identity, pack_network, unpack_network
 from ..train.device import find_device
 from ..volumes.tiles import Prediction, predict_to_zarr
 from ..volumes.instances import segment_affinities
