@@ -78,9 +78,13 @@ def run_backbone(
     with torch.autocast(kind, torch.bfloat16, enabled=half):
         return backbone(images)
 
-# %% ../../nbs/api/features/compute.ipynb #0f829aa0
-def device_of(backbone):
-    return next((t.device for t in (*backbone.parameters(), *backbone.buffers())), torch.device("cpu"))
+# %% ../../nbs/api/features/compute.ipynb #95180777
+def device_of(
+    network: nn.Module,  # with or without tensors
+) -> torch.device:
+    "Where a network is."
+    tensors = [*network.parameters(), *network.buffers()]
+    return tensors[0].device if tensors else torch.device("cpu")
 
 # %% ../../nbs/api/features/compute.ipynb #c07d0211
 def model_identity(

@@ -208,7 +208,7 @@ def slice_weights(
     weights = resample_matrix(n, step, corner, *one(dst))
     return weights if stride == 1 else np.stack([_thin(r, stride) for r in weights])
 
-# %% ../../nbs/api/features/plan.ipynb #89f26e72
+# %% ../../nbs/api/features/plan.ipynb #838fd9ca
 def count_images(
     plan: Plan,  # what to extract
     dst: Grid = None,  # part of the target; None for all of it as one block
@@ -217,8 +217,14 @@ def count_images(
     return sum(count_slices(plan, dst or plan.dst, p) for p in plan.planes)
 
 
-def count_slices(plan, dst, plane):
-    return int(slice_weights(plan.src, dst, plane_axes(plane)[0], plan.slice_stride).any(0).sum())
+def count_slices(
+    plan: Plan,  # what to extract
+    dst: Grid,  # part of the target
+    plane: str,  # xy, xz or yz
+) -> int:
+    "Slices of one plane that the backbone will see."
+    weights = slice_weights(plan.src, dst, plane_axes(plane)[0], plan.slice_stride)
+    return int(weights.any(0).sum())
 
 # %% ../../nbs/api/features/plan.ipynb #21eeefa3
 def raw_region(
