@@ -79,7 +79,7 @@ def to_nm(
     near = nearest(plain, UNIT_NM, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise InputError(
-        f"unknown length unit {unit!r}: expected a name or symbol such as nanometer, micrometer, nm, µm, mm{hint}"
+        f"unknown length unit {name[:40]!r}: expected a name or symbol such as nanometer, micrometer, nm, µm, mm{hint}"
     )
 
 # %% ../../nbs/api/volumes/formats.ipynb #e67a6170

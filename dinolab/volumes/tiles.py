@@ -8,6 +8,7 @@ __all__ = ['KIND', 'tile_starts', 'axis_weight', 'tile_weight', 'all_tiles', 'bl
 
 # %% ../../nbs/api/volumes/tiles.ipynb #e27b797e
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ from ..core.region import Box
 from ..core.show import rgb_table
 from .arrays import open_or_create_group, writable
 from .blocks import check_whole_chunks, make_blocks
-from .grid import Grid
+from .grid import MANY, Grid
 from .sources import open_multiscale
 from .store import build_store, check_finite, kept_attributes, open_store
 from .volume import Multiscale
@@ -44,10 +45,16 @@ def tile_starts(
         return [0]
     if step > tile:
         raise InputError(
-            f"tiles of {tile} at multiples of {step}: expected tiles of at least {step}, or there would be gaps"
+            f"tiles of {tile} at multiples of {step}: "
+            f"expected tiles of at least {step}, or there would be gaps"
         )
-    stride, last = max(1, int(tile * (1 - overlap)) // step), -(-(length - tile) // step)  # in steps
+    stride = max(1, int(tile * (1 - overlap)) // step)  # in steps, as the next
+    last = -(-(length - tile) // step)
     count = -(-last // stride)
+    if count > MANY:
+        raise InputError(
+            f"{count:.3g} tiles of {tile} along an axis of {length}: expected at most {MANY:.3g}"
+        )
     return [i * last // count * step for i in range(count)] + [length - tile]
 
 # %% ../../nbs/api/volumes/tiles.ipynb #606fbeb9
@@ -88,6 +95,11 @@ def all_tiles(
     "The lattice of tiles."
     starts = [tile_starts(n, t, overlap, s) for n, t, s in zip(shape, tile, step)]
     size = [min(t, n) for t, n in zip(tile, shape)]
+    count = math.prod(map(len, starts))
+    if count > MANY:
+        raise InputError(
+            f"{count:.3g} tiles of {tuple(size)} in {tuple(shape)} voxels: expected at most {MANY:.3g}"
+        )
     return [Box.sized(start, size) for start in itertools.product(*starts)]
 
 
