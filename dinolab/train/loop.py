@@ -5,12 +5,15 @@
 # %% auto #0
 __all__ = ['APART', 'batches_per_epoch', 'keyed_batches', 'Keyed', 'keyed_loader', 'parameter_groups', 'EMA', 'validate',
            'check_finite_loss', 'check_finite_gradient', 'seed_devices', 'make_accelerator', 'accumulate', 'prepare',
-           'Fit', 'fit', 'training_curves', 'fit_run']
+           'StopSignals', 'Fit', 'fit', 'is_late', 'training_curves', 'fit_run']
 
 # %% ../../nbs/api/train/loop.ipynb #2a88e9e5
 import copy
 import itertools
 import math
+import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -40,7 +43,7 @@ from dinolab.train.distributed import (
     zero_config,
 )
 from .launch import launched
-from .runs import Run
+from .runs import Run, Stopped
 from .settings import TrainArgs, lr_factor
 
 # %% ../../nbs/api/train/loop.ipynb #84c333e3
@@ -107,6 +110,12 @@ class _Order:
         return self.make()
 
 
+def _leave_signals(worker):
+    "In a worker: the training decides when to end, and ends it."
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def keyed_loader(
     dataset,  # with len, and item or []
     args: TrainArgs,  # batch size, seed, workers
@@ -127,6 +136,7 @@ def keyed_loader(
         pin_memory=pin,
         generator=torch.Generator().manual_seed(0),
         prefetch_factor=2 if args.workers else None,
+        worker_init_fn=_leave_signals,
     )
 
 # %% ../../nbs/api/train/loop.ipynb #5caf95ad
@@ -402,8 +412,21 @@ class _Loop:
             self.checkpoints.save(at, "best")
         else:
             at.waited += 1
-        if args.patience and at.waited >= args.patience and not at.stopped:
+        if args.patience and at.waited >= args.patience and at.stopped in ("", "signal"):
             at.stopped = "patience"
+
+    def decide(self, told: bool):
+        "Whether all processes stop after this step, and why."
+        at = self.at
+        if at.step >= self.total:
+            at.stopped = "done"
+            return
+        late = is_late(at, self.args)
+        anyone_told, anyone_late = sum_over_all(torch.tensor([float(told), float(late)])).tolist()
+        if anyone_told:
+            at.stopped = "signal"
+        elif anyone_late:
+            at.stopped = "max_seconds"
 
     def is_better(self, value: float) -> bool:
         "Whether a value of validation is the best so far."
@@ -432,9 +455,25 @@ def prepare(
     return net, optimiser
 
 # %% ../../nbs/api/train/loop.ipynb #2a47f981
-def _any(yes):
-    "Whether any process says yes."
-    return bool(sum_over_all(torch.tensor(float(yes))))
+class StopSignals:
+    "Notes SIGTERM and SIGUSR1 while it is entered; in a thread other than the main one none can be caught."
+
+    def __init__(self):
+        self.name = ""  # of the signal that came
+        self._before = {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error):
+        for number, before in self._before.items():
+            signal.signal(number, signal.SIG_DFL if before is None else before)
+
+    def _note(self, number, frame):
+        self.name = signal.Signals(number).name
 
 
 @contextmanager
@@ -471,9 +510,15 @@ def fit(
     args: TrainArgs = TrainArgs(),  # settings
     run: Run = None,  # where checkpoints and log go; a run that has checkpoints goes on
     scales: dict = None,  # parameter name -> factor of the learning rate
-    saved: Callable = None,  # called in the first process after a checkpoint was written: (last or best, TrainState, all weights by name)
+    saved: Callable = None,  # called in the first process after a checkpoint was written, and when a run goes on from it: (last or best, TrainState, all weights by name)
 ) -> Fit:
     "Train a model; a run that was killed goes on from its last checkpoint and ends with the same bytes."
+    locked = run.lock() if run is not None and launched().rank == 0 else nullcontext()
+    with locked, StopSignals() as signals:
+        return _fit(model, step, train, valid, args, run, scales, saved, signals)
+
+
+def _fit(model, step, train, valid, args, run, scales, saved, signals):
     accelerator = make_accelerator(args)
     rank, world = place()
     per_epoch = batches_per_epoch(len(train), args.batch_size, world)
@@ -483,19 +528,24 @@ def fit(
     model.to(accelerator.device, memory_format=layout)
     optimiser = torch.optim.AdamW(parameter_groups(model, args.weight_decay, scales), lr=args.lr)
     ema = EMA(model, args.ema) if args.ema else None
-    log = TrainLog(run, args.tracker, rank == 0)
     facts = dict(world=world, items=len(train))
     checkpoints = Checkpointer(run, model, optimiser, args, facts, ema and ema.model, rank == 0, saved)
     at = checkpoints.restore()
-    log.rewind(at.lines)
-    if at.stopped == "max_seconds":
+    goes_on = at.stopped == "signal" or (at.stopped == "max_seconds" and not is_late(at, args))
+    if goes_on:
         at.stopped = ""
+    log = TrainLog(run, args.tracker, rank == 0)
     if at.stopped or at.step >= total:
+        _finish_again(run, checkpoints, at)
         return Fit(model, log.history(), at.step, at.best, at.seconds, at.stopped or "done")
+    if run is not None and rank == 0:
+        run.restart()
+        log.rewind(at.lines)
+    if at.step:
+        checkpoints.tell("last", at)
     net, optimiser = prepare(model, checkpoints, accelerator, at)
     loop = _Loop(net, optimiser, accelerator, args, step, total, per_epoch, checkpoints, log, ema, at)
-    pin = accelerator.device.type == "cuda"
-    epochs = -(-total // steps_per_epoch)
+    pin, epochs = accelerator.device.type == "cuda", -(-total // steps_per_epoch)
     batches = iter(keyed_loader(train, args, epochs, (at.epoch, at.batch), rank, world, pin))
     clock = time.perf_counter() - at.seconds
     net.train()
@@ -506,23 +556,47 @@ def fit(
         while not at.stopped:
             epoch_ends = loop.advance(batches)
             at.seconds = time.perf_counter() - clock
-            if at.step >= total:
-                at.stopped = "done"
-            elif args.max_seconds and _any(at.seconds >= args.max_seconds):
-                at.stopped = "max_seconds"
+            loop.decide(bool(signals.name))
             save = epoch_ends or at.stopped or (args.save_every and at.step % args.save_every == 0)
             if save or at.step % args.log_every == 0:
                 bar.set_postfix_str(loop.report())
             bar.update()
             if save and ema:
                 ema.agree()
-            if valid is not None and (at.stopped or (epoch_ends and at.epoch % args.valid_every == 0)):
+            due = epoch_ends and at.epoch % args.valid_every == 0
+            if valid is not None and (due or at.stopped not in ("", "signal")):
                 loop.look(validate(ema.model if ema else net, step, valid, accelerator, args.batch_size))
             if save:
                 checkpoints.save(at)
                 wait_for_all()
     log.close()
+    if at.stopped == "signal":
+        _stop(run, at, signals, rank)
     return Fit(model, log.history(), at.step, at.best, at.seconds, at.stopped)
+
+
+def is_late(
+    at: TrainState,  # of a training
+    args: TrainArgs,  # its settings
+) -> bool:
+    "Whether a training has used up its time."
+    return bool(args.max_seconds) and at.seconds >= args.max_seconds
+
+
+def _finish_again(run, checkpoints, at):
+    "What follows the last checkpoint was perhaps cut off by a kill."
+    if run is not None and checkpoints.writes and run.status != "done":
+        run.restart()
+        checkpoints.tell("last", at)
+
+
+def _stop(run, at, signals, rank):
+    "End a training that a signal has stopped."
+    reason = f"stopped by {signals.name or 'a signal to another process'} after step {at.step}"
+    if rank == 0 and run is not None:
+        run.stop(reason)
+        print(f"{reason}; {run.path} goes on when it is started again", file=sys.stderr)
+    raise Stopped(reason)
 
 # %% ../../nbs/api/train/loop.ipynb #5312e279
 APART = ("epoch", "step", "seconds", "grad_norm", "lr")  # what no panel of its own shows
@@ -557,19 +631,27 @@ def training_curves(
 
 # %% ../../nbs/api/train/loop.ipynb #dc61037e
 def fit_run(
-    run: Run,  # new, or one to go on with; done afterwards, or failed
+    run: Run,  # new, or one to go on with; done afterwards, stopped or failed
     *args,  # of fit: model, step, train, valid, args
     metrics: Mapping = None,  # further numbers for metrics.json
+    settings: Mapping = None,  # all that the recipe was called with; None: not compared
+    identities: Mapping = None,  # what it read: name -> path, array, network, several, or an identity
     **options,  # of fit: scales, saved
 ) -> Fit:
     "Train a model, and finish the run."
     if launched().rank > 0:
         return fit(*args, run=run, **options)
-    with run:
+    with run.lock(), run.attempt():
+        was_done = run.status == "done"
+        run.resume(settings, identities)
         done = fit(*args, run=run, **options)
+        if was_done:
+            return done
         run.figure(training_curves(done.history), "curves")
-        run.metrics(
-            {"train/seconds": done.seconds, "train/steps": done.step, "valid/best": done.best}
-            | dict(metrics or {})
-        )
+        numbers = {"train/seconds": done.seconds, "train/steps": done.step, "valid/best": done.best}
+        run.metrics(numbers | dict(metrics or {}))
+        if done.stopped == "max_seconds":
+            run.stop("max_seconds")
+        else:
+            run.finish()
     return done
