@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -484,6 +484,8 @@ def _loading(at):
     except (RuntimeError, ConnectionError, EOFError) as e:
         if isinstance(e, RuntimeError) and "DataLoader worker" not in str(e):
             raise
+        with suppress(RuntimeError):
+            time.sleep(0.2)  # the system says it again, in the middle of whatever runs then
         raise InputError(
             f"a loading worker died after step {at.step} ({type(e).__name__}): out of memory? "
             "lower workers or batch_size, then run again to go on"
