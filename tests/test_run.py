@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 from dinolab.core.errors import InputError
 from dinolab.book.experiment import ExperimentError, experiment_parameters, run_experiment
+from dinolab.core.files import write_json
 from dinolab.core.machine import process_start
 from dinolab.train.runs import Run, gather, gather_table
 
@@ -136,7 +138,9 @@ def test_stopped_in_the_middle(number, codes, error):
     assert launcher.returncode in codes and "Traceback" not in stderr
     run = only_run()
     assert (
-        run.info["status"] == "failed" and run.info["error"] == error and "Traceback" in run.info["traceback"]
+        run.info["status"] == "stopped"
+        and run.info["error"] == error
+        and "Traceback" in run.info["traceback"]
     )
     assert (run.path / "cleaned.txt").exists(), "the cell could not clean up"
     assert process_start(kernel) is None, "the kernel was left behind"
@@ -150,6 +154,26 @@ def test_killed():
     launcher.communicate()
     wait_for(lambda: process_start(kernel) is None, 10)
     assert only_run().info["status"] == "running" and len(only_run().history()) == 3
+
+
+def test_gone_on_with_it_runs_again():
+    "A run whose process has died is running once another goes on with it, and dies with that one."
+    dead = subprocess.Popen(["sleep", "60"])
+    run = Run.create("toy", {})
+    process = dict(host=platform.node(), pid=dead.pid, start=process_start(dead.pid))
+    write_json(run.path / "run.json", run.info | dict(process=process))
+    dead.kill()
+    dead.wait()
+    assert [row["status"] for row in gather()] == ["died"]
+    run.restart()
+    assert [row["status"] for row in gather()] == ["running"] and run.is_ours
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "a/b", "/a", "a\0b", None, 7])
+def test_names_that_are_no_plain_folder_names(name):
+    with pytest.raises(InputError, match="expected a plain folder name"):
+        Run.create(name, {})
+    assert not list(Path().iterdir())
 
 
 def test_folders_never_collide():
@@ -168,6 +192,32 @@ def test_metrics_are_whole_or_not_at_all():
         "params.yaml",
         "run.json",
     ]
+
+
+ODD = {
+    "params.yaml": ["- a\n- b\n", "a: [", "7", "\xff", "!!python/object:os.system {}"],
+    "metrics.json": ["[1]", "{", "null", "7"],
+    "run.json": ["{", "[]", "{}", '{"status": "done"}', "null", "[" * 100_000],
+}
+
+
+@pytest.mark.parametrize("name, text", [(name, text) for name in ODD for text in ODD[name]])
+def test_one_odd_file_never_stops_the_table(name, text):
+    for seed in range(2):
+        with Run.create("toy", dict(seed=seed)) as run:
+            run.metrics({"test/dice": 0.5})
+    (run.path / name).write_text(text, encoding="latin-1")
+    good, odd = sorted(gather(), key=lambda row: row["run"] == run.path.name)
+    assert good["status"] == "done" and good["params/seed"] == 0 and "unreadable" not in good
+    assert odd["status"] == "unreadable" if name == "run.json" else odd["unreadable"] == name
+    for form in ("text", "csv", "markdown"):
+        assert run.path.name in gather_table(gather(), form)
+    read = dict(
+        [("params.yaml", lambda: run.params), ("metrics.json", run.metrics), ("run.json", lambda: run.status)]
+    )
+    with pytest.raises(InputError) as e:
+        read[name]()
+    assert "\n" not in str(e.value) and name in str(e.value)
 
 
 def test_gather_csv():

@@ -376,7 +376,7 @@ def launch(
             f"{name}: its Python died without an error (out of memory, or killed); see {path}"
         ) from None
     except BaseException as e:
-        run.fail(e)
+        run.end(e)
         raise
     run.finish()
 
