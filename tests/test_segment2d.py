@@ -3,8 +3,9 @@
 import json
 import os
 import subprocess
+import shutil
 import sys
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +13,18 @@ import pytest
 import torch
 from PIL import Image
 
+from dinolab.models.backbones import create_backbone
 from dinolab.models.specs import LoraSpec
 from dinolab.core.errors import InputError
 from dinolab.train.settings import TrainArgs
 from dinolab.data.images import read_image
+from dinolab.tasks.configs import JOBS, PredictImages, TrainSegmenter, numbers_of
+from dinolab.tasks.recipes import Given, make_settings, run_recipe, with_overrides
 from dinolab.tasks.images import (
     evaluate_segmenter,
     load_segmenter,
     predict_images,
-    predict_picture,
+    predict_image,
     train_segmenter,
 )
 
@@ -144,6 +148,8 @@ train: {{epochs: 2, batch_size: 4, lr: 5e-3, device: cpu, monitor: mean_iou, mod
         ("masks=nowhere", "no file or folder 'nowhere'"),
         ("classes=1", "has the value"),
         ("crop=0", "crop=0: expected a whole number"),
+        ("train.batch_size=0", "train.batch_size=0: expected"),
+        ("balance=.nan", "balance=nan: expected"),
         ("weights=none.pth", "no file or folder"),
         ("layers=[99]", "12 layers"),
         ("pool_scales=[1]", "the linear head has no pool_scales"),
@@ -152,27 +158,193 @@ train: {{epochs: 2, batch_size: 4, lr: 5e-3, device: cpu, monitor: mean_iou, mod
 def test_wrong_settings_are_one_line(data, tmp_path, wrong, message):
     labels = data[0] / "masks"
     if wrong == "classes=1":
-        (tmp_path / "masks").mkdir()
-        for p in labels.iterdir():
-            Image.fromarray(np.asarray(Image.open(p)) * 3).save(tmp_path / "masks" / p.name)
         labels = tmp_path / "masks"
-    done = dinolab(
-        "train",
-        "recipe=segmenter",
-        f"images={data[0]}/images",
-        f"masks={labels}",
-        f"backbone={VIT}",
-        "head=linear",
-        "train.device=cpu",
-        wrong,
-        folder=tmp_path,
-    )
-    assert (
-        done.returncode == 2
-        and message in done.stderr
-        and done.stderr.strip().splitlines()[-1].startswith("dinolab: ")
-    ), done.stderr
+        labels.mkdir()
+        for p in (data[0] / "masks").iterdir():
+            Image.fromarray(np.asarray(Image.open(p)) * 3).save(labels / p.name)
+    pairs = ["recipe=segmenter", f"images={data[0]}/images", f"masks={labels}", f"backbone={VIT}"]
+    pairs += ["head=linear", "train.device=cpu", f"out={tmp_path}/runs", wrong]
+    with pytest.raises(InputError) as e:
+        run_recipe("train", pairs=pairs)
+    assert message in str(e.value) and "\n" not in str(e.value)
     assert not list(tmp_path.glob("runs/*/*/checkpoints"))
+
+
+def contents(folder):
+    "All files below a folder, byte for byte."
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    "Two files of weights of one backbone."
+    folder = tmp_path_factory.mktemp("weights")
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        torch.save(create_backbone(VIT).model.state_dict(), folder / f"{seed}.pth")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(data, weights, tmp_path_factory):
+    "A finished training of adapters, with the settings that it was begun with."
+    given = dict(
+        images=data[0] / "images",
+        masks=data[0] / "masks",
+        backbone=VIT,
+        weights=str(weights / "1.pth"),
+        lora=LoraSpec(rank=2),
+        head="linear",
+        crop=64,
+        scale=(1, 1),
+        crops_per_epoch=4,
+        train=QUICK,
+    )
+    done = train_segmenter(**given, out=tmp_path_factory.mktemp("runs"))
+    return done.run, given
+
+
+def test_a_training_goes_on_with_what_it_was_begun_with(data, weights, trained, tmp_path):
+    "Another loss, other data, other weights are refused by name, and no byte of the run changes."
+    run, given = trained
+    shapes(tmp_path / "other", 5, 7)
+    before = contents(run.path)
+    changes = dict(
+        loss=("loss (ce+dice there, ce now)", dict(loss="ce")),
+        augment=("augment (em there, turns now)", dict(augment="turns")),
+        rate=("train.lr", dict(train=replace(QUICK, lr=1.0))),
+        adapters=("lora.rank (2 there, 4 now)", dict(lora=LoraSpec(rank=4))),
+        images=("images: not those", dict(images=tmp_path / "other/images")),
+        masks=("masks: not those", dict(masks=tmp_path / "other/masks")),
+        weights=("backbone.weights_hash", dict(weights=str(weights / "2.pth"))),
+    )
+    for name, (message, change) in changes.items():
+        with pytest.raises(InputError) as e:
+            train_segmenter(**given | change, run=run.path)
+        assert message in str(e.value) and "\n" not in str(e.value), (name, str(e.value))
+        assert contents(run.path) == before, name
+    assert run.status == "done"
+
+
+def test_data_that_moved_are_the_same(data, trained, tmp_path):
+    "Content decides, and a finished run stays finished."
+    run, given = trained
+    shutil.copytree(data[0], tmp_path / "moved")
+    moved = dict(images=tmp_path / "moved/images", masks=tmp_path / "moved/masks")
+    last = (run.path / "checkpoints/last/model.safetensors").read_bytes()
+    again = train_segmenter(**given | moved, run=run.path)
+    assert again.run.status == "done"
+    assert (run.path / "checkpoints/last/model.safetensors").read_bytes() == last
+
+
+def test_weights_are_found_again(data, weights, trained, tmp_path, monkeypatch):
+    "A run keeps the whole path of its weights; where the file has moved, weights= says so, and the hash is compared."
+    run, given = trained
+    about = json.loads((run.path / "model.json").read_text())
+    assert Path(about["backbone"]["recipe"]["weights"]).is_absolute()
+    monkeypatch.chdir(tmp_path)
+    load_segmenter(run.path)
+    away = weights / "1.pth"
+    moved = away.rename(tmp_path / "moved.pth")
+    try:
+        with pytest.raises(InputError, match="weights= says where the weights of"):
+            load_segmenter(run.path)
+        assert predict_images(run.path, data[1] / "images", tmp_path / "out", weights="moved.pth")
+        with pytest.raises(InputError, match="expected the same"):
+            predict_images(run.path, data[1] / "images", tmp_path / "o", weights=str(weights / "2.pth"))
+    finally:
+        moved.rename(away)
+
+
+def test_a_folder_of_masks_is_of_one_network(data, trained, tmp_path):
+    "Another run, other settings or another image of the same name are refused; an image that changed is done again."
+    run, given = trained
+    shutil.copytree(data[1], tmp_path / "in")
+    predict_images(run.path, tmp_path / "in/images", tmp_path / "out")
+    before = contents(tmp_path / "out")
+    other = train_segmenter(**given | dict(train=replace(QUICK, seed=1)), out=tmp_path / "runs").run
+    for message, change in (
+        ("network (", dict(run=other.path)),
+        ("probabilities (False there, True now)", dict(probabilities=True)),
+        ("tile", dict(tile=32)),
+        ("was made from", dict(source=[data[0] / "images/0.png"])),
+    ):
+        call = dict(run=run.path, source=tmp_path / "in/images", store=tmp_path / "out") | change
+        with pytest.raises(InputError) as e:
+            predict_images(**call)
+        assert message in str(e.value) and "overwrite=true" in str(e.value), str(e.value)
+        assert contents(tmp_path / "out") == before
+    Image.fromarray(np.zeros((50, 60), np.uint8)).save(tmp_path / "in/images/0.png")
+    predict_images(run.path, tmp_path / "in/images", tmp_path / "out")
+    after = contents(tmp_path / "out")
+    assert after["0.png"] != before["0.png"] and after["1.png"] == before["1.png"]
+    predict_images(other.path, tmp_path / "in/images", tmp_path / "out", overwrite=True)
+    predict_images(other.path, tmp_path / "in/images", tmp_path / "out")
+
+
+def test_numbers_that_are_none(data, trained, monkeypatch, tmp_path):
+    "A network that gives NaN does not find background everywhere."
+    run, _ = trained
+    model = load_segmenter(run.path).model
+    monkeypatch.setattr("dinolab.tasks.images.load_checkpoint", lambda run, model, which: spoil(model))
+
+    def spoil(model):
+        with torch.no_grad():
+            list(model.head.parameters())[-1].fill_(float("nan"))
+
+    with pytest.raises(InputError, match=r"0\.png: \d+ of \d+ outputs of the network are no finite numbers"):
+        predict_images(run.path, data[1] / "images", tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.png")) and model is not None
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1, 2]", '{"kind": "segmenter"}', "null", "\x00"])
+@pytest.mark.parametrize("name", ["model.json"])
+def test_damaged_files_of_a_run_are_one_line(trained, tmp_path, name, text):
+    shutil.copytree(trained[0].path, tmp_path / "run")
+    (tmp_path / "run" / name).write_text(text)
+    with pytest.raises(InputError) as e:
+        load_segmenter(tmp_path / "run")
+    assert name in str(e.value) and "is damaged" in str(e.value) and "\n" not in str(e.value)
+
+
+BAD = (float("nan"), float("inf"), "x", True, {}, [], [float("nan")])
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.__name__)
+def test_every_number_of_every_job_is_checked(job):
+    "Before anything is opened: a dataclass that cannot be made starts nothing."
+    needed = {f.name: "x" for f in fields(job) if f.default is MISSING}
+    assert not [n for n in numbers_of(job) if n not in job.rules()], "numbers without a rule"
+    for name in numbers_of(job):
+        for bad in BAD:
+            with pytest.raises(InputError) as e:
+                job(**needed | {name: bad})
+            assert str(e.value).startswith(f"{name}=") and "\n" not in str(e.value)
+        low = getattr(job.rules()[name], "low", None)
+        if low is not None and low > float("-inf"):
+            with pytest.raises(InputError, match=f"^{name}="):
+                job(**needed | {name: low - 1})
+
+
+def test_other_settings_are_checked():
+    "Texts, choices, true and false."
+    for job, wrong in ((TrainSegmenter, dict(root=3)), (TrainSegmenter, dict(norm="layer"))):
+        with pytest.raises(InputError):
+            job(**wrong)
+    with pytest.raises(InputError, match="freeze_backbone='no': expected true or false"):
+        TrainSegmenter(freeze_backbone="no")
+    with pytest.raises(TypeError, match="train_segmenter: got an unexpected keyword argument 'heads'"):
+        train_segmenter(heads="upernet")
+
+
+@pytest.mark.parametrize("name", ["2024_01", "1e3", "yes", "null", "0x10", "1:30", "~", "a,b", "[x"])
+def test_names_are_never_read_as_numbers(name):
+    "A folder may be called whatever YAML takes for something else."
+    pairs = [f"source={name}", f"store={name}", "run=r"] if name[0] != "[" else ["run=r"]
+    objects = {} if name[0] != "[" else dict(source=name, store=name)
+    given = with_overrides(Given(), pairs)
+    made = make_settings(PredictImages, given, **objects)
+    assert (made.source, made.store) == (name, name)
 
 
 @pytest.mark.parametrize("options", [dict(lora=LoraSpec(rank=2)), dict(freeze_backbone=True), dict()])
@@ -252,7 +424,7 @@ def test_bands_do_not_show(data, tmp_path, monkeypatch):
     "A tall picture is done in bands of rows; each pixel is what it would be in one band."
     done = small(data, tmp_path, freeze_backbone=True)
     image = np.random.default_rng(0).random((3, 700, 40)).astype(np.float32)
-    labels, p = predict_picture(done.model, image, (32, 32), probabilities=True)
+    labels, p = predict_image(done.model, image, (32, 32), probabilities=True)
     from dinolab.volumes.tiles import all_tiles, blend
     from dinolab.tasks.images import BandPredictor
 
@@ -267,9 +439,12 @@ def test_prediction_goes_on_and_loses_nothing(data, tmp_path):
     done = small(data, tmp_path / "runs", freeze_backbone=True)
     out = tmp_path / "out"
     out.mkdir()
+    predict_images(done.run.path, data[1] / "images", out)
+    first = (out / "1.png").read_bytes()
+    (out / "1.png").unlink()
     Image.fromarray(np.full((70, 90), 1, np.uint8)).save(out / "0.png")
     predict_images(done.run.path, data[1] / "images", out)
-    assert (np.asarray(Image.open(out / "0.png")) == 1).all() and (out / "1.png").exists()
+    assert (np.asarray(Image.open(out / "0.png")) == 1).all() and (out / "1.png").read_bytes() == first
     predict_images(done.run.path, data[1] / "images", out, overwrite=True)
     assert not (np.asarray(Image.open(out / "0.png")) == 1).all()
     with pytest.raises(InputError, match="share their names"):
@@ -285,8 +460,8 @@ def test_shipped_recipes_are_valid():
     from dinolab.tasks.recipes import arguments, recipe_of
 
     for path in (Path(__file__).parents[1] / "nbs/experiments/configs").glob("*.yaml"):
-        recipe, config = recipe_of("train", path)
-        given = arguments(recipe, config)
+        recipe, keys = recipe_of("train", path)
+        given = arguments(recipe, keys)
         if recipe.name == "train_segmenter":
             keys = ("head", "hidden_size", "pool_scales", "neck", "stem", "norm", "lora", "freeze_backbone")
             assert create_segmentation_model(VIT, **{k: given[k] for k in keys}).eval()(

@@ -97,7 +97,7 @@ train: {{epochs: 2, device: cpu, log_every: 1}}
     labels = open_multiscale(tmp_path / "seg.zarr/labels").levels[0]
     assert labels.shape == (24, 64, 64) and labels.voxel_size == (16, 8, 8)
     again = dinolab("predict", f"run={run}", f"source={data}/raw1.zarr", "store=seg.zarr", folder=tmp_path)
-    assert again.returncode == 2 and "other settings" in again.stderr.strip().splitlines()[-1]
+    assert again.returncode == 2 and "is not what it was" in again.stderr.strip().splitlines()[-1]
     typo = dinolab("train", "--config", "train.yaml", "train.epoch=3", folder=tmp_path)
     assert typo.returncode == 2 and "epoch" in typo.stderr
 

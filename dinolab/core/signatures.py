@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REQUIRED', 'ARITHMETIC', 'Setting', 'Signature', 'Source', 'read_source', 'value_of', 'nested_in', 'comment_after',
-           'make_setting', 'own_rules', 'read_signature', 'signature_of', 'say_value', 'describe', 'unknown_key',
-           'expected_type', 'fit_value', 'make_nested', 'fit_settings']
+           'make_setting', 'own_rules', 'settings_class', 'read_signature', 'signature_of', 'say_value', 'describe',
+           'unknown_key', 'expected_type', 'fit_value', 'make_nested', 'fit_settings']
 
 # %% ../../nbs/api/core/signatures.ipynb #b18ff001
 import ast
@@ -213,17 +213,33 @@ def own_rules(
     return found
 
 
+def settings_class(
+    node: ast.FunctionDef,  # perhaps with the decorator with_settings(Class)
+) -> str | None:  # name of the class
+    "The dataclass whose fields a function takes."
+    for decorator in node.decorator_list:
+        if isinstance(decorator, ast.Call) and getattr(decorator.func, "id", None) == "with_settings":
+            return decorator.args[0].id
+    return None
+
+
 def read_signature(
     source: Source,  # of the module
     node: ast.FunctionDef | ast.ClassDef,  # a function or a dataclass in it
 ) -> Signature:
     "What a definition takes."
     if isinstance(node, ast.ClassDef):
-        fields = [f for f in node.body if isinstance(f, ast.AnnAssign)]
-        found = [
-            make_setting(f.target.id, f.annotation, f.value, source, f.value or f.annotation, rules={})
-            for f in fields
-        ]
+        found, named = [], False
+        for f in (f for f in node.body if isinstance(f, ast.AnnAssign)):
+            if f.target.id == "_":  # KW_ONLY
+                named = True
+                continue
+            last = f.value or f.annotation
+            found.append(make_setting(f.target.id, f.annotation, f.value, source, last, named, rules={}))
+    elif settings_class(node):
+        name = settings_class(node)
+        live = (source.live or {}).get(name)
+        found = (signature_of(live) if live else read_signature(*source.find(name))).settings
     else:
         rules = RULES | own_rules(node)
         args = [*node.args.posonlyargs, *node.args.args]

@@ -58,8 +58,11 @@ def parameter_rows(
     "What a caller must know of each parameter, and of the result."
     from fastcore.docments import docments
 
+    config = getattr(symbol, "config", None)  # a function that takes the fields of a dataclass
     try:
         found = docments(symbol, full=True, returns=not inspect.isclass(symbol), eval_str=False)
+        if config is not None:
+            found = docments(config, full=True, returns=False, eval_str=False) | {"return": found["return"]}
     except (NameError, TypeError, ValueError, SyntaxError, AttributeError):
         return []
     rows = []

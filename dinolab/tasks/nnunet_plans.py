@@ -156,10 +156,10 @@ def setup(
 ) -> dict:  # plans file, configuration, keys without effect
     "Write a configuration that carries a recipe into the plans of a data set."
     place = open_plans(dataset_id, parent, name, plans)
-    from dinolab.tasks.recipes import arguments, recipe_of  # loads torch
+    from dinolab.tasks.recipes import arguments, recipe_of
 
-    function, config = recipe_of("train", path, [*pairs, "recipe=segmenter"])
-    given = arguments(function, config)
+    recipe, keys = recipe_of("train", path, [*pairs, "recipe=segmenter"])
+    given, config = arguments(recipe, keys), keys.values
     new = dict(inherits_from=parent, dinolab=make_recipe(given))
     if "crop" in config:
         crop = given["crop"]
