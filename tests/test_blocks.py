@@ -17,6 +17,10 @@ from hypothesis import given, settings, strategies as st
 from dinolab.volumes.blocks import Done, _processes, check_aligned, make_blocks, run_blocks
 from dinolab.core.errors import InputError
 from dinolab.core.files import lock_folder
+from dinolab.volumes.sources import open_volume
+from dinolab.volumes.store import build_store, check_finite, kept_attributes, open_store
+from dinolab.volumes.volume import Volume
+from dinolab.volumes.write import write_multiscale
 
 
 class Fill:
@@ -217,3 +221,153 @@ def test_the_lock_is_gone_with_its_process(tmp_path):
 def test_tasks_are_small_enough_to_travel(tmp_path):
     task, _, done = job(tmp_path)
     assert len(pickle.dumps((task, done))) < 10_000
+
+
+# ---- stores
+
+RAW = np.random.default_rng(0).integers(0, 9, (4, 4, 4)).astype(np.uint8)
+
+
+class Power:
+    "Powers of voxels; stops before block number `stop`, and notes what it did."
+
+    def __init__(self, raw, out, stop=None, spoil=None):
+        self.raw, self.out, self.stop, self.spoil, self.did = raw, out, stop, spoil, []
+
+    def __call__(self, block):
+        if len(self.did) == self.stop:
+            raise KeyboardInterrupt
+        x = self.raw[block.write.slices].astype(np.float32) ** 2
+        if block.index == self.spoil:
+            x[0, 0, 0] = np.inf
+        check_finite(x, f"powers of {block.write}")
+        self.out[block.write.slices] = x
+        self.did.append(block.index)
+
+
+def powers(path, source=RAW, *, power=2, resume=True, stop=None, spoil=None, about=None, extra=None):
+    "Build the store that all tests build; the blocks that were computed."
+    settings = dict(power=power, nested=dict(sizes=(4, 4), name="a"), **(extra or {}))
+    raw = source.read() if isinstance(source, Volume) else source
+    with build_store(
+        path, "dinolab powers", settings, sources=dict(raw=source), about=about, resume=resume, what="powers"
+    ) as store:
+        task = Power(raw, store.array("powers", raw.shape, "f4", (2, 2, 4)), stop, spoil)
+        store.keep("mean", lambda: raw.mean())
+        store.run(task, make_blocks(raw.shape, (2, 2, 4)))
+        store.finish()
+    return task.did
+
+
+def bytes_below(folder):
+    "Every file and what is in it."
+    return {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_store_goes_on_where_it_stopped(tmp_path):
+    assert len(powers(tmp_path / "whole.zarr")) == 4
+    with pytest.raises(KeyboardInterrupt):
+        powers(tmp_path / "s.zarr", stop=2)
+    with pytest.raises(InputError, match="is unfinished"):
+        open_store(tmp_path / "s.zarr", "dinolab powers")
+    assert kept_attributes(tmp_path / "s.zarr")["mean"] == RAW.mean()
+    (tmp_path / "s.zarr" / ("zarr.json." + "0a" * 16 + ".partial")).write_text("{")  # zarr was writing it
+    assert powers(tmp_path / "s.zarr") == [(1, 0, 0), (1, 1, 0)]
+    found = [bytes_below(tmp_path / name) for name in ("whole.zarr", "s.zarr")]
+    assert list(found[0].values()) == list(found[1].values())
+    before = found[1], (tmp_path / "s.zarr").stat().st_size
+    assert powers(tmp_path / "s.zarr", RAW.copy()) == []
+    assert (bytes_below(tmp_path / "s.zarr"), (tmp_path / "s.zarr").stat().st_size) == before
+    np.testing.assert_array_equal(open_store(tmp_path / "s.zarr", "dinolab powers")["powers"][:], RAW**2.0)
+
+
+REFUSED = {
+    "other settings": (dict(power=3), r"begun with other settings: power \(2 there, 3 now\)"),
+    "a new setting": (dict(extra=dict(more=1)), r"more \(None there, 1 now\)"),
+    "other values": (dict(source=RAW + 1), "raw of .* is not what it was"),
+    "another type": (dict(source=RAW.astype(np.int16)), "raw of .* is not what it was"),
+    "no resume": (dict(resume=False), "exists: give a new path"),
+}
+
+
+@pytest.mark.parametrize("stop", (1, None))
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_refused_call_changes_no_byte(tmp_path, case, stop):
+    try:
+        powers(tmp_path / "s.zarr", stop=stop)
+    except KeyboardInterrupt:
+        pass
+    before = bytes_below(tmp_path)
+    options, message = REFUSED[case]
+    with pytest.raises(InputError, match=message) as e:
+        powers(tmp_path / "s.zarr", **options)
+    assert "\n" not in str(e.value) and bytes_below(tmp_path) == before
+    assert len(powers(tmp_path / "s.zarr")) == (3 if stop else 0)  # and it can still go on
+
+
+def test_what_is_no_store_is_left_alone(tmp_path):
+    powers(tmp_path / "s.zarr")
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters/dear").write_text("you")
+    (tmp_path / "file").write_text("x")
+    zarr.create_group(tmp_path / "other.zarr", attributes=dict(kind="dinolab others", settings={}))
+    zarr.create_array(tmp_path / "array.zarr", shape=(2,), dtype="u1")
+    before = bytes_below(tmp_path)
+    for name in ("letters", "file", "other.zarr", "array.zarr"):
+        with pytest.raises(InputError, match="exists and is no powers"):
+            powers(tmp_path / name)
+    with pytest.raises(InputError, match="lies inside another zarr group"):
+        powers(tmp_path / "s.zarr/more/inside")
+    with pytest.raises(InputError, match="cannot be written"):
+        powers("/proc/no/store")
+    with pytest.raises(InputError, match="is no others"):
+        open_store(tmp_path / "s.zarr", "dinolab others", what="others")
+    assert bytes_below(tmp_path) == before
+    (tmp_path / "empty").mkdir()
+    assert len(powers(tmp_path / "empty")) == 4
+
+
+def test_a_store_is_held_while_it_is_built(tmp_path):
+    with build_store(tmp_path / "s.zarr", "dinolab powers", {}):
+        with pytest.raises(InputError, match=f"in use by process {os.getpid()}"):
+            with build_store(tmp_path / "s.zarr", "dinolab powers", {}):
+                pass
+    assert kept_attributes(tmp_path / "s.zarr")["status"] == "running"
+
+
+def test_a_replaced_source_is_another_source(tmp_path):
+    source = write_multiscale(tmp_path / "raw.zarr", RAW, voxel_size=8, chunk=2).levels[0]
+    with pytest.raises(KeyboardInterrupt):
+        powers(tmp_path / "s.zarr", source, stop=1)
+    write_multiscale(tmp_path / "raw.zarr", 9 - RAW, voxel_size=8, chunk=2, overwrite=True)
+    with pytest.raises(InputError, match="raw of .* is not what it was"):
+        powers(tmp_path / "s.zarr", open_volume(tmp_path / "raw.zarr"))
+    write_multiscale(tmp_path / "moved.zarr", RAW, voxel_size=8, chunk=2)
+    assert len(powers(tmp_path / "s.zarr", open_volume(tmp_path / "moved.zarr"))) == 3
+
+
+def test_a_block_with_infinities_is_never_done(tmp_path):
+    with pytest.raises(
+        InputError, match=r"powers of Box\(2:4, 0:2, 0:4\): 1 of 16 values are NaN or infinite"
+    ) as e:
+        powers(tmp_path / "s.zarr", spoil=(1, 0, 0))
+    assert "65504" in str(e.value) and "\n" not in str(e.value)
+    assert kept_attributes(tmp_path / "s.zarr")["status"] == "running"
+    assert powers(tmp_path / "s.zarr") == [(1, 0, 0)]
+
+
+@pytest.mark.parametrize("writes", (0, 1, 2, 3, 4, 6, 9))
+def test_a_full_disk_is_one_line_and_the_store_goes_on(tmp_path, monkeypatch, writes):
+    from test_volume import full_disk
+
+    powers(tmp_path / "whole.zarr")
+    with monkeypatch.context() as patch:
+        full_disk(patch, writes)
+        with pytest.raises(InputError, match="No space left on device") as e:
+            powers(tmp_path / "s.zarr")
+    assert "\n" not in str(e.value)
+    assert kept_attributes(tmp_path / "s.zarr").get("status") != "complete"
+    powers(tmp_path / "s.zarr")
+    assert list(bytes_below(tmp_path / "s.zarr").values()) == list(
+        bytes_below(tmp_path / "whole.zarr").values()
+    )

@@ -1,10 +1,12 @@
 "Volumes against other people's files and readers, and against positions written into the voxels."
 
+import errno
 import itertools
 import json
 import pickle
 import shutil
 import threading
+import tracemalloc
 import warnings
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -18,10 +20,15 @@ import yaozarrs
 import zarr
 from hypothesis import given, settings, strategies as st
 
+import dinolab.volumes.volume
 import dinolab.volumes.write
 from dinolab.core.errors import InputError, MissingError
+from dinolab.volumes.arrays import StoredArray
+from dinolab.volumes.blocks import make_blocks
 from dinolab.volumes.grid import Grid, apply_matrices, axis_matrices, majority, resample_matrix
+from dinolab.volumes.ngff import ngff_attributes
 from dinolab.volumes.sources import open_multiscale, open_volume, update_datapaths_with_target_scales
+from dinolab.volumes.tiles import all_tiles
 from dinolab.volumes.volume import Multiscale, Volume
 from dinolab.volumes.write import write_multiscale
 
@@ -553,7 +560,7 @@ def test_writing_is_whole_or_absent(tmp_path):
             raise OSError(28, "No space left on device")
 
     data = np.zeros((8, 8, 8), np.uint8).view(Failing)
-    with pytest.raises(OSError):
+    with pytest.raises(InputError, match="No space left on device"):
         write_multiscale(tmp_path / "x.zarr", Volume(data, Grid((8, 8, 8), 8)))
     assert list(tmp_path.iterdir()) == []
     write_multiscale(tmp_path / "x.zarr", np.zeros((8, 8, 8), np.uint8), voxel_size=8)
@@ -570,3 +577,266 @@ def test_target_scales_of_anisotropic_pyramids(tmp_path):
     assert got == [[f"{tmp_path}/raw/s0", f"{tmp_path}/raw/s1"]] and isinstance(got[0], list)
     with pytest.warns(UserWarning, match="no level of"):
         update_datapaths_with_target_scales([(str(tmp_path / "raw"), str(tmp_path / "raw"))], 64)
+
+
+# ---- metadata that are not what they should be
+
+GONE = object()
+WRONG = (None, True, 0, -1, 1e400, 10**30, "8", "", [], {}, [[]], [{}], GONE)
+
+
+def places(document, path=()):
+    "Where something stands in nested metadata; of lists the first two."
+    yield path
+    if isinstance(document, dict):
+        for key in document:
+            yield from places(document[key], (*path, key))
+    if isinstance(document, list):
+        for i in range(min(2, len(document))):
+            yield from places(document[i], (*path, i))
+
+
+def with_wrong(document, path, value):
+    "A copy with something else at a place."
+    if not path:
+        return value
+    copied = json.loads(json.dumps(document))
+    at = copied
+    for key in path[:-1]:
+        at = at[key]
+    if value is GONE:
+        del at[path[-1]]
+    else:
+        at[path[-1]] = value
+    return copied
+
+
+def refusals(file, opened):
+    "Put every wrong value at every place of a metadata file: how many are refused, how many are read; anything but one line fails."
+    text, counts = file.read_text(), [0, 0]
+    document = json.loads(text)
+    for path, value in itertools.product(places(document), WRONG):
+        if value is GONE and not path:
+            continue
+        file.write_text(json.dumps(with_wrong(document, path, value)))
+        try:
+            opened().read(np.s_[0:2, 0:2, 0:2])
+            counts[1] += 1
+        except InputError as e:
+            assert "\n" not in str(e) and len(str(e)) < 600, (path, value)
+            counts[0] += 1
+        except Exception as e:
+            raise AssertionError(f"{path} = {value!r}: {e!r}") from e
+    file.write_text(text)
+    opened().read()
+    return counts
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "version,group,array", (("0.5", "zarr.json", "zarr.json"), ("0.4", ".zattrs", ".zarray"))
+)
+def test_wrong_ome_zarr_headers_are_one_line(tmp_path, version, group, array):
+    write_multiscale(tmp_path / "a.zarr", np.zeros((4, 4, 4), "u1"), voxel_size=8, levels=2, version=version)
+    opened = lambda: open_volume(tmp_path / "a.zarr")
+    refused, read = refusals(tmp_path / "a.zarr" / group, opened)
+    assert refused > 200 and read > 20
+    refused, read = refusals(tmp_path / "a.zarr/s0" / array, opened)
+    assert refused > 60
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_wrong_n5_headers_are_one_line(tmp_path):
+    ts = pytest.importorskip("tensorstore")
+    array = tmp_path / "v.n5/s0"
+    layout = dict(dimensions=[4] * 3, blockSize=[4] * 3, dataType="uint8", compression=dict(type="gzip"))
+    spec = dict(driver="n5", kvstore=dict(driver="file", path=str(array)), metadata=layout)
+    ts.open(spec, create=True).result()[...] = np.ones((4, 4, 4), np.uint8)
+    file, above = array / "attributes.json", array.parent / "attributes.json"
+    stored = json.loads(file.read_text())
+    resolution = dict(dimensions=[4.0, 4.0, 5.0], unit="nm")
+    placed = dict(pixelResolution=resolution, downsamplingFactors=[1, 1, 1])
+    opened = lambda: open_volume(array)
+
+    file.write_text(json.dumps(stored | placed))
+    assert refusals(file, opened)[0] > 100
+    file.write_text(json.dumps(stored))
+    above.write_text(json.dumps(dict(pixelResolution=resolution)))
+    assert refusals(above, opened)[0] > 30
+    for text in ("", "{", "[]", "null", "[" * 100_000):
+        above.write_text(text)
+        with pytest.raises(InputError, match="JSON object"):
+            opened()
+
+
+# ---- more than this machine holds, and files that are none
+
+
+def test_huge_volumes_take_nothing(tmp_path):
+    group = zarr.create_group(tmp_path / "huge.zarr")
+    group.create_array("s0", shape=(10**9,) * 3, chunks=(64,) * 3, dtype="u1")
+    grid = Grid((10**9,) * 3, 8)
+    group.attrs["ome"] = ngff_attributes([grid], "huge")["ome"]
+    tracemalloc.start()
+    huge = open_volume(tmp_path / "huge.zarr", missing="fill")
+    assert huge.read(np.s_[:2, :2, :2]).sum() == 0
+    with pytest.raises(InputError, match="more than the .* GB of this machine"):
+        huge.read()
+    with pytest.raises(InputError, match="more than the"):
+        huge.sample(grid)
+    with pytest.raises(InputError, match="pieces"):
+        write_multiscale(tmp_path / "copy.zarr", huge)
+    with pytest.raises(InputError, match="at most"):
+        make_blocks(grid.shape, (64, 64, 64))
+    with pytest.raises(InputError, match="at most"):
+        all_tiles(grid.shape, (64, 64, 64), 0.5)
+    assert tracemalloc.get_traced_memory()[1] < 2**26
+    tracemalloc.stop()
+    assert [p.name for p in tmp_path.iterdir()] == ["huge.zarr"]
+
+
+@pytest.mark.parametrize(
+    "size", (0, -8, float("nan"), float("inf"), 1e30, 1e-30, "wide", (8, 8), [[8]], None, {})
+)
+def test_absurd_voxel_sizes(tmp_path, size):
+    with pytest.raises(InputError) as e:
+        write_multiscale(tmp_path / "a.zarr", np.zeros((4, 4, 4), "u1"), voxel_size=size)
+    assert "\n" not in str(e.value) and not list(tmp_path.iterdir())
+
+
+def npy_header(text):
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+
+
+NPY = {
+    "empty": b"",
+    "a word": b"hello",
+    "cut": npy_header("{'descr': '|u1', 'fortran_order': False, 'shape': (4, 4, 4)}") + b"123",
+    "huge": npy_header(
+        "{'descr': '|u1', 'fortran_order': False, 'shape': (1000000000, 1000000000, 1000000000)}"
+    ),
+    "no header": npy_header("nothing"),
+    "objects": npy_header("{'descr': '|O', 'fortran_order': False, 'shape': (4, 4, 4)}") + b"\0" * 512,
+    "complex": npy_header("{'descr': '<c8', 'fortran_order': False, 'shape': (1, 1, 1)}") + b"\0" * 8,
+    "no voxel": npy_header("{'descr': '|u1', 'fortran_order': False, 'shape': (0, 4, 4)}"),
+}
+
+
+@pytest.mark.parametrize("kind", NPY)
+def test_npy_files_that_are_none(tmp_path, kind):
+    (tmp_path / "a.npy").write_bytes(NPY[kind])
+    with pytest.raises(InputError) as e:
+        open_volume(tmp_path / "a.npy", voxel_size=8)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("chunk", (0, -1, 2.5, "64", True))
+def test_wrong_chunks(tmp_path, chunk):
+    with pytest.raises(InputError, match="expected a whole number of voxels"):
+        write_multiscale(tmp_path / "a.zarr", np.zeros((4, 4, 4), "u1"), voxel_size=8, chunk=chunk)
+    assert not list(tmp_path.iterdir())
+
+
+def full_disk(monkeypatch, writes):
+    "Let so many files of zarr be written, then none."
+    left, put = [writes], zarr.storage._local._put
+
+    def one(*args, **options):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return put(*args, **options)
+
+    monkeypatch.setattr(zarr.storage._local, "_put", one)
+
+
+@pytest.mark.parametrize("writes", (0, 1, 2, 5))
+def test_full_disk_leaves_no_image(tmp_path, monkeypatch, writes):
+    full_disk(monkeypatch, writes)
+    with pytest.raises(InputError, match="No space left on device") as e:
+        write_multiscale(tmp_path / "a.zarr", np.ones((8, 8, 8), "u1"), voxel_size=8, chunk=4)
+    assert "\n" not in str(e.value) and not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path):
+    left = tmp_path / ".a.zarr.new/whole"
+    left.mkdir(parents=True)
+    (left / "half").write_text("half")
+    write_multiscale(tmp_path / "a.zarr", np.ones((8, 8, 8), "u1"), voxel_size=8)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.zarr"]
+    (tmp_path / "a.zarr").rename(tmp_path / ".a.zarr.old")  # killed between the two moves of a swap
+    with pytest.raises(InputError, match="exists"):
+        write_multiscale(tmp_path / "a.zarr", np.ones((8, 8, 8), "u1"), voxel_size=8)
+
+
+# ---- values that float32 would cut
+
+
+@pytest.mark.parametrize(
+    "kind,start", (("u1", 0), ("i2", -3000), ("f8", 2.0**31), ("u4", 2**31), ("i8", 2**40))
+)
+def test_offsets_are_taken_before_the_cast(kind, start):
+    small = np.random.default_rng(0).integers(0, 200, (6, 6, 6))
+    volume = Volume((small.astype(kind) + np.array(start, kind)).astype(kind), Grid(small.shape, 8))
+    for grid in (volume.grid, volume.grid.with_voxel_size(16)):
+        expected = Volume(small, volume.grid).sample(grid)
+        np.testing.assert_allclose(volume.sample(grid, offset=start), expected, atol=1e-3)
+
+
+# ---- identity
+
+
+def kept(volume):
+    "The identity as a store keeps it."
+    return json.loads(json.dumps(volume.identity()))
+
+
+def test_identity_of_a_level(tmp_path):
+    image = np.random.default_rng(0).integers(0, 255, (8, 8, 8)).astype("u1")
+    for name in ("a", "b"):
+        write_multiscale(tmp_path / name / "em.zarr", image + (name == "b"), voxel_size=8, levels=2, chunk=4)
+    first, other = (open_volume(tmp_path / name / "em.zarr") for name in "ab")
+    before = kept(first)
+    assert before["place"] == str(tmp_path / "a/em.zarr/s0")
+    assert first.unchanged(before) and not other.unchanged(before)  # the same last name
+    assert not open_volume(tmp_path / "a/em.zarr", level=1).unchanged(before)
+
+    (tmp_path / "a/em.zarr/results").mkdir()  # written beside it
+    (tmp_path / "a/em.zarr/results/new").write_text("x")
+    assert kept(first) == before
+    shutil.copytree(tmp_path / "a", tmp_path / "moved")
+    assert open_volume(tmp_path / "moved/em.zarr").unchanged(before)
+    write_multiscale(tmp_path / "a/em.zarr", 255 - image, voxel_size=8, levels=2, chunk=4, overwrite=True)
+    assert not open_volume(tmp_path / "a/em.zarr").unchanged(before)  # replaced in its place
+
+
+def test_identity_is_not_read_again_where_nothing_was_touched(tmp_path, monkeypatch):
+    volume = write_multiscale(tmp_path / "a.zarr", np.ones((8, 8, 8), "u1"), voxel_size=8).levels[0]
+    before = kept(volume)
+    monkeypatch.setattr(dinolab.volumes.volume, "content_of", lambda path: pytest.fail("was read"))
+    assert volume.unchanged(before)
+
+
+def test_identity_of_a_part():
+    array = np.arange(64).reshape(4, 4, 4)
+    volume = Volume(array, Grid(array.shape, 8))
+    assert volume.unchanged(kept(Volume(array.copy(), volume.grid, "elsewhere")))
+    assert not volume.unchanged(kept(Volume(array + 1, volume.grid)))
+    lazy = Volume(StoredArray(array, "zyx"), volume.grid)
+    assert lazy.unchanged(kept(volume))  # the same values, read slab by slab
+    assert not volume.crop(np.s_[:2, :, :]).unchanged(kept(volume))
+
+
+def test_identity_of_channels_and_regions(tmp_path):
+    z = zarr.create_array(tmp_path / "c.zarr", shape=(2, 4, 4, 4), chunks=(1, 4, 4, 4), dtype="u1")
+    z[:] = 1
+    channels = [
+        Volume(StoredArray(z, "czyx", {"c": c}), Grid((4, 4, 4), 8), "c", str(tmp_path / "c.zarr"))
+        for c in (0, 1)
+    ]
+    parts = [v.crop(roi) for v in channels for roi in (np.s_[:, :, :], np.s_[0:2, :, :], np.s_[2:4, :, :])]
+    seen = [v.identity()["content"] for v in (*channels, *parts)]
+    assert len(set(seen)) == len(seen)  # equal values, but other parts of the file
+    for i, v in enumerate(parts):
+        assert [w.unchanged(kept(v)) for w in parts] == [i == j for j in range(len(parts))]
+    assert channels[0].crop(np.s_[1:4, :, :]).crop(np.s_[1:3, :, :]).unchanged(kept(parts[2]))

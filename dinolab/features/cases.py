@@ -33,7 +33,7 @@ class Case:
     def image(self, roi: tuple) -> np.ndarray:  # z y x, float32, in 0..1
         "Raw intensities of a region of the target."
         low, high = self.intensity
-        return np.clip((self.raw.sample(self.grid.crop(roi)) - low) / (high - low), 0, 1)
+        return np.clip(self.raw.sample(self.grid.crop(roi), offset=low) / (high - low), 0, 1)
 
     def valid(self, roi: tuple) -> np.ndarray:  # z y x, boolean
         "Where labels count."

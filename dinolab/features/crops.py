@@ -40,7 +40,7 @@ def read_context(
         resample_matrix(*t)
         for t in zip(part.shape, part.voxel_size, part.corner, wide.shape, wide.voxel_size, wide.corner)
     ]
-    return np.clip((apply_matrices(raw.read(have), matrices) - low) / (high - low), 0, 1)
+    return np.clip(apply_matrices(raw.read(have), matrices, low) / (high - low), 0, 1)
 
 # %% ../../nbs/api/features/crops.ipynb #268c904b
 def turned_plane(

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['touched_chunks', 'check_present', 'decoding_error', 'StoredArray', 'plain_path', 'open_group', 'first_line',
-           'usable_array', 'array_in', 'arrays_in', 'is_array', 'open_array', 'open_or_create_group', 'create_group',
-           'create_array', 'writable', 'storage_blocks']
+           'usable_array', 'array_in', 'arrays_in', 'is_array', 'open_array', 'writing', 'open_or_create_group',
+           'create_group', 'create_array', 'writable', 'storage_blocks']
 
 # %% ../../nbs/api/volumes/arrays.ipynb #4b62af8b
+import errno
 import json
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -267,6 +269,21 @@ def open_array(
     return usable_array(array, path)
 
 # %% ../../nbs/api/volumes/arrays.ipynb #49568ce6
+@contextmanager
+def writing(
+    path,  # what is written, for the error
+):
+    "Turn a full or read-only disk into one line."
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+            raise
+        raise InputError(
+            f"{path} cannot be written ({e.strerror}): expected a writable disk with room"
+        ) from e
+
+
 def open_or_create_group(
     path,  # folder or fsspec URL
     storage_options: dict = None,  # for fsspec

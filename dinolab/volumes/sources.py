@@ -198,7 +198,9 @@ class _Mapped:
     "A .npy file mapped into memory; it travels to other processes as a path, where NumPy would send all its values."
 
     def __init__(self, path):
-        self.path, self.array = path, np.load(path, mmap_mode="r", allow_pickle=False)
+        with np.errstate(over="ignore"):  # a header that claims more than can be
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        self.path, self.array = path, array
 
     shape, dtype = property(lambda self: self.array.shape), property(lambda self: self.array.dtype)
 

@@ -17,7 +17,15 @@ from ..core.errors import InputError
 from ..core.files import plain
 from ..core.identity import check_unchanged, identity
 from ..core.settings import check_same
-from .arrays import create_array, open_group, open_or_create_group, plain_path, writable
+from dinolab.volumes.arrays import (
+    create_array,
+    is_array,
+    open_group,
+    open_or_create_group,
+    plain_path,
+    writable,
+    writing,
+)
 from ..core.files import lock_folder
 from .blocks import Done, run_blocks
 
@@ -47,7 +55,7 @@ def _is_occupied(path):
     folder = Path(path)
     if not folder.is_dir():
         return folder.exists()
-    return bool(kept_attributes(path)) or not all(map(_is_left_over, folder.iterdir()))
+    return is_array(path) or bool(kept_attributes(path)) or not all(map(_is_left_over, folder.iterdir()))
 
 # %% ../../nbs/api/volumes/store.ipynb #6f9bac83
 def _check_place(path, what):
@@ -157,7 +165,7 @@ def _held(path):
     except OSError as e:
         raise InputError(f"{path} cannot be written ({e.strerror}): expected a writable folder") from e
     try:
-        with lock_folder(folder):
+        with lock_folder(folder), writing(path):
             yield
     finally:
         if new and not (folder / "zarr.json").exists():

@@ -6,17 +6,18 @@
 __all__ = ['create_multiscale', 'fill_pyramid', 'new_folder', 'write_multiscale']
 
 # %% ../../nbs/api/volumes/write.ipynb #7c3d6f7f
-import os
 import shutil
-import uuid
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
 
 from ..core.errors import InputError
+from ..core.files import bring_back, lock_folder, swap_folder
 from ..core.progress import progress
-from .arrays import create_group, storage_blocks, writable
+from ..core.region import Box
+from .arrays import create_group, storage_blocks, writable, writing
 from .grid import Grid, divide, majority
 from .ngff import ngff_attributes, pyramid_grids
 from .sources import format_of, open_multiscale, open_volume
@@ -36,31 +37,43 @@ def create_multiscale(
     name: str = None,  # of the image; the folder's by default
 ):  # zarr group
     "Create an empty pyramid, to be filled through `writable`: blank chunks are written too, so that a missing chunk is a fault."
+    _check_layout(version, chunk, shard)
+    grids = pyramid_grids(grid, levels)
+    group = create_group(path, zarr_format=2 if version == "0.4" else 3)
+    for i, g in enumerate(grids):
+        _create_level(group, f"s{i}", g, dtype, version, chunk, shard, rgb)
+    group.attrs.update(ngff_attributes(grids, name or Path(str(path)).stem, version, rgb))
+    return group
+
+
+def _check_layout(version, chunk, shard):
+    "Refuse what cannot be written."
     if version not in ("0.4", "0.5"):
         raise InputError(f"OME-Zarr version {version!r}: expected '0.4' or '0.5'")
+    for name, size in (("chunk", chunk), ("shard", shard)):
+        if size is not None and (isinstance(size, bool) or not isinstance(size, Integral) or size < 1):
+            raise InputError(f"{name} {size!r}: expected a whole number of voxels, 1 or more")
     if shard and version == "0.4":
         raise InputError("shards need OME-Zarr 0.5: drop shard=, or use version='0.5'")
     if shard and shard % chunk:
         raise InputError(f"shard {shard}: expected a multiple of the chunk {chunk}")
-    grids, lead = pyramid_grids(grid, levels), (3,) if rgb else ()
-    group = create_group(path, zarr_format=2 if version == "0.4" else 3)
-    for i, g in enumerate(grids):
-        inner = tuple(min(chunk, n) for n in g.shape) if not shard else (chunk,) * 3
-        keys = (
-            dict(chunk_key_encoding=dict(name="v2", separator="/"))
-            if version == "0.4"
-            else dict(dimension_names=(["c"] if rgb else []) + list("zyx"))
-        )
-        group.create_array(
-            f"s{i}",
-            shape=lead + g.shape,
-            dtype=dtype,
-            chunks=lead + inner,
-            shards=lead + (shard,) * 3 if shard else None,
-            **keys,
-        )
-    group.attrs.update(ngff_attributes(grids, name or Path(str(path)).stem, version, rgb))
-    return group
+
+
+def _create_level(group, name, grid, dtype, version, chunk, shard, rgb):
+    "The array of one level."
+    lead = (3,) if rgb else ()
+    inner = (chunk,) * 3 if shard else tuple(min(chunk, n) for n in grid.shape)
+    options = dict(dimension_names=[*"czyx"][1 - len(lead) :])
+    if version == "0.4":
+        options = dict(chunk_key_encoding=dict(name="v2", separator="/"))
+    group.create_array(
+        name,
+        shape=lead + grid.shape,
+        dtype=dtype,
+        chunks=lead + inner,
+        shards=lead + (shard,) * 3 if shard else None,
+        **options,
+    )
 
 # %% ../../nbs/api/volumes/write.ipynb #adf7ac0e
 def _reduce(x, factor, kind):
@@ -71,9 +84,8 @@ def _reduce(x, factor, kind):
     for axis, f in zip((-3, -2, -1), factor):
         starts = np.arange(0, x.shape[axis], f)
         count = np.minimum(f, x.shape[axis] - starts)
-        total = np.add.reduceat(total, starts, axis=axis, dtype=np.float64) / count.reshape(
-            [-1 if a == axis else 1 for a in range(-x.ndim, 0)]
-        )
+        count = np.expand_dims(count, tuple(range(1, -axis)))  # along this axis
+        total = np.add.reduceat(total, starts, axis=axis, dtype=np.float64) / count
     return (total if x.dtype.kind == "f" else np.rint(total)).astype(x.dtype)
 
 
@@ -82,12 +94,12 @@ def _majority_blocks(x, factor):
     for axis, f in enumerate(factor):
         whole = x.shape[axis] // f * f
         if 0 < whole < x.shape[axis]:
-            return np.concatenate(
-                [_majority_blocks(part, factor) for part in np.split(x, [whole], axis)], axis
-            )
+            parts = np.split(x, [whole], axis)
+            return np.concatenate([_majority_blocks(part, factor) for part in parts], axis)
     f, g, h = (min(f, n) for f, n in zip(factor, x.shape))
-    votes = x.reshape(x.shape[0] // f, f, x.shape[1] // g, g, x.shape[2] // h, h).transpose(0, 2, 4, 1, 3, 5)
-    return majority(votes.reshape(*votes.shape[:3], f * g * h))
+    z, y, x_ = x.shape[0] // f, x.shape[1] // g, x.shape[2] // h
+    votes = x.reshape(z, f, y, g, x_, h).transpose(0, 2, 4, 1, 3, 5)
+    return majority(votes.reshape(z, y, x_, f * g * h))
 
 # %% ../../nbs/api/volumes/write.ipynb #a2e69459
 def fill_pyramid(
@@ -95,12 +107,21 @@ def fill_pyramid(
     kind: str = "image",  # "image" for means, "labels" for majorities
 ):
     "Compute the coarser levels block by block: images from the level before, labels from the finest."
-    names = sorted(group.array_keys(), key=lambda s: int(s[1:]))
+    sizes = _voxel_sizes(group)
+    names = list(sizes)
     for before, name in zip(names, names[1:]):
-        src, dst = group["s0" if kind == "labels" else before], writable(group, name)
-        factor = [round(_step(group, dst.basename, a) / _step(group, src.basename, a)) for a in range(3)]
-        for roi in progress(storage_blocks(dst), desc=f"level {name}", unit="block"):
-            dst[(..., *roi)] = _reduced(src, roi, factor, kind)
+        source = "s0" if kind == "labels" else before
+        factor = [round(b / a) for a, b in zip(sizes[source], sizes[name])]
+        finer, coarser = group[source], writable(group, name)
+        for roi in progress(storage_blocks(coarser), desc=f"level {name}", unit="block"):
+            coarser[(..., *roi)] = _reduced(finer, roi, factor, kind)
+
+
+def _voxel_sizes(group):
+    "Name of each level and its voxel size z y x, finest first."
+    attrs = group.attrs.get("ome") or group.attrs
+    levels = attrs["multiscales"][0]["datasets"]
+    return {level["path"]: level["coordinateTransformations"][0]["scale"][-3:] for level in levels}
 
 
 def _reduced(src, roi, factor, kind):
@@ -112,12 +133,6 @@ def _reduced(src, roi, factor, kind):
         out[(..., *piece.relative_to(roi))] = _reduce(src[(..., *read)], factor, kind)
     return out
 
-
-def _step(group, level, axis):
-    attrs = group.attrs.get("ome") or group.attrs
-    d = next(d for d in attrs["multiscales"][0]["datasets"] if d["path"] == level)
-    return d["coordinateTransformations"][0]["scale"][axis - 3]
-
 # %% ../../nbs/api/volumes/write.ipynb #55cb29cb
 @contextmanager
 def new_folder(
@@ -126,20 +141,31 @@ def new_folder(
 ):  # temporary path to write to
     "A folder that appears under its name only when the block ends without an error."
     path = Path(path)
+    bring_back(path)
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists: give another path, or overwrite=True")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    work = path.with_name(f".{path.name}.new")
     try:
-        yield temporary
-        old = temporary.with_name(temporary.name + ".old")
-        if path.exists():
-            os.replace(path, old)
-        os.replace(temporary, path)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"{path} cannot be written ({e.strerror}): expected a writable folder") from e
+    try:
+        with lock_folder(work), writing(path), _removed(work / "whole") as whole:
+            yield whole
+            swap_folder(whole, path)
+    finally:
+        with suppress(OSError):  # not empty: another process is at work
+            work.rmdir()
+
+
+@contextmanager
+def _removed(folder):
+    "A place where nothing is before and after."
+    shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 # %% ../../nbs/api/volumes/write.ipynb #330a5f8a
 def write_multiscale(
@@ -159,30 +185,23 @@ def write_multiscale(
     "Write an OME-Zarr pyramid, block by block; it is whole or absent."
     if kind not in ("image", "labels"):
         raise InputError(f"kind {kind!r}: expected 'image' or 'labels'")
+    _check_layout(version, chunk, shard)
     rgb = getattr(image, "ndim", 3) == 4
-    if rgb and image.shape[0] != 3:
-        raise InputError(f"image of shape {tuple(image.shape)}: expected z y x, or 3 z y x for RGB")
     if voxel_size is None and format_of(image) == "memory":
         raise InputError(f"{path}: voxel size None: expected nm, one number or three (z, y, x)")
-    if not rgb:
+    if rgb:
+        if image.shape[0] != 3:
+            raise InputError(f"image of shape {tuple(image.shape)}: expected z y x, or 3 z y x for RGB")
+        grid = Grid(image.shape[1:], voxel_size, (0, 0, 0) if origin is None else origin)
+    else:
         image = open_volume(image, voxel_size=voxel_size, origin=origin)
-    grid = (
-        image.grid if not rgb else Grid(image.shape[1:], voxel_size, (0, 0, 0) if origin is None else origin)
-    )
+        grid = image.grid
     if kind == "labels" and not np.issubdtype(image.dtype, np.integer):
         raise InputError(f"labels of type {image.dtype}: expected integers")
+    divide(Box.whole(grid.shape), (shard or chunk,) * 3)  # refuses what has too many chunks to be written
+    layout = dict(levels=levels, version=version, chunk=chunk, shard=shard, rgb=rgb)
     with new_folder(path, overwrite) as temporary:
-        group = create_multiscale(
-            temporary,
-            grid,
-            image.dtype,
-            levels=levels,
-            version=version,
-            chunk=chunk,
-            shard=shard,
-            rgb=rgb,
-            name=name or Path(path).stem,
-        )
+        group = create_multiscale(temporary, grid, image.dtype, name=name or Path(path).stem, **layout)
         finest = writable(group, "s0")
         for roi in progress(storage_blocks(finest), desc=f"writing {Path(path).name}", unit="block"):
             finest[(..., *roi)] = np.asarray(image[(slice(None), *roi)]) if rgb else image.read(roi)
