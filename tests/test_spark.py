@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from dinolab.synth.spacecraft import spacecraft_image, write_spark
 from dinolab.tasks.spark import (
     SPARK,
     WholeValidation,
+    evaluate_unet3plus,
     infer_unet3plus,
     layer_names,
     load_unet3plus,
@@ -170,7 +172,7 @@ def test_commands_and_their_files(data, tmp_path):
         processes=2,
     )
     assert code == 0, out
-    assert sorted(p.name for p in (tmp_path / "o").iterdir()) == sorted(
+    assert sorted(p.name for p in (tmp_path / "o").glob("[!.]*")) == sorted(
         f"test_{i:05}_{k}" for i in range(5) for k in ("layer.npz", "vis.png")
     )
     layer = np.load(tmp_path / "o/test_00003_layer.npz")["data"]
@@ -276,7 +278,7 @@ def test_validation_counts_each_picture_once(data):
         (lambda d: next((d / "images").rglob("train/*.jpg")).unlink(), "1 files are not there, such as"),
         (
             lambda d: next((d / "images").rglob("train/*.jpg")).write_bytes(b"\xff\xd8\xff junk"),
-            "1 of 4 pictures cannot be used",
+            "1 of 4 images cannot be used",
         ),
         (
             lambda d: (
@@ -288,7 +290,7 @@ def test_validation_counts_each_picture_once(data):
             lambda d: (
                 (p := next((d / "images").rglob("train/*.jpg"))) and p.write_bytes(p.read_bytes()[:600])
             ),
-            "1 of 4 pictures cannot be used",
+            "1 of 4 images cannot be used",
         ),
     ],
 )
@@ -321,7 +323,7 @@ def test_unreadable_pictures_can_be_left_out(tmp_path, capsys):
         device="cpu",
     )
     train_unet3plus(**small, save_path=str(tmp_path / "m"), skip_unreadable=True)
-    assert f"left out 1 of 5 pictures: {bad}" in capsys.readouterr().out
+    assert f"left out 1 of 5 images: {bad}" in capsys.readouterr().out
     with pytest.raises(InputError, match="skip_unreadable goes on without it"):
         infer_unet3plus(
             model_path=tmp_path / "m/unet3plus_final",
@@ -381,6 +383,103 @@ def test_a_model_of_another_architecture(data, tmp_path):
     file.write_text(file.read_text().replace('"cat_channels": 4', '"cat_channels": 5'))
     with pytest.raises(InputError, match="another architecture"):
         load_unet3plus(tmp_path / "m/unet3plus_final")
+
+
+@pytest.fixture(scope="module")
+def models(data, tmp_path_factory):
+    "Two trainings of one epoch."
+    folder = tmp_path_factory.mktemp("models")
+    small = dict(
+        backbone="resnet10t",
+        pretrained=False,
+        cat_channels=4,
+        epochs=1,
+        batch_size=2,
+        target_size=32,
+        num_workers=0,
+        save_every=1,
+        validate_every=1,
+        data_root=str(data),
+        device="cpu",
+    )
+    for seed in (0, 1):
+        train_unet3plus(**small, seed=seed, save_path=str(folder / str(seed)))
+    return folder, small
+
+
+def everything(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_models_come_after_a_kill(models, tmp_path):
+    "A kill between the last checkpoint and the folders of its models: going on brings them, byte for byte."
+    folder, small = models
+    shutil.copytree(folder / "0", tmp_path / "m")
+    for name in ("unet3plus_final", "unet3plus_epoch_1"):
+        shutil.rmtree(tmp_path / "m" / name)
+    train_unet3plus(**small, seed=0, save_path=str(tmp_path / "m"), resume=True)
+    for name in ("unet3plus_final", "unet3plus_epoch_1", "unet3plus_best"):
+        assert weights(tmp_path / "m", name) == weights(folder / "0", name), name
+
+
+def test_a_refused_resume_changes_nothing(models, data, tmp_path):
+    folder, small = models
+    shutil.copytree(folder / "0", tmp_path / "m")
+    shutil.copytree(data, tmp_path / "data")
+    before = everything(tmp_path / "m")
+    mask = next((tmp_path / "data/mask").rglob("train/*.jpg"))
+    Image.open(mask).rotate(180).save(mask)
+    for message, change in (
+        ("lr (0.001 there, 1.0 now)", dict(lr=1.0)),
+        ("loss", dict(loss="ce")),
+        ("masks: not those", dict(data_root=str(tmp_path / "data"))),
+        ("seed", dict(seed=3)),
+    ):
+        with pytest.raises(InputError) as e:
+            train_unet3plus(**small | change, save_path=str(tmp_path / "m"), resume=True)
+        assert message in str(e.value) and "\n" not in str(e.value)
+        assert everything(tmp_path / "m") == before
+    with pytest.raises(InputError, match="holds a training: --resume"):
+        train_unet3plus(**small, save_path=str(tmp_path / "m"))
+
+
+def test_a_training_stops_in_time_and_goes_on(models, tmp_path):
+    "With checkpoints between the epochs; there is no final model until it is done."
+    folder, small = models
+    part = small | dict(save_path=str(tmp_path / "m"), seed=0, checkpoint_every=1)
+    train_unet3plus(**part, max_seconds=1e-9)
+    assert not (tmp_path / "m/unet3plus_final").exists()
+    train_unet3plus(**part, resume=True)
+    assert weights(tmp_path / "m") == weights(folder / "0")
+
+
+def test_results_are_of_one_model(models, data, tmp_path):
+    "infer refuses a folder of another model; examples of an earlier evaluation go."
+    folder, _ = models
+    call = dict(data_path=str(next((data / "images").rglob("val"))), num_workers=0)
+    call |= dict(output_dir=str(tmp_path / "o"))
+    assert infer_unet3plus(model_path=str(folder / "0/unet3plus_final"), **call) > 0
+    before = everything(tmp_path / "o")
+    assert infer_unet3plus(model_path=str(folder / "0/unet3plus_final"), **call) == 0
+    for change in (dict(model_path=str(folder / "1/unet3plus_final")), dict(npz_dtype="uint8")):
+        with pytest.raises(InputError, match="there, .* now"):
+            infer_unet3plus(**dict(model_path=str(folder / "0/unet3plus_final")) | call | change)
+        assert everything(tmp_path / "o") == before
+    tables = dict(val_csv=str(data / "val.csv"), image_root=str(data / "images"))
+    tables |= dict(mask_root=str(data / "mask"), output_path=str(tmp_path / "e"), save_examples=True)
+    for model, count in (("0", 2), ("1", 1)):
+        path = str(folder / model / "unet3plus_final")
+        evaluate_unet3plus(model_path=path, num_examples=count, **tables)
+        assert len(list((tmp_path / "e/examples").iterdir())) == count
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"kind": "unet3plus"}'])
+def test_a_damaged_model_is_one_line(models, tmp_path, text):
+    shutil.copytree(models[0] / "0/unet3plus_final", tmp_path / "m")
+    (tmp_path / "m/config.json").write_text(text)
+    with pytest.raises(InputError, match="config.json is damaged") as e:
+        load_unet3plus(tmp_path / "m")
+    assert "\n" not in str(e.value)
 
 
 def test_names_keep_the_whole_stem():

@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -266,11 +267,12 @@ def begin_run(
         if path.exists():
             check_same(read_json(path), plain(about), str(begun.path), SAME, MAY_MOVE)
         else:
-            write_json(begun.path / "inputs.json", describe_data(data))
+            write_json(begun.path / "identities.json", describe_data(data))
             write_json(path, about)
         return str(begun.path)
 
-    return Run.open(from_first(make))
+    path = from_first(make)
+    return Run.open(path) if run is None else run
 
 
 def _new_run(task, settings):
@@ -351,19 +353,25 @@ def train(
 ) -> Run:  # done
     "Train a network: the same order for every kind of work."
     run = run_to_resume(settings)
-    opened = task.open(settings)
-    if run is not None and (run.path / "inputs.json").exists():
-        check_data(read_json(run.path / "inputs.json"), opened.data, run.path)
-    network = task.network(settings, opened)
-    step = task.step(settings, opened)
-    valid = None if opened.valid is None else task.validate(settings, opened, step)
-    run = begin_run(task.name, settings, opened.data, network.about, run)
-    if network.keep and launched().rank == 0:
-        network.keep(run)
-    saved = network.saved and network.saved(run)
-    options = dict(scales=network.scales, metrics=network.metrics, saved=saved)
-    fit_run(run, network.model, step, opened.train, valid, opened.args, **options)
+    with _held(run):
+        opened = task.open(settings)
+        if run is not None and (run.path / "identities.json").exists():
+            check_data(read_json(run.path / "identities.json"), opened.data, run.path)
+        network = task.network(settings, opened)
+        step = task.step(settings, opened)
+        valid = None if opened.valid is None else task.validate(settings, opened, step)
+        run = begin_run(task.name, settings, opened.data, network.about, run)
+        if network.keep and launched().rank == 0:
+            network.keep(run)
+        saved = network.saved and network.saved(run)
+        options = dict(scales=network.scales, metrics=network.metrics, saved=saved)
+        fit_run(run, network.model, step, opened.train, valid, opened.args, **options)
     return run
+
+
+def _held(run):
+    "A run that goes on is held from the beginning: a second training of it is refused at once."
+    return run.lock() if run is not None and launched().rank == 0 else nullcontext()
 
 # %% ../../nbs/api/tasks/common.ipynb #dcb36777
 def evaluate(
