@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -259,6 +260,118 @@ def test_another_backbone_is_noticed(tmp_path):
     (done.run.path / "checkpoints/best/model.safetensors").write_bytes(b"not weights at all")
     with pytest.raises(InputError, match="is damaged"):
         load_trained(done.run.path, backbone=s["backbone"])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    "A finished training with a window of intensities, its settings, and a third volume on disk twice."
+    folder = tmp_path_factory.mktemp("trained")
+    given = small(folder, intensity=(0, 255), upsampler="transpose")
+    run = train_unet3d(**given).run
+    for name, seed in (("a", 5), ("b", 6)):
+        em = em_volume(shape=(20, 28, 32), voxel_size=(8, 8, 8), seed=seed)
+        options = dict(voxel_size=em.voxel_size, levels=1)
+        write_multiscale(folder / name / "em.zarr", em.raw, **options)
+        write_multiscale(folder / name / "labels.zarr", em.labels, kind="labels", **options)
+    return run, given, folder
+
+
+def contents(folder):
+    "All files below a folder, byte for byte."
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_training_goes_on_with_what_it_was_begun_with(trained):
+    "Another loss, other volumes, labels, backbone or window are refused by name, and no byte of the run changes."
+    run, given, _ = trained
+    before = contents(run.path)
+    raw, labels = given["raw_data"], given["gt_data"]
+    turned = [*labels[:2], Volume(labels[2].array[::-1].copy(), labels[2].grid)]
+    other = PatchMean(4)
+    other.register_buffer("more", torch.ones(1))
+    changes = {
+        "loss (ce+dice there, ce now)": dict(loss="ce"),
+        "augment (em there, none now)": dict(augment="none"),
+        "intensity": dict(intensity=(0, 200)),
+        "train.lr": dict(train=TrainArgs(epochs=1, device="cpu", lr=1.0)),
+        "gt_data: not those": dict(gt_data=turned),
+        "raw_data: not those": dict(raw_data=[raw[1], raw[0], raw[2]]),
+        "backbone.weights_hash": dict(backbone=other),
+    }
+    for message, change in changes.items():
+        with pytest.raises(InputError) as e:
+            train_unet3d(**given | change, run=run.path)
+        assert message in str(e.value) and "\n" not in str(e.value), str(e.value)
+        assert contents(run.path) == before, message
+    assert train_unet3d(**given, run=run.path).run.status == "done"
+    assert (
+        contents(run.path)["checkpoints/last/model.safetensors"]
+        == before["checkpoints/last/model.safetensors"]
+    )
+
+
+def test_two_volumes_of_one_name(trained):
+    "a/em and b/em have two predictions: together they score what their counts say."
+    run, given, folder = trained
+    options = dict(backbone=given["backbone"], cache=folder / "features")
+    place = lambda names, what: [folder / n / f"{what}.zarr" for n in names]
+    known = len(list((run.path / "predictions").glob("*"))) if (run.path / "predictions").exists() else 0
+    score = lambda names: evaluate_unet3d(run.path, place(names, "em"), place(names, "labels"), **options)
+    one, two, both = (score(names)["test/accuracy"] for names in ("a", "b", "ab"))
+    assert one != two and both == pytest.approx((one + two) / 2)  # of equal size
+    assert len(list((run.path / "predictions").glob("em.zarr-*"))) == 2 + known
+
+
+def test_a_prediction_is_of_one_volume(trained, tmp_path):
+    "Another volume into its store is refused, and so is the same place with another content."
+    run, given, folder = trained
+    shutil.copytree(folder / "a/em.zarr", tmp_path / "em.zarr")
+    options = dict(backbone=given["backbone"], chunk=16)
+    predict_unet3d(run.path, tmp_path / "em.zarr", tmp_path / "seg.zarr", **options)
+    before = contents(tmp_path / "seg.zarr")
+    with pytest.raises(InputError, match="raw of .* is not what it was"):
+        predict_unet3d(run.path, folder / "b/em.zarr", tmp_path / "seg.zarr", **options)
+    predict_unet3d(run.path, folder / "a/em.zarr", tmp_path / "seg.zarr", **options)  # the same, elsewhere
+    shutil.rmtree(tmp_path / "em.zarr")
+    shutil.copytree(folder / "b/em.zarr", tmp_path / "em.zarr")
+    with pytest.raises(InputError, match="raw of .* is not what it was"):
+        predict_unet3d(run.path, tmp_path / "em.zarr", tmp_path / "seg.zarr", **options)
+    assert contents(tmp_path / "seg.zarr") == before
+
+
+def test_the_window_of_the_training_is_kept(trained, tmp_path):
+    "Intensities that were given in training hold in prediction, unless others are given."
+    run, given, folder = trained
+    options = dict(backbone=given["backbone"], chunk=16, probabilities=True)
+    found = {}
+    for name, window in (("kept", None), ("same", (0, 255)), ("other", (0, 90))):
+        done = predict_unet3d(
+            run.path, folder / "a/em.zarr", tmp_path / f"{name}.zarr", intensity=window, **options
+        )
+        found[name] = done.probabilities()
+    assert np.array_equal(found["kept"], found["same"]) and not np.array_equal(found["kept"], found["other"])
+
+
+def test_numbers_that_are_none(trained, tmp_path, monkeypatch):
+    "A network that gives NaN does not find class 0 everywhere."
+    run, given, folder = trained
+
+    def spoil(run, model, which):
+        with torch.no_grad():
+            list(model.parameters())[-1].fill_(float("nan"))
+
+    monkeypatch.setattr("dinolab.tasks.volumes.load_checkpoint", spoil)
+    with pytest.raises(InputError, match="em.zarr.*outputs of the network are no finite numbers"):
+        predict_unet3d(run.path, folder / "a/em.zarr", tmp_path / "s.zarr", backbone=given["backbone"])
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"kind": "unet3d"}'])
+def test_damaged_files_of_a_run_are_one_line(trained, tmp_path, text):
+    shutil.copytree(trained[0].path, tmp_path / "run")
+    (tmp_path / "run/model.json").write_text(text)
+    with pytest.raises(InputError, match="model.json is damaged") as e:
+        load_trained(tmp_path / "run")
+    assert "\n" not in str(e.value)
 
 
 def test_evaluation_agrees_with_counting(tmp_path):
