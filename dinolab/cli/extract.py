@@ -105,7 +105,7 @@ def features_of_source(
         raise MissingError(f"weights: no file or folder {weights!r}; give an existing one, or pretrained")
     import torch
 
-    from dinolab.features.extract import extract_to_zarr
+    from dinolab.features.store import extract_to_zarr
     from dinolab.models.backbones import create_backbone
 
     options = dict(channel=channel, time=time, unit=unit, axes=axes, missing=missing)

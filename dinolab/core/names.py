@@ -201,6 +201,7 @@ RENAMED = {
     "engine.Saver": "train.checkpoints.Checkpointer",
     "engine.recover": "core.files.recover_folder",
     "engine.replace_folder": "core.files.swap_folder",
+    "features.spread": "features.intensity.pick_some",
     "features.worker_device": "train.device.find_device",
     "heads.Fine": "models.heads.FullResolutionHead",
     "heads.Pyramid": "models.heads.FeaturePyramid",
@@ -230,6 +231,8 @@ RENAMED = {
 
 # %% ../../nbs/api/core/names.ipynb #ff8697a0
 GONE = {
+    "cli.Flags": "cli.grammar.FunctionCommand makes the commands of a function",
+    "cli.run_flags": "cli.grammar.FunctionCommand makes the commands of a function",
     "engine.check_facts": "core.settings.check_same compares all settings",
     "infer.intersection": "core.region.Box has intersect",
     "site.NOTEBOOK": "site.build writes links itself",
