@@ -12,7 +12,6 @@ from .base import Job, JobScript, OnCluster, app, find_cluster, numbers, whole_n
 from .grammar import FunctionCommand
 from ..core.errors import InputError, MissingError
 from ..core.settings import check_settings
-from ..tasks.recipes import is_there
 
 # %% ../../nbs/api/cli/extract.ipynb #7420302f
 SAYS = {
@@ -99,6 +98,8 @@ def features_of_source(
     stated = numbers(source_voxel_size, "--source-voxel-size")
     check_settings(voxel_size=stated, intensity=intensity, n_components=components)
     blocks = whole_numbers(layers, "--layers")
+    from dinolab.tasks.recipes import is_there
+
     if not is_there(source):
         raise MissingError(f"no such path {source!r}: expected an image or a volume, or a URL")
     if weights not in (None, "pretrained") and not is_there(weights):

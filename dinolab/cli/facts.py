@@ -16,7 +16,6 @@ from pathlib import Path
 
 from .base import app
 from ..core.progress import format_table
-from ..train.runs import versions
 
 # %% ../../nbs/api/cli/facts.ipynb #91bc7416
 PACKAGES = ("dinolab", "torch", "timm", "transformers", "peft", "accelerate", "numpy", "zarr")
@@ -102,6 +101,8 @@ def devices() -> list:  # rows: device, memory in GB, bf16
 @app.command()
 def info():
     "Print versions, devices, extras, weights in the caches and the package index; loads torch for the devices."
+    from dinolab.train.runs import versions
+
     print(f"{platform.platform()}\n")
     print(format_table(dict(package=name, version=v or "missing") for name, v in versions(PACKAGES).items()))
     rows = [
