@@ -7,7 +7,6 @@ __all__ = ['Config', 'Pairs', 'Keys', 'known_keys', 'complete_keys', 'complete_c
            'start_recipe', 'train', 'evaluate', 'is_pair', 'name_places', 'predict']
 
 # %% ../../nbs/api/cli/recipes.ipynb #15abc038
-import json
 import os
 import re
 from pathlib import Path
@@ -20,16 +19,15 @@ from .base import Job, JobScript, OnCluster, app, find_cluster
 from ..core.errors import InputError, nearest
 from ..core.progress import format_table
 from ..core.shipped import shipped
-from ..core.signatures import describe
 
 # %% ../../nbs/api/cli/recipes.ipynb #bb66796d
 def known_keys(
     command: str,  # train, evaluate or predict
 ) -> list:  # of all its recipes
     "Keys that a command may take."
-    from dinolab.tasks.recipes import RECIPES
+    from dinolab.tasks.recipes import RECIPES, describe
 
-    rows = [row["key"] for place in RECIPES[command].values() for row in describe(place)]
+    rows = [row["key"] for recipe in RECIPES[command].values() for row in describe(recipe)]
     return ["recipe", *dict.fromkeys(rows)]
 
 
@@ -113,12 +111,12 @@ def start_recipe(
     **objects,  # arguments that cannot be written, such as client
 ):  # what the recipe returns; None for a list
     "Run a recipe, or list its keys."
-    from dinolab.tasks.recipes import recipe_of, run_recipe
+    from dinolab.tasks.recipes import describe, recipe_of, run_recipe
 
     if keys:
         print(format_table(describe(recipe_of(command, config, pairs or [])[0])))
         return None
-    if not config and not pairs:
+    if not config and not pairs and not objects:
         raise InputError(
             f"{command} without settings: expected --config FILE or key=value; --keys lists them"
         )
@@ -155,17 +153,17 @@ def is_pair(
 
 
 def name_places(
-    pairs: list,  # IN ... OUT key=value ...
-) -> list:  # key=value
+    args: list,  # IN ... OUT key=value ...
+) -> tuple:  # source and store by name, the key=value among them
     "Paths without a key: the last one is store, those before it are source."
-    places = [json.dumps(p, ensure_ascii=False) for p in pairs if not is_pair(p)]
-    named = [p for p in pairs if is_pair(p)]
+    places = [a for a in args if not is_pair(a)]
+    pairs = [a for a in args if is_pair(a)]
     if not places:
-        return named
+        return {}, pairs
     if len(places) == 1:
-        raise InputError(f"one path, {json.loads(places[0])}: expected IN and OUT")
-    source = places[0] if len(places) == 2 else f"[{', '.join(places[:-1])}]"
-    return [f"source={source}", f"store={places[-1]}", *named]
+        raise InputError(f"one path, {places[0]}: expected IN and OUT")
+    source = places[0] if len(places) == 2 else places[:-1]
+    return dict(source=source, store=places[-1]), pairs
 
 # %% ../../nbs/api/cli/recipes.ipynb #e7404c14
 @app.command(cls=RecipeCommand)
@@ -195,12 +193,12 @@ def predict(
 ):
     "Segment a volume into OME-Zarr, or images into masks, of any size; run again to go on after an interruption."
     jobs = find_cluster(cluster, workers or 1, job, job_script)
-    pairs = name_places(pairs or [])
+    places, pairs = name_places(pairs or [])
     if jobs and any(p.startswith("workers=") for p in pairs):
         raise InputError("workers= with --cluster: expected --workers")
     if workers is not None and not jobs:
         pairs.append(f"workers={workers}")
-    objects = dict(client=jobs) if jobs else {}
+    objects = places | (dict(client=jobs) if jobs else {})
     found = start_recipe("predict", config, pairs, keys, **objects)
     if isinstance(found, dict):
         print("\n".join(found.values()))

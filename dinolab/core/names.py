@@ -213,6 +213,9 @@ RENAMED = {
     "images.folder_pictures": "data.tables.folder_pairs",
     "images.manifest_pictures": "data.tables.manifest_pairs",
     "images.table_pictures": "data.tables.table_pairs",
+    "segment2d.PictureValidation": "tasks.images.ImageValidation",
+    "segment2d.predict_picture": "tasks.images.predict_image",
+    "segment3d.Trained": "tasks.volumes.TrainedUNet3D",
     "segment3d.model_identity_of": "core.identity.state_hash",
     "spark.COLUMNS": "data.tables.SPARK_COLUMNS",
     "spark.spark_pictures": "data.tables.spark_pairs",
@@ -231,6 +234,18 @@ RENAMED = {
 
 # %% ../../nbs/api/core/names.ipynb #ff8697a0
 GONE = {
+    "run.RunFolder": "train.runs.Run is one class",
+    "run.RunState": "train.runs.Run is one class",
+    "run.RunFiles": "train.runs.Run is one class",
+    "segment2d.worst_pictures": "tasks.common draws the worst cases",
+    "segment3d.TARGETS": "tasks.configs says what targets may be",
+    "segment3d.save_description": "tasks.common keeps what a network is",
+    "segment3d.run_of_settings": "tasks.common opens runs",
+    "segment3d.score_classes": "tasks.common scores all tasks",
+    "segment3d.score_instances": "tasks.common scores all tasks",
+    "spark.MAY_CHANGE": "train.runs compares all settings",
+    "spark.wait_for_run": "tasks.common opens runs",
+    "spark.open_training": "tasks.common opens runs",
     "cli.Flags": "cli.grammar.FunctionCommand makes the commands of a function",
     "cli.run_flags": "cli.grammar.FunctionCommand makes the commands of a function",
     "engine.check_facts": "core.settings.check_same compares all settings",
