@@ -1,9 +1,17 @@
 """Getting data: whole or absent, verified, never fetched twice."""
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import io
 import json
+import os
 import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
@@ -11,6 +19,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import dinolab.data.fetch as data
+import dinolab.data.transfer as transfer
 from dinolab.core.errors import InputError, MissingError
 from dinolab.data.fetch import GENERATORS, check_data, choose, file_state, get_data, list_data
 from dinolab.data.manifest import File, load_manifest, parse_manifest
@@ -30,6 +39,11 @@ source: {source}
 cases:
   a: {{files: {{raw: {{path: deep/a.bin, sha256: {sha256}, size: {size}}}}}}}
 {more}""")
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(transfer, "PAUSE", 0.0)
 
 
 def everything(folder):
@@ -94,13 +108,17 @@ def test_wrong_bytes_leave_nothing(tmp_path, server, sha256, size, said):
         KeyboardInterrupt("Ctrl-C"),
     ],
 )
-def test_interrupted_download_leaves_nothing_and_can_be_repeated(tmp_path, server, error):
+def test_interrupted_download_is_gone_on_with(tmp_path, server, error, monkeypatch):
     Cut.error = error
     expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else InputError
     with pytest.raises(expected, match=str(error)):
         get_data(manifest("cut://server"), tmp_path)
-    assert everything(tmp_path) == []
-    get_data(manifest(server), tmp_path)
+    (part,) = (tmp_path / "m/deep").iterdir()
+    assert part.name[0] == "." and part.read_bytes() == BYTES[: 2**21]
+    asked, open_source = [], transfer.open_source
+    monkeypatch.setattr(transfer, "open_source", lambda w, n=0: asked.append(n) or open_source(w, n))
+    path = Path(get_data(manifest(server), tmp_path).files["a"]["raw"])
+    assert asked[0] == 2**21 and path.read_bytes() == BYTES
     assert everything(tmp_path) == ["m/deep/a.bin"]
 
 
@@ -382,3 +400,311 @@ def test_phantom_manifest_says_what_the_generator_makes(tmp_path):
     truth = em_volume((24, 24, 24), voxel_size=(8, 8, 8), seed=m.parameters_of("valid-0")["seed"])
     for role in images:
         np.testing.assert_array_equal(images[role].levels[0].read(), getattr(truth, role))
+
+
+class Web:
+    "A server of this process: `behaviour(request, offset)` answers, what was asked is noted."
+
+    def __init__(self, behaviour):
+        self.asked, self.lock = [], threading.Lock()
+        web = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                said = self.headers.get("Range")
+                offset = int(said[6:-1]) if said else None
+                with web.lock:
+                    web.asked.append(offset)
+                with contextlib.suppress(OSError):
+                    behaviour(self, offset, len(web.asked))
+
+            def log_message(self, *args):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def web():
+    made = []
+
+    def make(behaviour):
+        made.append(Web(behaviour))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def answer(request, offset, body=BYTES, end=None, length=None, total=None):
+    "A right answer, up to `end`; with other lengths than it has, where they are given."
+    start = offset or 0
+    request.send_response(200 if offset is None else 206)
+    if offset is not None:
+        request.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{total or len(body)}")
+    if length != "none":
+        request.send_header("Content-Length", str(length or len(body) - start))
+    request.end_headers()
+    request.wfile.write(body[start:end])
+
+
+def test_web_download(tmp_path, web):
+    one = web(lambda request, offset, n: answer(request, offset))
+    path = Path(get_data(manifest(one.url), tmp_path).files["a"]["raw"])
+    assert path.read_bytes() == BYTES and one.asked == [None] and everything(tmp_path) == ["m/deep/a.bin"]
+
+
+def test_a_broken_transfer_goes_on_where_it_broke(tmp_path, web):
+    "Each answer breaks off after 1 MiB + 5; no byte is sent twice."
+    step = 2**20 + 5
+    one = web(lambda request, offset, n: answer(request, offset, end=(offset or 0) + step))
+    path = Path(get_data(manifest(one.url), tmp_path).files["a"]["raw"])
+    assert path.read_bytes() == BYTES and one.asked == [None, step, 2 * step, 3 * step]
+
+
+def test_a_server_without_ranges_begins_again(tmp_path, web):
+    def once_half(request, offset, n):
+        answer(request, None, end=2**20 if n == 1 else None)
+
+    one = web(once_half)
+    path = Path(get_data(manifest(one.url), tmp_path).files["a"]["raw"])
+    assert path.read_bytes() == BYTES and one.asked == [None, 2**20]
+
+
+def test_a_killed_download_goes_on_and_other_leftovers_go(tmp_path, web):
+    folder = tmp_path / "m/deep"
+    folder.mkdir(parents=True)
+    (folder / f".a.bin.{SHA[:8]}.part").write_bytes(BYTES[:100])
+    (folder / ".a.bin.00000000.part").write_bytes(b"of another version")
+    (folder / ".a.bin.1234abcd").write_bytes(b"of an older release")
+    (folder / ".b.bin.1234abcd").write_bytes(b"not ours")
+    one = web(lambda request, offset, n: answer(request, offset))
+    path = Path(get_data(manifest(one.url), tmp_path).files["a"]["raw"])
+    assert path.read_bytes() == BYTES and one.asked == [100]
+    assert everything(tmp_path) == ["m/deep/.b.bin.1234abcd", "m/deep/a.bin"]
+
+
+def test_a_leftover_of_other_bytes_is_begun_again(tmp_path, web):
+    folder = tmp_path / "m/deep"
+    folder.mkdir(parents=True)
+    (folder / f".a.bin.{SHA[:8]}.part").write_bytes(b"x" * 100)
+    one = web(lambda request, offset, n: answer(request, offset))
+    path = Path(get_data(manifest(one.url), tmp_path).files["a"]["raw"])
+    assert path.read_bytes() == BYTES and one.asked == [100, None]
+
+
+@pytest.mark.parametrize("there", [len(BYTES), len(BYTES) + 3])
+def test_a_leftover_that_is_complete_or_too_long(tmp_path, web, there):
+    folder = tmp_path / "m/deep"
+    folder.mkdir(parents=True)
+    (folder / f".a.bin.{SHA[:8]}.part").write_bytes((BYTES + b"xyz")[:there])
+    one = web(lambda request, offset, n: answer(request, offset))
+    path = Path(get_data(manifest(one.url), tmp_path).files["a"]["raw"])
+    assert path.read_bytes() == BYTES and one.asked == ([] if there == len(BYTES) else [None])
+
+
+@pytest.mark.parametrize("length", [None, "none"])
+def test_a_body_without_end_is_left_at_the_stated_size(tmp_path, web, length):
+    sent = []
+
+    def endless(request, offset, n):
+        request.send_response(200)
+        if length is None:
+            request.send_header("Content-Length", str(len(BYTES)))
+        request.end_headers()
+        for _ in range(400):
+            request.wfile.write(bytes(2**20))
+            sent.append(2**20)
+
+    one = web(endless)
+    with pytest.raises(InputError, match="got (more than|sha256)") as e:
+        get_data(manifest(one.url), tmp_path)
+    assert "\n" not in str(e.value) and everything(tmp_path) == [] and sum(sent) < 200 * 2**20
+
+
+def test_another_stated_size_is_refused_before_a_byte_is_kept(tmp_path, web):
+    one = web(lambda request, offset, n: answer(request, offset, body=BYTES * 2))
+    with pytest.raises(InputError, match=f"got a file of {2 * len(BYTES)} bytes, expected {len(BYTES)}"):
+        get_data(manifest(one.url), tmp_path)
+    assert everything(tmp_path) == [] and len(one.asked) == 1
+
+
+@pytest.mark.parametrize("drip", [False, True])
+def test_a_stalled_server_is_left_after_a_time(tmp_path, web, monkeypatch, drip):
+    monkeypatch.setattr(transfer, "PATIENCE", 0.2)
+    monkeypatch.setattr(transfer, "ATTEMPTS", 2)
+    done = threading.Event()
+
+    def stall(request, offset, n):
+        answer(request, offset, end=(offset or 0) + 10)
+        while not done.wait(0.02):
+            if drip:
+                request.wfile.write(b"x")
+                request.wfile.flush()
+
+    one = web(stall)
+    try:
+        with pytest.raises(InputError, match="nothing came for 0.2 s|fewer than 1000 bytes per second") as e:
+            get_data(manifest(one.url), tmp_path)
+    finally:
+        done.set()
+    assert "\n" not in str(e.value) and one.url in str(e.value) and len(one.asked) == 2
+
+
+@pytest.mark.parametrize(
+    "code,error,said,times",
+    [
+        (404, MissingError, "no file http", 1),
+        (403, InputError, "HTTP Error 403", 1),
+        (503, InputError, "HTTP Error 503", 4),
+        (429, InputError, "HTTP Error 429", 4),
+    ],
+)
+def test_answers_that_are_errors(tmp_path, web, code, error, said, times):
+    one = web(lambda request, offset, n: request.send_error(code))
+    with pytest.raises(error, match=said) as e:
+        get_data(manifest(one.url), tmp_path)
+    assert "\n" not in str(e.value) and everything(tmp_path) == [] and len(one.asked) == times
+
+
+def test_a_busy_server_is_asked_again(tmp_path, web):
+    one = web(lambda request, offset, n: request.send_error(503) if n < 3 else answer(request, offset))
+    assert Path(get_data(manifest(one.url), tmp_path).files["a"]["raw"]).read_bytes() == BYTES
+
+
+@pytest.mark.parametrize("lie", ["Content-Length: -5", "Content-Length: many", "Content-Range: bytes x-y/z"])
+def test_headers_without_sense(tmp_path, web, lie):
+    def odd(request, offset, n):
+        request.send_response(200)
+        request.send_header(*lie.split(": "))
+        request.end_headers()
+        request.wfile.write(BYTES)
+
+    one = web(odd)
+    with contextlib.suppress(InputError):  # what http.client makes of it: the file, or one line
+        assert Path(get_data(manifest(one.url), tmp_path).files["a"]["raw"]).read_bytes() == BYTES
+    assert [name for name in everything(tmp_path) if not name.startswith("m/deep/.")] in (
+        [],
+        ["m/deep/a.bin"],
+    )
+
+
+def test_wrong_bytes_of_the_web_leave_nothing(tmp_path, web):
+    one = web(lambda request, offset, n: answer(request, offset, body=BYTES[:-1] + b"!"))
+    with pytest.raises(InputError, match="got sha256"):
+        get_data(manifest(one.url), tmp_path)
+    assert everything(tmp_path) == []
+
+
+def test_many_want_the_same_file_and_one_fetches_it(tmp_path, web):
+    one = web(lambda request, offset, n: time.sleep(0.1) or answer(request, offset))
+    m = manifest(one.url)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: get_data(m, tmp_path).files["a"]["raw"], range(4)))
+    assert {Path(path).read_bytes() == BYTES for path in found} == {True}
+    assert one.asked == [None] and everything(tmp_path) == ["m/deep/a.bin"]
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_under_the_name(tmp_path, server, monkeypatch):
+    write = transfer._Part.write
+
+    def full(self, data):
+        if self.size >= 2**20:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self, data)
+
+    monkeypatch.setattr(transfer._Part, "write", full)
+    with pytest.raises(InputError, match="No space left on device.*make room") as e:
+        get_data(manifest(server), tmp_path)
+    assert "\n" not in str(e.value) and everything(tmp_path) == []
+
+
+def test_a_file_larger_than_the_disk_is_refused_at_once(tmp_path, web):
+    one = web(lambda request, offset, n: answer(request, offset))
+    with pytest.raises(InputError, match="GB needed, .* GB free"):
+        get_data(manifest(one.url, size=10**16), tmp_path)
+    assert one.asked == [] and everything(tmp_path) == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_not_be_written(tmp_path, server):
+    tmp_path.chmod(0o500)
+    with pytest.raises(InputError, match="Permission denied.*another root"):
+        get_data(manifest(server), tmp_path)
+
+
+def test_a_generator_on_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    def make(folder, size, seed):
+        (folder / "raw").write_text("half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setitem(GENERATORS, "toy", make)
+    with pytest.raises(InputError, match="No space left on device"):
+        get_data(parse_manifest(SYNTH), tmp_path)
+    assert everything(tmp_path) == []
+
+
+def test_what_a_killed_generator_left_is_removed(tmp_path, toy):
+    "By a process that was killed while it made the case; what a living one makes stays."
+    dead, alive = tmp_path / "toys/.a.zarr.dead1234", tmp_path / "toys/.a.zarr.live1234"
+    for folder in (dead, alive):
+        folder.mkdir(parents=True)
+        (folder / "raw").write_text("half")
+    handle = os.open(alive, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    get_data(parse_manifest(SYNTH), tmp_path, only="a")
+    os.close(handle)
+    assert not dead.exists() and alive.exists() and (tmp_path / "toys/a.zarr/raw").exists()
+    get_data(parse_manifest(SYNTH), tmp_path, only="b")
+    assert alive.exists()  # of another case
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_the_umask_holds(tmp_path, toy, server, umask):
+    old = os.umask(umask)
+    try:
+        got = Path(get_data(manifest(server), tmp_path).files["a"]["raw"])
+        made = Path(get_data(parse_manifest(SYNTH), tmp_path).files["a"]["raw"]).parent
+    finally:
+        os.umask(old)
+    assert got.stat().st_mode & 0o777 == 0o666 & ~umask and made.stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"attributes": 3}', '{"attributes": {"files": 3}}'])
+def test_a_damaged_note_is_named(tmp_path, toy, content):
+    folder = Path(get_data(parse_manifest(SYNTH), tmp_path).files["a"]["raw"]).parent
+    (folder / "zarr.json").write_text(content)
+    with pytest.raises(InputError, match="not generated: move or delete it"):
+        get_data(parse_manifest(SYNTH), tmp_path)
+
+
+@pytest.mark.parametrize("only", [3, True, ["a", None], [["a"]], "c"])
+def test_cases_are_named_by_text(only):
+    with pytest.raises(InputError, match="split or case"):
+        choose(parse_manifest(SYNTH), only)
+
+
+@pytest.mark.parametrize(
+    "source,parameters",
+    [
+        ("em", "shape: 3"),
+        ("retina", "shape: [a, b]"),
+        ("spacecraft", "seed: [1"),
+        ("em", "voxel_size: {}"),
+        ("retina", "seed: 1.5"),
+    ],
+)
+def test_parameters_that_a_generator_cannot_use(tmp_path, source, parameters):
+    text = SYNTH.replace("synth:toy", f"synth:{source}").replace("{size: 4}", "{%s}" % parameters)
+    text = text.replace("seed: 1", "{}").replace("seed: 2", "{}") if "seed" in parameters else text
+    with pytest.raises(InputError):
+        get_data(parse_manifest(text), tmp_path, only="a")
+    assert everything(tmp_path) == []
