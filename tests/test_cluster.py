@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from dinolab.volumes.blocks import Done, make_blocks, run_blocks  # noqa: E402
 from dinolab.cli.main import app  # noqa: E402
 from dinolab.volumes.cluster import Cluster, job_script, open_cluster, spread_work, use_client  # noqa: E402
 from dinolab.core.errors import InputError  # noqa: E402
+from dinolab.core.files import write_json  # noqa: E402
 from dinolab.volumes.write import write_multiscale  # noqa: E402
 
 LAUNCH = Path(__file__).parents[1] / "nbs/experiments/launch"
@@ -525,16 +527,23 @@ def test_an_open_client_stays_open():
 # --- launch templates
 
 TEMPLATES = sorted(LAUNCH.iterdir())
+SRUN = """#!/bin/bash
+# as many processes as the job has tasks; options are given as --name=value
+while [[ $1 == --* ]]; do echo "$1" >>"${0%/*}/srun.log"; shift; done
+code=0
+for ((i = 0; i < ${SLURM_NTASKS:-1}; i++)); do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & done
+for ((i = 0; i < ${SLURM_NTASKS:-1}; i++)); do wait -n || code=$?; done
+exit $code
+"""
 
 
 @pytest.fixture(scope="module")
 def tools(tmp_path_factory):
     "The commands that the templates call, on one node."
     bin = tmp_path_factory.mktemp("bin")
-    (bin / "srun").write_text('#!/bin/sh\nexec "$@"\n')
-    (bin / "scontrol").write_text("#!/bin/sh\necho localhost\n")
+    (bin / "srun").write_text(SRUN)
+    (bin / "scontrol").write_text('#!/bin/sh\necho "$@" >>"${0%/*}/scontrol.log"\necho localhost\n')
     (bin / "dinolab").write_text(f"#!{sys.executable}\n{SCRIPT}\n")
-    (bin / "torchrun").write_text(f'#!/bin/sh\nexec {sys.executable} -m torch.distributed.run "$@"\n')
     for f in bin.iterdir():
         f.chmod(0o755)
     return dict(
@@ -542,7 +551,7 @@ def tools(tmp_path_factory):
         PATH=f"{bin}:{os.environ['PATH']}",
         SLURM_JOB_NODELIST="localhost",
         SLURM_NNODES="1",
-        SLURM_GPUS_ON_NODE="2",
+        SLURM_NTASKS="2",
         SLURM_JOB_ID="8",
         PORT=str(random.Random().randint(20000, 50000)),
         OMP_NUM_THREADS="1",
@@ -570,7 +579,7 @@ def test_template(path):
             known = dinolab(*name, "--help").output
             for flag in re.findall(r"(?<!\S)--[a-z][\w-]*", command):
                 assert flag in known or flag in ("--config",), f"{flag} of dinolab {' '.join(name)}"
-    for other in re.findall(r"[\w.]+\.(?:slurm|lsf|json)\b|(?:accelerate|deepspeed)_\w+\.yaml", text):
+    for other in re.findall(r"[\w.]+\.(?:slurm|lsf)\b|(?:accelerate|deepspeed)_\w+\.yaml", text):
         assert (LAUNCH / other).exists(), other
 
 
@@ -613,6 +622,36 @@ def test_features_template(tools, name, source):
         else ["#BSUB -q gpu", '#BSUB -P "neuro"', "#BSUB -gpu num=1", "#BSUB -n 8"]
     )
     assert set(wanted) <= set(text.splitlines())
+
+
+@pytest.mark.parametrize("code, requeued", [(0, False), (1, False), (75, True), (138, True)])
+@pytest.mark.parametrize("name", ["dinolab_train.slurm", "unet3plus_train.slurm"])
+def test_train_templates_go_on(name, code, requeued, tools, tmp_path):
+    "Each process knows its place, cores and port; a job that a signal has stopped is queued again, with its own run."
+    bin = tmp_path / "bin"
+    bin.mkdir()
+    for file in Path(tools["PATH"].split(":")[0]).glob("s*"):
+        shutil.copy(file, bin)
+    say = '#!/bin/bash\necho "$RANK of $WORLD_SIZE on $LOCAL_RANK at $MASTER_ADDR:$MASTER_PORT: $*"\n'
+    (bin / "dinolab").write_text(f"{say}exit {code}\n")
+    (bin / "dinolab").chmod(0o755)
+    record = tmp_path / "runs/segmenter/first/run.json"
+    record.parent.mkdir(parents=True)
+    write_json(record, dict(job="40008"))
+    env = tools | dict(PATH=f"{bin}:{os.environ['PATH']}", SLURM_JOB_ID="40008", SLURM_CPUS_PER_TASK="5")
+    del env["PORT"]
+    done = subprocess.run(
+        ["bash", LAUNCH / name, "train.epochs=7"], env=env, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == code
+    said = sorted(line for line in done.stdout.splitlines() if " of 2 on " in line)
+    place = "{0} of 2 on {0} at localhost:20008: "
+    what = "train train.epochs=7 run=runs/segmenter/first"
+    if name.startswith("unet3plus"):
+        what = "unet3plus train --resume train.epochs=7"
+    assert said == [place.format(rank) + what for rank in range(2)]
+    assert ("requeue 40008" in (bin / "scontrol.log").read_text()) == requeued
+    assert "--cpus-per-task=5" in (bin / "srun.log").read_text()
 
 
 def test_train_template(tools, tmp_path):

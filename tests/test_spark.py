@@ -50,6 +50,14 @@ TINY = [
     "--device",
     "cpu",
 ]
+SRUN = """#!/bin/bash
+# as many processes as the job has tasks; options are given as --name=value
+while [[ $1 == --* ]]; do echo "$1" >>"${0%/*}/srun.log"; shift; done
+code=0
+for ((i = 0; i < ${SLURM_NTASKS:-1}; i++)); do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & done
+for ((i = 0; i < ${SLURM_NTASKS:-1}; i++)); do wait -n || code=$?; done
+exit $code
+"""
 SCRIPT = "import sys; from dinolab.cli.main import main; sys.argv[0] = 'dinolab'; main()"
 
 
@@ -494,13 +502,26 @@ def test_names_keep_the_whole_stem():
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed(stage, data, tmp_path):
-    "Complete weights, and the same end after a stop, on two processes."
+    "Two processes under ZeRO, where DeepSpeed is installed: stopped by a signal in the middle, the same weights in the end."
     pytest.importorskip("deepspeed")
-    args = ["train", *TINY, "--data_root", data, "--epochs", 2, "--deepspeed", "--zero_stage", stage]
-    for name, epochs in (("whole", 2),):
-        out, code = run(*args, "--save_path", tmp_path / name, processes=2, DS_ACCELERATOR="cpu")
-        assert code == 0, out[-2000:]
-    trained = load_unet3plus(tmp_path / "whole/unet3plus_final")
+    args = ["train", *TINY, "--data_root", data, "--epochs", 8, "--deepspeed", "--zero_stage", stage]
+    out, code = run(*args, "--save_path", tmp_path / "whole", processes=2, DS_ACCELERATOR="cpu")
+    assert code == 0, out[-2000:]
+    going = command(*args, "--save_path", tmp_path / "cut", processes=2, DS_ACCELERATOR="cpu")
+    state = tmp_path / "cut/checkpoints/last/state.json"
+    while going.poll() is None and not state.exists():
+        time.sleep(0.05)
+    os.killpg(going.pid, signal.SIGTERM)
+    out = going.communicate(timeout=100)[0]
+    assert json.loads((tmp_path / "cut/run.json").read_text())["status"] == "stopped", out[-2000:]
+    assert json.loads(state.read_text())["epoch"] < 8
+    out, code = run(*args, "--resume", "--save_path", tmp_path / "cut", processes=2, DS_ACCELERATOR="cpu")
+    assert code == 0, out[-2000:]
+    whole, cut = (
+        tmp_path / name / "unet3plus_final/unet3plus_model.safetensors" for name in ("whole", "cut")
+    )
+    assert whole.read_bytes() == cut.read_bytes()
+    trained = load_unet3plus(whole.parent)
     assert all(p.isfinite().all() and p.numel() for p in trained.model.parameters())
 
 
@@ -508,10 +529,9 @@ def test_slurm_scripts(data, tmp_path):
     "The scripts as they are, with one node of two processes in the place of the cluster: train, then eval and infer."
     launch, tools = Path(__file__).parents[1] / "nbs/experiments/launch", tmp_path / "bin"
     tools.mkdir()
-    (tools / "srun").write_text('#!/bin/sh\nexec "$@"\n')
+    (tools / "srun").write_text(SRUN)
     (tools / "scontrol").write_text("#!/bin/sh\necho localhost\n")
     (tools / "dinolab").write_text(f"#!{sys.executable}\n{SCRIPT}\n")
-    (tools / "torchrun").write_text(f'#!/bin/sh\nexec {sys.executable} -m torch.distributed.run "$@"\n')
     for f in tools.iterdir():
         f.chmod(0o755)
     env = dict(
@@ -519,14 +539,15 @@ def test_slurm_scripts(data, tmp_path):
         PATH=f"{tools}:{os.environ['PATH']}",
         SLURM_JOB_NODELIST="localhost",
         SLURM_NNODES="1",
-        SLURM_GPUS_ON_NODE="2",
+        SLURM_NTASKS="2",
         SLURM_JOB_ID="7",
         SLURM_CPUS_PER_TASK="1",
         PORT=str(random.Random().randint(20000, 50000)),
         OMP_NUM_THREADS="1",
     )
 
-    def job(name, *args):
+    def job(name, *args, tasks=2):
+        env["SLURM_NTASKS"] = str(tasks)
         done = subprocess.run(
             ["bash", launch / f"unet3plus_{name}.slurm", *map(str, args)],
             env=env,
@@ -548,6 +569,7 @@ def test_slurm_scripts(data, tmp_path):
         data / "mask",
         "--output_path",
         tmp_path / "e",
+        tasks=1,
     )
     (tmp_path / "in").mkdir()
     for i in range(3):

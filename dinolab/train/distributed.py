@@ -23,9 +23,9 @@ from .launch import launched
 # %% ../../nbs/api/train/distributed.ipynb #095baad2
 def place() -> tuple:  # rank of this process, and how many there are
     "Where this process stands among those that have met; alone where none have."
-    return (
-        (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-    )
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 def wait_for_all():
@@ -75,15 +75,20 @@ def my_share(
 ) -> list:  # (index, whether it counts)
     "The items of this process, as many as every other has."
     rank, world = place()
-    return [(min(i, n - 1), i < n) for i in range(rank, -(-n // world) * world, world)]
+    padded = -(-n // world) * world
+    return [(min(i, n - 1), i < n) for i in range(rank, padded, world)]
 
 # %% ../../nbs/api/train/distributed.ipynb #f614a36f
 _KEYS = itertools.count()
+_STORE = []  # the one of this launch; where no launcher holds it, it lives as long as the first process
 
 
 def _store():
     "The key-value store of this launch, and a key that is new in every process alike."
-    return next(dist.rendezvous("env://", timeout=timedelta(days=30)))[0], f"dinolab/{next(_KEYS)}"
+    if not _STORE:
+        store, *_ = next(dist.rendezvous("env://", timeout=timedelta(days=30)))
+        _STORE.append(store)
+    return _STORE[0], f"dinolab/{next(_KEYS)}"
 
 
 def from_first(

@@ -598,6 +598,7 @@ def _stop(run, at, signals, rank):
     if rank == 0 and run is not None:
         run.stop(reason)
         print(f"{reason}; {run.path} goes on when it is started again", file=sys.stderr)
+    wait_for_all()  # a launcher ends the others when one has ended
     raise Stopped(reason)
 
 # %% ../../nbs/api/train/loop.ipynb #5312e279

@@ -112,6 +112,7 @@ def new_record(
         versions=versions(),
         machine=machine(),
         process=this_process(),
+        job=os.environ.get("SLURM_JOB_ID"),
     )
 
 # %% ../../nbs/api/train/runs.ipynb #f9041f81
