@@ -36,9 +36,12 @@ def leave_one_out_weights(
 ) -> Tensor:  # v v: column v holds the weights of the others, 0 for itself
     "Ridge regressions of each volume on all others."
     n = len(gram)
-    penalty = ridge * gram.trace() / n * torch.eye(n, dtype=gram.dtype)
-    p = torch.from_numpy(np.linalg.inv((gram + penalty).numpy()))
-    return (-p / p.diagonal()).fill_diagonal_(0)  # - P_ov / P_vv
+    mean = ridge * gram.trace() / n
+    penalty = mean * torch.eye(n, dtype=gram.dtype)
+    inverse = np.linalg.inv((gram + penalty).numpy())
+    p = torch.from_numpy(inverse)
+    weights = -p / p.diagonal()  # - P_ov / P_vv
+    return weights.fill_diagonal_(0)
 
 # %% ../../nbs/api/dwi/linear.ipynb #4489d217
 @dataclass(frozen=True)
@@ -62,7 +65,8 @@ class Voxels:
     def rows(self, data) -> Tensor:  # m v
         "Values of the voxels."
         flat = data.reshape(-1, data.shape[-1])
-        return torch.from_numpy(np.ascontiguousarray(flat[self.where], np.float32))
+        values = np.ascontiguousarray(flat[self.where], np.float32)
+        return torch.from_numpy(values)
 
     def fill(self, rows, data) -> np.ndarray:  # x y z v
         "A copy of `data` (x y z v) with other values in the voxels."
@@ -73,8 +77,7 @@ class Voxels:
 
     def chunks(self, size=8192) -> Iterator:
         "(part, slice of the list), none over two parts."
-        for part in range(self.parts):
-            first, end = self.ends[part], self.ends[part + 1]
+        for part, (first, end) in enumerate(zip(self.ends, self.ends[1:])):
             for start in range(first, end, size):
                 yield part, slice(start, min(start + size, end))
 
@@ -129,14 +132,17 @@ def ridge_solve(
 ) -> Tensor:  # ... k n
     "Weights of ridge regressions, by NumPy: torch's batched solver can hang with several threads (MKL reports DLASWP)."
     left = xx + torch.diag_embed(penalty)
-    return torch.from_numpy(np.linalg.solve(left.numpy(), xy.numpy()))
+    weights = np.linalg.solve(left.numpy(), xy.numpy())
+    return torch.from_numpy(weights)
 
 
 def leave_part_out(
     sums: Tensor,  # parts *s
 ) -> Tensor:  # likewise: for each part, the sum of all others
     "Leave one part out."
-    return sums.sum(0) - sums if len(sums) > 1 else sums
+    if len(sums) == 1:
+        return sums
+    return sums.sum(0) - sums
 
 # %% ../../nbs/api/dwi/linear.ipynb #79827c1e
 def fit_parts(
@@ -163,7 +169,11 @@ def apply_parts(
     voxels: Voxels,
 ) -> Tensor:  # m n
     "Predictions of all voxels, each part with its weights."
-    return torch.cat([regressors(rows) @ weights[part] for part, rows in voxels.chunks()])
+    found = []
+    for part, rows in voxels.chunks():
+        x = regressors(rows)  # c k
+        found.append(x @ weights[part])
+    return torch.cat(found)
 
 
 def relative_penalty(
@@ -172,8 +182,9 @@ def relative_penalty(
     "The same penalty for all regressors, in proportion to their mean square."
 
     def penalty(xx):
-        mean = xx.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
-        return ridge * mean.expand(xx.shape[:-1])
+        squares = xx.diagonal(dim1=-2, dim2=-1)
+        mean = squares.mean(-1, keepdim=True)
+        return ridge * mean.expand(squares.shape)
 
     return penalty
 
@@ -189,7 +200,8 @@ class LooLinear:
     def predict(self, data) -> np.ndarray:  # x y z v
         "Predict each volume of `data` (x y z v) from the others."
         c = self.voxels.rows(data) - self.mean  # m v
-        found = apply_parts(lambda rows: c[rows], self.weights, self.voxels)
+        shared = lambda rows: c[rows]
+        found = apply_parts(shared, self.weights, self.voxels)
         return self.voxels.fill(found + self.mean, data)
 
 
@@ -197,7 +209,8 @@ def single_b0(
     gradients: Gradients,
 ) -> np.ndarray:  # v, boolean
     "The only volume without weighting, which nothing predicts well."
-    return gradients.is_b0 & (gradients.is_b0.sum() == 1)
+    b0 = gradients.is_b0
+    return b0 & (b0.sum() == 1)
 
 
 def fit_loo(
@@ -210,11 +223,14 @@ def fit_loo(
     y = voxels.rows(series.data)  # m v
     mean = y.mean(0)
     c = (y - mean).double()
-    grams = [c[a:b].T @ c[a:b] for a, b in zip(voxels.ends, voxels.ends[1:])]
+    grams = []
+    for first, end in zip(voxels.ends, voxels.ends[1:]):
+        part = c[first:end]
+        grams.append(part.T @ part)
     grams = leave_part_out(torch.stack(grams))  # parts v v
     weights = torch.stack([leave_one_out_weights(g, ridge) for g in grams]).float()
     for v in np.flatnonzero(single_b0(series.gradients)):
-        weights[:, :, v] = torch.eye(len(mean))[v]
+        weights[:, :, v] = torch.eye(len(mean))[v]  # itself
     return LooLinear(voxels, mean, weights)
 
 # %% ../../nbs/api/dwi/linear.ipynb #cc7a4076
@@ -268,8 +284,8 @@ class Components:
 
     def __call__(self, y: Tensor) -> Tensor:  # m v -> m+1 r
         "Components of the voxels, with a row of zeros for what lies outside."
-        maps = (y[:, self.visible] - self.mean) @ self.basis
-        return torch.cat([maps, maps.new_zeros(1, maps.shape[1])])
+        c = y[:, self.visible] - self.mean
+        return centred(c @ self.basis, 0.0)
 
 
 def fit_components(
@@ -300,7 +316,12 @@ def own_neighbourhood(
     near: Tensor,  # m 27, as in Voxels
 ) -> Callable:  # slice of the list -> c 26 n
     "The 26 neighbours in the own volumes."
-    return lambda rows: c[near[rows][:, NEIGHBOURS]]
+
+    def around(rows):
+        places = near[rows][:, NEIGHBOURS]  # c 26
+        return c[places]
+
+    return around
 
 
 def fit_own(
@@ -398,7 +419,8 @@ def centred(
     mean,  # n, or a number
 ) -> Tensor:  # m + 1, n
     "Minus the mean, with a row of zeros for what lies outside."
-    return torch.cat([y - mean, y.new_zeros(1, y.shape[1])])
+    outside = y.new_zeros(1, y.shape[1])
+    return torch.cat([y - mean, outside])
 
 # %% ../../nbs/api/dwi/linear.ipynb #fee28cb1
 def fit_spatial_fold(
@@ -490,8 +512,9 @@ class NonLocalMeans:
 
     def __call__(self, y: Tensor, voxels: Voxels) -> Tensor:  # m v -> m 2r
         "Components of the voxels, then their means."
-        maps = self.components(y)[:-1]
-        return torch.cat([maps, self.average(maps, maps, voxels)], 1)
+        maps = self.components(y)[:-1]  # m r
+        means = self.average(maps, maps, voxels)
+        return torch.cat([maps, means], 1)
 
     def average(
         self,
@@ -534,7 +557,8 @@ class Clusters:
 
     def __call__(self, x: Tensor) -> Tensor:  # m k -> m
         "Cluster of each voxel, from its mean components."
-        nearest, _ = vq(x.numpy() / self.scale, self.centres)
+        z = x.numpy() / self.scale
+        nearest, _ = vq(z, self.centres)
         return torch.from_numpy(nearest.astype(np.int64))
 
 
@@ -560,15 +584,18 @@ def by_cluster(
     rows: slice,  # of the list
 ) -> Iterator:  # (cluster, places in the list)
     "The voxels of a slice, cluster by cluster."
+    here = cluster[rows]
     for k in range(count):
-        yield k, rows.start + torch.nonzero(cluster[rows] == k)[:, 0]
+        members = torch.nonzero(here == k)[:, 0]
+        yield k, rows.start + members
 
 
 def with_intercept(
     x: Tensor,  # m k
 ) -> Tensor:  # m k+1
     "A constant beside the regressors."
-    return torch.cat([x, x.new_ones(len(x), 1)], 1)
+    one = x.new_ones(len(x), 1)
+    return torch.cat([x, one], 1)
 
 # %% ../../nbs/api/dwi/linear.ipynb #c802e4b1
 def fit_per_cluster(
@@ -589,7 +616,8 @@ def fit_per_cluster(
             xx[part, i] += one.T @ one
             xy[part, i] += one.T @ targets[at]
     xx = leave_part_out(xx)
-    mean = xx.diagonal(dim1=-2, dim2=-1)[..., :-1].mean(-1, keepdim=True)
+    squares = xx.diagonal(dim1=-2, dim2=-1)[..., :-1]  # without that of the constant
+    mean = squares.mean(-1, keepdim=True)
     penalty = (ridge * mean).repeat(1, 1, k) + 1e-6
     penalty[..., -1] = 1e-6
     return ridge_solve(xx, leave_part_out(xy), penalty).float()
@@ -649,7 +677,12 @@ def own_regressors(
     "The 26 neighbours of a voxel in its own volume, and their mean over similar voxels."
     near = own_neighbourhood(centred(c, 0.0), voxels.near)
     means = averages.average(c, x, voxels, itself=0.0)  # m n
-    return lambda rows: torch.cat([near(rows), means[rows][:, None]], 1)
+
+    def around(rows):
+        mean = means[rows][:, None]  # c 1 n
+        return torch.cat([near(rows), mean], 1)
+
+    return around
 
 # %% ../../nbs/api/dwi/linear.ipynb #b5b75d47
 def fit_tissue_fold(
@@ -706,8 +739,12 @@ def fold_tasks(
     "Which volumes are predicted together, and from which; a single one without weighting is not predicted."
     g = series.gradients
     single, every = single_b0(g), np.arange(len(g))
-    targets = [t for t in make_folds(g, folds) if not single[t].any()]
-    return [(t, np.setdiff1d(every, t)) for t in targets]
+    tasks = []
+    for targets in make_folds(g, folds):
+        if not single[targets].any():
+            visible = np.setdiff1d(every, targets)
+            tasks.append((targets, visible))
+    return tasks
 
 
 def fit_folds(

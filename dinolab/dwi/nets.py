@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['DIFFERENCE', 'SMOOTH', 'FORMS', 'SPLITS', 'NETS', 'correlate3', 'pad_short', 'sobel_gradient', 'check_pair',
-           'mean_where', 'masked_mse', 'vector_difference', 'magnitude_difference', 'edge_loss', 'EdgeAwareLoss',
-           'factorised_conv', 'GatedBlock', 'box_pool', 'CBAM3d', 'AdaptiveSkipConnection', 'downsample_by_two',
-           'upsample_by_two', 'ResidualNet', 'conv_path', 'MultiScaleDetailNet', 'low_pass', 'ProgressiveDetailNet',
-           'progressive_loss', 'fft_low', 'gaussian_low', 'split_bands', 'FrequencyDomainNet', 'sinusoids',
-           'SinusoidalVolumeEncoder', 'gradient_encoding', 'GroupedDetail', 'ConditionedDetail',
-           'VolumeSpecificDetailEncoder', 'create_net']
+           'mean_where', 'masked_mse', 'gradient_length', 'vector_difference', 'magnitude_difference', 'edge_loss',
+           'EdgeAwareLoss', 'factorised_conv', 'GatedBlock', 'box_pool', 'CBAM3d', 'AdaptiveSkipConnection',
+           'downsample_by_two', 'upsample_by_two', 'ResidualNet', 'conv_path', 'MultiScaleDetailNet', 'low_pass',
+           'ProgressiveDetailNet', 'progressive_loss', 'fft_low', 'gaussian_low', 'split_bands', 'FrequencyDomainNet',
+           'sinusoids', 'SinusoidalVolumeEncoder', 'unit_directions', 'gradient_encoding', 'GroupedDetail',
+           'ConditionedDetail', 'VolumeSpecificDetailEncoder', 'create_net']
 
 # %% ../../nbs/api/dwi/nets.ipynb #c93fe14d
 import math
@@ -32,18 +32,20 @@ def correlate3(
     taps: tuple,  # at -1, 0 and 1
 ) -> Tensor:  # *s, the axis shorter by 2
     "Three taps along an axis, where they fit."
-    return sum(t * x.narrow(axis, k, x.shape[axis] - 2) for k, t in enumerate(taps) if t)
+    length = x.shape[axis] - 2
+    return sum(tap * x.narrow(axis, k, length) for k, tap in enumerate(taps) if tap)
 
 
 def pad_short(
     x: Tensor,  # b c z y x
 ) -> Tensor:  # likewise, no axis below 3 voxels
     "Axes of one or two voxels with their ends repeated once."
-    return (
-        F.pad(x, [k for n in reversed(x.shape[2:]) for k in (int(n < 3),) * 2], mode="replicate")
-        if min(x.shape[2:]) < 3
-        else x
-    )
+    if min(x.shape[2:]) >= 3:
+        return x
+    sides = []  # of x, y, z, as F.pad wants them
+    for size in reversed(x.shape[2:]):
+        sides += [1, 1] if size < 3 else [0, 0]
+    return F.pad(x, sides, mode="replicate")
 
 # %% ../../nbs/api/dwi/nets.ipynb #7e2344b8
 def sobel_gradient(
@@ -67,13 +69,16 @@ def check_pair(
     "What the losses compare, after shapes and mask were checked."
     if pred.ndim != 5 or pred.shape != target.shape:
         raise InputError(
-            f"prediction {tuple(pred.shape)}, target {tuple(target.shape)}: expected both b c z y x, of the same shape"
+            f"prediction {tuple(pred.shape)}, target {tuple(target.shape)}: "
+            "expected both b c z y x, of the same shape"
         )
-    pred, target = (v.to(torch.promote_types(v.dtype, torch.float32)) for v in (pred, target))
+    pred = pred.to(torch.promote_types(pred.dtype, torch.float32))
+    target = target.to(torch.promote_types(target.dtype, torch.float32))
     if mask is None:
         return pred, target, torch.ones_like(pred[:1, :1], dtype=torch.bool)
     m = (mask[:, None] if mask.ndim == 4 else mask).bool()
-    if m.ndim != 5 or m.shape[1] not in (1, pred.shape[1]) or m[:, :1].shape != pred[:, :1].shape:
+    channels = m.shape[1] if m.ndim == 5 else 0
+    if channels not in (1, pred.shape[1]) or m[:, :1].shape != pred[:, :1].shape:
         raise InputError(
             f"mask {tuple(mask.shape)}, prediction {tuple(pred.shape)}: expected b z y x or b 1 z y x"
         )
@@ -87,7 +92,8 @@ def mean_where(
     mask: Tensor,  # any shape that broadcasts to it
 ) -> Tensor:  # scalar; 0 where the mask is empty
     "Mean over the mask."
-    return (x * mask).sum() / mask.expand_as(x).sum().clamp_min(1)
+    count = mask.expand_as(x).sum()
+    return (x * mask).sum() / count.clamp_min(1)
 
 
 def masked_mse(
@@ -100,6 +106,15 @@ def masked_mse(
     return mean_where((p - t).square(), m)
 
 # %% ../../nbs/api/dwi/nets.ipynb #2653bf8f
+def gradient_length(
+    x: Tensor,  # b c z y x
+    eps: float,  # gradient that counts as none, per voxel
+) -> Tensor:  # b c z y x, where the filter fits
+    "Length of the gradient, with a derivative everywhere."
+    square = sobel_gradient(x).square().sum(2)
+    return (square + eps**2).sqrt()
+
+
 def vector_difference(
     p: Tensor,  # b c z y x
     t: Tensor,  # b c z y x
@@ -115,8 +130,8 @@ def magnitude_difference(
     eps: float,  # gradient that counts as none, per voxel
 ) -> Tensor:  # b c z y x, where the filter fits
     "Squared difference of their lengths."
-    a, b = ((sobel_gradient(v).square().sum(2) + eps**2).sqrt() for v in (p, t))
-    return (a - b).square()
+    difference = gradient_length(p, eps) - gradient_length(t, eps)
+    return difference.square()
 
 
 FORMS = dict(vector=vector_difference, magnitude=magnitude_difference)
@@ -132,9 +147,11 @@ def edge_loss(
     "Mean squared difference of the gradients of prediction and target."
     if not eps > 0:
         raise InputError(f"eps {eps}: expected a positive number, below the gradients that count")
+    difference = pick(FORMS, form, "form")
     p, t, m = check_pair(pred, target, mask)
-    whole = F.max_pool3d(pad_short((~m).float()), 3, 1) == 0
-    return mean_where(pick(FORMS, form, "form")(p, t, eps), whole)
+    outside = pad_short((~m).float())
+    whole = F.max_pool3d(outside, 3, 1) == 0  # all 27 voxels are in the mask
+    return mean_where(difference(p, t, eps), whole)
 
 # %% ../../nbs/api/dwi/nets.ipynb #89d6c67d
 class EdgeAwareLoss(nn.Module):
@@ -157,9 +174,8 @@ class EdgeAwareLoss(nn.Module):
         mask: Tensor = None,  # as in check_pair
     ) -> Tensor:  # scalar
         "Loss of a batch."
-        return masked_mse(pred, target, mask) + self.alpha * edge_loss(
-            pred, target, mask, self.form, self.eps
-        )
+        edges = edge_loss(pred, target, mask, self.form, self.eps)
+        return masked_mse(pred, target, mask) + self.alpha * edges
 
 # %% ../../nbs/api/dwi/nets.ipynb #a61f176c
 def factorised_conv(
@@ -170,19 +186,14 @@ def factorised_conv(
     "k×1×1, 1×k×1 and 1×1×k in a row, of the same size as the input."
     if kernel % 2 != 1 or kernel < 1:
         raise InputError(f"kernel {kernel}: expected an odd number of taps")
-    sides = [tuple(kernel if a == b else 1 for b in range(3)) for a in range(3)]
-    return nn.Sequential(
-        *(
-            nn.Conv3d(
-                out_channels if a else in_channels,
-                out_channels,
-                k,
-                padding=tuple(n // 2 for n in k),
-                bias=a == 2,
-            )
-            for a, k in enumerate(sides)
-        )
-    )
+    layers = []
+    for axis in range(3):
+        size, padding = [1, 1, 1], [0, 0, 0]
+        size[axis], padding[axis] = kernel, kernel // 2
+        last = axis == 2
+        layers.append(nn.Conv3d(in_channels, out_channels, size, padding=padding, bias=last))
+        in_channels = out_channels
+    return nn.Sequential(*layers)
 
 # %% ../../nbs/api/dwi/nets.ipynb #af9e542c
 class GatedBlock(nn.Module):
@@ -206,11 +217,15 @@ def box_pool(
     window: int,  # voxels on a side, odd
 ) -> tuple:  # mean and maximum, b c z y x each
     "Mean and maximum over the part of a box around each voxel that is inside."
-    mean, peak, inside = x, x, x.new_ones(1, 1, *x.shape[2:])
-    for a in range(3):
-        around = [window // 2 if a == b else 0 for b in (2, 1, 0) for _ in range(2)]
-        mean, inside = (F.pad(v, around).unfold(2 + a, window, 1).mean(-1) for v in (mean, inside))
-        peak = F.pad(peak, around, value=-math.inf).unfold(2 + a, window, 1).amax(-1)
+    mean, peak = x, x
+    inside = x.new_ones(1, 1, *x.shape[2:])
+    for axis in (2, 3, 4):
+        sides = [0] * 6  # of x, y, z, as F.pad wants them
+        first = 2 * (4 - axis)
+        sides[first] = sides[first + 1] = window // 2
+        mean = F.pad(mean, sides).unfold(axis, window, 1).mean(-1)
+        inside = F.pad(inside, sides).unfold(axis, window, 1).mean(-1)
+        peak = F.pad(peak, sides, value=-math.inf).unfold(axis, window, 1).amax(-1)
     return mean / inside, peak
 
 
@@ -222,27 +237,31 @@ class CBAM3d(nn.Module):
         channels: int,  # of input and result
         ratio: int = 16,  # channels per hidden number of the channel gate; at least one is kept
         kernel: int = 7,  # of the voxel gate, odd
-        window: int = None,  # voxels on a side that the channel gate looks at, odd; None: the whole patch, which makes seams between tiles
+        window: int = None,  # voxels on a side that the channel gate sees, odd; None: all, with seams between tiles
     ):
         super().__init__()
         if window is not None and (window % 2 != 1 or window < 1):
             raise InputError(
                 f"window {window}: expected an odd number of voxels, or None for the whole patch"
             )
-        hidden, self.window = max(1, channels // ratio), window
+        hidden = max(1, channels // ratio)
+        self.window = window
         self.channel = nn.Sequential(
-            nn.Conv3d(channels, hidden, 1), nn.ReLU(), nn.Conv3d(hidden, channels, 1)
+            nn.Conv3d(channels, hidden, 1),
+            nn.ReLU(),
+            nn.Conv3d(hidden, channels, 1),
         )
         self.voxel = nn.Conv3d(2, 1, kernel, padding=kernel // 2)
 
     def forward(self, x: Tensor) -> Tensor:  # b c z y x -> b c z y x
-        pooled = (
-            box_pool(x, self.window)
-            if self.window
-            else (x.mean((2, 3, 4), keepdim=True), x.amax((2, 3, 4), keepdim=True))
-        )
-        x = x * sum(self.channel(v) for v in pooled).sigmoid()
-        return x * self.voxel(torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)).sigmoid()
+        if self.window:
+            mean, peak = box_pool(x, self.window)
+        else:
+            mean = x.mean((2, 3, 4), keepdim=True)
+            peak = x.amax((2, 3, 4), keepdim=True)
+        x = x * (self.channel(mean) + self.channel(peak)).sigmoid()
+        seen = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)  # b 2 z y x
+        return x * self.voxel(seen).sigmoid()
 
 # %% ../../nbs/api/dwi/nets.ipynb #5ab67d2d
 class AdaptiveSkipConnection(nn.Module):
@@ -256,27 +275,32 @@ class AdaptiveSkipConnection(nn.Module):
     ):
         super().__init__()
         both = in_channels + skip_channels
+        hidden = max(1, both // 4)
         self.gate = nn.Sequential(
-            nn.Conv3d(both, max(1, both // 4), 1),
+            nn.Conv3d(both, hidden, 1),
             nn.PReLU(),
-            nn.Conv3d(max(1, both // 4), 1, 1),
+            nn.Conv3d(hidden, 1, 1),
             nn.Sigmoid(),
         )
         self.join = nn.Conv3d(both, out_channels, 1)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:  # b c *s, b skip z y x -> b out z y x
         x = resize(x, skip.shape[2:])
-        return self.join(torch.cat([x, skip * self.gate(torch.cat([x, skip], 1))], 1))
+        gate = self.gate(torch.cat([x, skip], 1))  # b 1 z y x
+        return self.join(torch.cat([x, skip * gate], 1))
 
 # %% ../../nbs/api/dwi/nets.ipynb #7ef8b8f4
 def downsample_by_two(
     x: Tensor,  # b c z y x
 ) -> Tensor:  # b c and half of each axis, rounded up
     "Means of 2³ voxels."
-    odd = [k for n in reversed(x.shape[2:]) for k in (0, n % 2)]
-    x = F.pad(x, odd, mode="replicate") if any(odd) else x
+    odd = [n % 2 for n in x.shape[2:]]
+    if any(odd):
+        z, y, x_ = odd
+        x = F.pad(x, [0, x_, 0, y, 0, z], mode="replicate")
     for axis in (2, 3, 4):
-        x = x.unflatten(axis, (-1, 2)).mean(axis + 1)
+        pairs = x.unflatten(axis, (-1, 2))
+        x = pairs.mean(axis + 1)
     return x
 
 
@@ -286,7 +310,8 @@ def upsample_by_two(
 ) -> Tensor:  # b c *size
     "Trilinear by two, cropped."
     z, y, x_ = size
-    return F.interpolate(x, scale_factor=2, mode="trilinear", align_corners=False)[..., :z, :y, :x_]
+    double = F.interpolate(x, scale_factor=2, mode="trilinear", align_corners=False)
+    return double[..., :z, :y, :x_]
 
 # %% ../../nbs/api/dwi/nets.ipynb #ae00e189
 class ResidualNet(nn.Module):
@@ -301,17 +326,22 @@ class ResidualNet(nn.Module):
         super().__init__()
         if min(in_channels, out_channels) < 1:
             raise InputError(f"{in_channels} channels to {out_channels}: expected at least 1 each")
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.residual = None if residual is None else self.chosen(residual)
+
+    def chosen(
+        self,
+        residual,  # channel or slice of channels
+    ) -> list:  # of channels
+        "The channels of the starting prediction."
+        said = f"residual {residual} of {self.in_channels} channels"
         try:
-            chosen = None if residual is None else np.atleast_1d(np.arange(in_channels)[residual]).tolist()
+            channels = np.atleast_1d(np.arange(self.in_channels)[residual]).tolist()
         except IndexError:
-            raise InputError(
-                f"residual {residual} of {in_channels} channels: expected {-in_channels} to {in_channels - 1}"
-            ) from None
-        if chosen is not None and len(chosen) != out_channels:
-            raise InputError(
-                f"residual {residual} of {in_channels} channels: expected {out_channels} of them, as many as the network returns"
-            )
-        self.in_channels, self.out_channels, self.residual = in_channels, out_channels, chosen
+            raise InputError(f"{said}: expected {-self.in_channels} to {self.in_channels - 1}") from None
+        if len(channels) != self.out_channels:
+            raise InputError(f"{said}: expected {self.out_channels} of them, as many as the network returns")
+        return channels
 
     def initial(
         self,
@@ -320,11 +350,9 @@ class ResidualNet(nn.Module):
         "The starting prediction; zero where there is none."
         if x.ndim != 5 or x.shape[1] != self.in_channels:
             raise InputError(f"input {tuple(x.shape)}: expected b {self.in_channels} z y x")
-        return (
-            x.new_zeros(len(x), self.out_channels, *x.shape[2:])
-            if self.residual is None
-            else x[:, self.residual]
-        )
+        if self.residual is None:
+            return x.new_zeros(len(x), self.out_channels, *x.shape[2:])
+        return x[:, self.residual]
 
     def output_layer(
         self,
@@ -333,7 +361,8 @@ class ResidualNet(nn.Module):
         "The last layer of a path: zero where there is a start."
         layer = nn.Conv3d(channels, self.out_channels, 1)
         if self.residual is not None:
-            nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
         return layer
 
 
@@ -341,13 +370,11 @@ def conv_path(
     *channels: int,  # of the input and after each convolution
 ) -> nn.Sequential:
     "3³ convolutions, each with a PReLU."
-    return nn.Sequential(
-        *(
-            layer
-            for a, b in zip(channels, channels[1:])
-            for layer in (nn.Conv3d(a, b, 3, padding=1), nn.PReLU(b))
-        )
-    )
+    layers = []
+    for before, after in zip(channels, channels[1:]):
+        layers.append(nn.Conv3d(before, after, 3, padding=1))
+        layers.append(nn.PReLU(after))
+    return nn.Sequential(*layers)
 
 # %% ../../nbs/api/dwi/nets.ipynb #4d838f79
 class MultiScaleDetailNet(ResidualNet):
@@ -361,18 +388,17 @@ class MultiScaleDetailNet(ResidualNet):
         residual=None,  # channel or slice of the starting prediction
     ):
         super().__init__(in_channels, out_channels, residual)
-        fine = max(1, base_filters // 2)
-        self.full, self.pooled = (
-            conv_path(in_channels, fine, fine),
-            conv_path(in_channels, base_filters, base_filters),
-        )
-        self.fuse = self.output_layer(fine + base_filters)
+        coarse, fine = base_filters, max(1, base_filters // 2)
+        self.full = conv_path(in_channels, fine, fine)
+        self.pooled = conv_path(in_channels, coarse, coarse)
+        self.fuse = self.output_layer(fine + coarse)
 
     def forward(self, x: Tensor) -> Tensor:  # b c z y x -> b out z y x
         start = self.initial(x)
-        return start + self.fuse(
-            torch.cat([self.full(x), upsample_by_two(self.pooled(downsample_by_two(x)), x.shape[2:])], 1)
-        )
+        full = self.full(x)
+        pooled = self.pooled(downsample_by_two(x))  # at half of z y x
+        both = torch.cat([full, upsample_by_two(pooled, x.shape[2:])], 1)
+        return start + self.fuse(both)
 
 # %% ../../nbs/api/dwi/nets.ipynb #0bc97933
 def low_pass(
@@ -402,16 +428,22 @@ class ProgressiveDetailNet(ResidualNet):
             nn.PReLU(f),
             self.output_layer(f),
         )
-        self.detail = nn.Sequential(conv_path(in_channels + out_channels, f, f), self.output_layer(f))
+        self.detail = nn.Sequential(
+            conv_path(in_channels + out_channels, f, f),
+            self.output_layer(f),
+        )
 
     def stages(
         self,
         x: Tensor,  # b c z y x
     ) -> tuple:  # coarse and final result, b out z y x each
         "Results of both stages, for `progressive_loss`."
-        start, correction = self.initial(x), upsample_by_two(self.coarse(downsample_by_two(x)), x.shape[2:])
-        coarse = low_pass(start) + correction
-        return coarse, start + correction + self.detail(torch.cat([x, coarse.to(x.dtype)], 1))
+        start = self.initial(x)
+        coarse = self.coarse(downsample_by_two(x))  # at half of z y x
+        correction = upsample_by_two(coarse, x.shape[2:])
+        smooth = low_pass(start) + correction
+        detail = self.detail(torch.cat([x, smooth.to(x.dtype)], 1))
+        return smooth, start + correction + detail
 
     def forward(self, x: Tensor) -> Tensor:  # b c z y x -> b out z y x
         return self.stages(x)[1]
@@ -426,8 +458,10 @@ def progressive_loss(
     "Error of the final result + weight · error of the coarse one on the smooth part of the target."
     coarse, final = stages
     c, t, m = check_pair(coarse, target, mask)
-    whole = low_pass((~m).to(t.dtype)) == 0  # made of voxels in the mask only
-    return masked_mse(final, target, mask) + weight * mean_where((c - low_pass(t)).square(), whole)
+    outside = (~m).to(t.dtype)
+    whole = low_pass(outside) == 0  # made of voxels in the mask only
+    error = mean_where((c - low_pass(t)).square(), whole)
+    return masked_mse(final, target, mask) + weight * error
 
 # %% ../../nbs/api/dwi/nets.ipynb #4baa0001
 def fft_low(
@@ -435,14 +469,14 @@ def fft_low(
     cutoff: float,  # share of the highest frequency
 ) -> Tensor:  # likewise
     "Low band by a radial mask on the spectrum: 1 up to 3/4 of the cutoff, then a cosine to 0."
-    z, y, n = x.shape[2:]
-    f = [
-        2 * make(k, device=x.device, dtype=x.dtype) / cutoff
-        for make, k in ((torch.fft.fftfreq, z), (torch.fft.fftfreq, y), (torch.fft.rfftfreq, n))
-    ]
-    radius = (f[0][:, None, None] ** 2 + f[1][:, None] ** 2 + f[2] ** 2).sqrt()
-    gain = (1 + torch.cos(math.pi * (4 * radius - 3).clamp(0, 1))) / 2
-    return torch.fft.irfftn(torch.fft.rfftn(x, dim=(2, 3, 4)) * gain, s=x.shape[2:], dim=(2, 3, 4))
+    axes, sizes = (2, 3, 4), x.shape[2:]
+    grids = (torch.fft.fftfreq, torch.fft.fftfreq, torch.fft.rfftfreq)
+    z, y, x_ = (2 * f(n, device=x.device, dtype=x.dtype) / cutoff for f, n in zip(grids, sizes))
+    radius = (z[:, None, None] ** 2 + y[:, None] ** 2 + x_**2).sqrt()
+    fall = (4 * radius - 3).clamp(0, 1)
+    gain = (1 + torch.cos(math.pi * fall)) / 2
+    spectrum = torch.fft.rfftn(x, dim=axes)
+    return torch.fft.irfftn(spectrum * gain, s=sizes, dim=axes)
 
 
 def gaussian_low(
@@ -450,12 +484,16 @@ def gaussian_low(
     cutoff: float,  # share of the highest frequency
 ) -> Tensor:  # likewise
     "Low band by a Gaussian whose response is 1/20 at the cutoff; borders repeated."
-    sigma = math.sqrt(2 * math.log(20)) / (math.pi * cutoff)
+    sigma = math.sqrt(2 * math.log(20)) / (math.pi * cutoff)  # exp(-(π cutoff σ)² / 2) = 1/20
     reach = math.ceil(3 * sigma)
-    taps = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=x.device, dtype=x.dtype) / sigma) ** 2)
-    low = F.pad(x.flatten(0, 1)[:, None], (reach,) * 6, mode="replicate")
-    for a in range(3):
-        low = F.conv3d(low, (taps / taps.sum()).view(1, 1, *(-1 if a == b else 1 for b in range(3))))
+    at = torch.arange(-reach, reach + 1, device=x.device, dtype=x.dtype)
+    taps = torch.exp(-0.5 * (at / sigma) ** 2)
+    taps = taps / taps.sum()
+    low = F.pad(x.flatten(0, 1)[:, None], (reach,) * 6, mode="replicate")  # b*c 1 z y x
+    for axis in (2, 3, 4):
+        shape = [1] * 5
+        shape[axis] = -1
+        low = F.conv3d(low, taps.view(shape))
     return low.view(x.shape)
 
 
@@ -472,10 +510,10 @@ def split_bands(
         raise InputError(f"input {tuple(x.shape)}: expected b c z y x")
     if not 0 < cutoff <= 1:
         raise InputError(f"cutoff {cutoff}: expected a share of the highest frequency, above 0 to 1")
+    low_band = pick(SPLITS, kind, "split")
+    exact = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
-        low = pick(SPLITS, kind, "split")(x.to(torch.promote_types(x.dtype, torch.float32)), cutoff).to(
-            x.dtype
-        )
+        low = low_band(x.to(exact), cutoff).to(x.dtype)
     return low, x - low
 
 # %% ../../nbs/api/dwi/nets.ipynb #ef2d039c
@@ -493,18 +531,18 @@ class FrequencyDomainNet(ResidualNet):
     ):
         super().__init__(in_channels, out_channels, residual)
         split_bands(torch.zeros(1, 1, 1, 1, 1), cutoff, kind)  # says what is wrong with them
-        self.cutoff, self.kind, fine = cutoff, kind, max(1, base_filters // 2)
-        self.low, self.high = (
-            conv_path(in_channels, base_filters, base_filters),
-            conv_path(in_channels, fine, fine),
-        )
-        self.fuse = self.output_layer(base_filters + fine)
+        self.cutoff, self.kind = cutoff, kind
+        coarse, fine = base_filters, max(1, base_filters // 2)
+        self.low = conv_path(in_channels, coarse, coarse)
+        self.high = conv_path(in_channels, fine, fine)
+        self.fuse = self.output_layer(coarse + fine)
 
     def forward(self, x: Tensor) -> Tensor:  # b c z y x -> b out z y x
-        start, (low, high) = self.initial(x), split_bands(x, self.cutoff, self.kind)
-        return start + self.fuse(
-            torch.cat([upsample_by_two(self.low(downsample_by_two(low)), x.shape[2:]), self.high(high)], 1)
-        )
+        start = self.initial(x)
+        low, high = split_bands(x, self.cutoff, self.kind)
+        coarse = self.low(downsample_by_two(low))  # at half of z y x
+        both = torch.cat([upsample_by_two(coarse, x.shape[2:]), self.high(high)], 1)
+        return start + self.fuse(both)
 
 # %% ../../nbs/api/dwi/nets.ipynb #472290cd
 def sinusoids(
@@ -512,9 +550,11 @@ def sinusoids(
     dim: int,  # numbers per position
 ) -> Tensor:  # *n dim, float32
     "Sines and cosines of positions, with wavelengths from 2π to 10000 · 2π (Vaswani et al. 2017)."
-    rate = torch.exp(torch.arange(0, dim, 2, device=ids.device, dtype=torch.float32) * (-math.log(1e4) / dim))
-    angle = ids[..., None].float() * rate
-    return torch.stack([angle.sin(), angle.cos()], -1).flatten(-2)[..., :dim]
+    pair = torch.arange(0, dim, 2, device=ids.device, dtype=torch.float32)
+    rate = torch.exp(pair * (-math.log(1e4) / dim))
+    angle = ids[..., None].float() * rate  # *n pairs
+    waves = torch.stack([angle.sin(), angle.cos()], -1)
+    return waves.flatten(-2)[..., :dim]
 
 
 class SinusoidalVolumeEncoder(nn.Module):
@@ -526,7 +566,8 @@ class SinusoidalVolumeEncoder(nn.Module):
         dim: int = 64,  # sinusoids per index
     ):
         super().__init__()
-        self.dim, self.project = dim, nn.Linear(dim, channels)
+        self.dim = dim
+        self.project = nn.Linear(dim, channels)
 
     def forward(
         self,
@@ -534,15 +575,45 @@ class SinusoidalVolumeEncoder(nn.Module):
         ids: Tensor,  # b, or v, or b v: index of each volume
     ) -> Tensor:  # likewise
         "Features that say of which volume they are."
-        ids, c = torch.as_tensor(ids, device=x.device), self.project.out_features
-        if x.ndim not in (5, 6) or ids.ndim < 1 or ids.shape != x.shape[:-4][-ids.ndim :] or x.shape[-4] != c:
-            raise InputError(
-                f"indices {tuple(ids.shape)} for features {tuple(x.shape)}: expected b and b {c} z y x, or v and b v {c} z y x"
-            )
-        shift = self.project(sinusoids(ids, self.dim).to(self.project.weight.dtype))
+        ids = torch.as_tensor(ids, device=x.device)
+        self.check(x, ids)
+        waves = sinusoids(ids, self.dim).to(self.project.weight.dtype)
+        shift = self.project(waves)  # *n c
         return x + shift[..., None, None, None].to(x.dtype)
 
+    def check(
+        self,
+        x: Tensor,  # features
+        ids: Tensor,  # indices
+    ):
+        "`InputError` where indices and features do not belong together."
+        c = self.project.out_features
+        axes = x.ndim in (5, 6) and ids.ndim >= 1
+        if axes and ids.shape == x.shape[:-4][-ids.ndim :] and x.shape[-4] == c:
+            return
+        raise InputError(
+            f"indices {tuple(ids.shape)} for features {tuple(x.shape)}: "
+            f"expected b and b {c} z y x, or v and b v {c} z y x"
+        )
+
 # %% ../../nbs/api/dwi/nets.ipynb #9fc44686
+def unit_directions(
+    bvecs: Tensor,  # n 3
+    weighted: Tensor,  # n, boolean
+    b0_threshold: float,  # for the message, s/mm²
+) -> Tensor:  # n 3; zeros where unweighted
+    "Directions of length 1, where there is weighting."
+    g = torch.where(weighted[:, None], bvecs, 0)
+    length = g.norm(dim=1)
+    there = length[weighted]
+    if not ((there - 1).abs() < 0.05).all():
+        raise InputError(
+            f"directions of length {there.min():.3g} to {there.max():.3g}: "
+            f"expected unit vectors where b > {b0_threshold:g}"
+        )
+    return g / length.clamp_min(1e-9)[:, None]
+
+
 def gradient_encoding(
     bvals,  # n, s/mm²
     bvecs,  # n 3, unit vectors; anything where there is no weighting
@@ -550,21 +621,19 @@ def gradient_encoding(
     b0_threshold: float = 50.0,  # up to here a volume counts as unweighted, s/mm²
 ) -> Tensor:  # n 7: b / bmax, then xx, yy, zz, √2 xy, √2 xz, √2 yz; zeros where unweighted
     "What a network is told about the weighting of each volume."
-    b, g = (torch.as_tensor(v).double() for v in (bvals, bvecs))
+    b, g = torch.as_tensor(bvals).double(), torch.as_tensor(bvecs).double()
     if b.ndim != 1 or not len(b) or g.shape != (len(b), 3):
         raise InputError(
-            f"{tuple(b.shape)} b-values, directions {tuple(g.shape)}: expected n and n 3; transpose directions that are stored as 3 n"
+            f"{tuple(b.shape)} b-values, directions {tuple(g.shape)}: expected n and n 3; "
+            "transpose directions that are stored as 3 n"
         )
-    on = b > b0_threshold
-    g, bmax = torch.where(on[:, None], g, 0), max(b.max().item(), 1.0) if bmax is None else bmax
-    length = g.norm(dim=1)
-    if not ((length[on] - 1).abs() < 0.05).all():
-        raise InputError(
-            f"directions of length {length[on].min():.3g} to {length[on].max():.3g}: expected unit vectors where b > {b0_threshold:g}"
-        )
-    x, y, z = (g / length.clamp_min(1e-9)[:, None]).unbind(1)
+    weighted = b > b0_threshold
+    if bmax is None:
+        bmax = max(b.max().item(), 1.0)
+    x, y, z = unit_directions(g, weighted, b0_threshold).unbind(1)
     r = math.sqrt(2)
-    parts = [torch.where(on, b / bmax, 0), x * x, y * y, z * z, r * x * y, r * x * z, r * y * z]
+    parts = [torch.where(weighted, b / bmax, 0), x * x, y * y, z * z]
+    parts += [r * x * y, r * x * z, r * y * z]
     return torch.stack(parts, 1).to(torch.get_default_dtype())
 
 # %% ../../nbs/api/dwi/nets.ipynb #349408fc
@@ -579,29 +648,47 @@ class GroupedDetail(nn.Module):
     ):
         super().__init__()
         self.num_volumes, self.filters = num_volumes, filters
-        self.detail = nn.Conv3d(num_volumes, filters * num_volumes, 3, padding=1, groups=num_volumes)
-        self.act, self.fuse = nn.PReLU(), nn.Conv3d(filters * num_volumes, out_channels, 1)
+        channels = filters * num_volumes
+        self.detail = nn.Conv3d(num_volumes, channels, 3, padding=1, groups=num_volumes)
+        self.act = nn.PReLU()
+        self.fuse = nn.Conv3d(channels, out_channels, 1)
 
     def forward(
-        self, x: Tensor, ids=None
-    ) -> Tensor:  # b v z y x, v indices (None: all in order) -> b out z y x
-        ids = torch.as_tensor(range(self.num_volumes) if ids is None else ids, device=x.device)
-        if (
-            ids.shape != x.shape[1:2]
-            or ids.is_floating_point()
-            or ids.min() < 0
-            or ids.max() >= self.num_volumes
-        ):
-            raise InputError(
-                f"volumes {ids.tolist()} for an input {tuple(x.shape)}: expected {x.shape[1]} indices of 0 to {self.num_volumes - 1}"
-            )
-        own = lambda p, axis=0: (
-            p.unflatten(axis, (self.num_volumes, self.filters))
-            .index_select(axis, ids)
-            .flatten(axis, axis + 1)
+        self,
+        x: Tensor,  # b v z y x
+        ids=None,  # v indices; None: all in order
+    ) -> Tensor:  # b out z y x
+        "Details of some volumes, fused."
+        wanted = range(self.num_volumes) if ids is None else ids
+        ids = torch.as_tensor(wanted, device=x.device)
+        self.check(x, ids)
+        weight, bias = self.own(self.detail.weight, ids), self.own(self.detail.bias, ids)
+        x = F.conv3d(x, weight, bias, padding=1, groups=len(ids))  # b v*filters z y x
+        return F.conv3d(self.act(x), self.own(self.fuse.weight, ids, 1), self.fuse.bias)
+
+    def own(
+        self,
+        parameter: Tensor,  # with an axis of volumes x filters
+        ids: Tensor,  # v indices
+        axis: int = 0,
+    ) -> Tensor:
+        "The part of a parameter that belongs to some volumes."
+        by_volume = parameter.unflatten(axis, (self.num_volumes, self.filters))
+        return by_volume.index_select(axis, ids).flatten(axis, axis + 1)
+
+    def check(
+        self,
+        x: Tensor,  # b v z y x
+        ids: Tensor,  # v indices
+    ):
+        "`InputError` for indices that are not one per volume of the input, or not of the scan."
+        one_each = ids.shape == x.shape[1:2] and not ids.is_floating_point()
+        if one_each and ids.min() >= 0 and ids.max() < self.num_volumes:
+            return
+        raise InputError(
+            f"volumes {ids.tolist()} for an input {tuple(x.shape)}: "
+            f"expected {x.shape[1]} indices of 0 to {self.num_volumes - 1}"
         )
-        x = F.conv3d(x, own(self.detail.weight), own(self.detail.bias), padding=1, groups=len(ids))
-        return F.conv3d(self.act(x), own(self.fuse.weight, 1), self.fuse.bias)
 
 # %% ../../nbs/api/dwi/nets.ipynb #65c29147
 class ConditionedDetail(nn.Module):
@@ -614,27 +701,30 @@ class ConditionedDetail(nn.Module):
         filters: int,  # per volume
     ):
         super().__init__()
-        self.encoding, self.filter, self.fuse = (
-            encoding,
-            nn.Conv3d(1, filters, 3, padding=1),
-            nn.Conv3d(filters, out_channels, 1),
+        self.encoding = encoding
+        self.filter = nn.Conv3d(1, filters, 3, padding=1)
+        self.fuse = nn.Conv3d(filters, out_channels, 1)
+        self.condition = nn.Sequential(
+            nn.Linear(encoding, 32),
+            nn.SiLU(),
+            nn.Linear(32, 2 * filters),
         )
-        self.condition, self.act = (
-            nn.Sequential(nn.Linear(encoding, 32), nn.SiLU(), nn.Linear(32, 2 * filters)),
-            nn.PReLU(filters),
-        )
+        self.act = nn.PReLU(filters)
 
     def forward(self, x: Tensor, encoding: Tensor) -> Tensor:  # b v z y x, v d or b v d -> b out z y x
         b, v = x.shape[:2]
         if encoding is None or encoding.shape[-2:] != (v, self.encoding):
+            got = None if encoding is None else tuple(encoding.shape)
             raise InputError(
-                f"encodings {None if encoding is None else tuple(encoding.shape)} for an input {tuple(x.shape)}: expected {v} {self.encoding}, as from gradient_encoding"
+                f"encodings {got} for an input {tuple(x.shape)}: "
+                f"expected {v} {self.encoding}, as from gradient_encoding"
             )
-        scale, shift = self.condition(encoding.to(x.device, self.filter.weight.dtype))[
-            ..., None, None, None
-        ].chunk(2, -4)
-        x = self.filter(x.flatten(0, 1)[:, None]).unflatten(0, (b, v)) * (1 + scale) + shift
-        return self.fuse(self.act(x.flatten(0, 1)).unflatten(0, (b, v)).mean(1))
+        told = self.condition(encoding.to(x.device, self.filter.weight.dtype))  # v 2f or b v 2f
+        scale, shift = told[..., None, None, None].chunk(2, -4)
+        x = self.filter(x.flatten(0, 1)[:, None])  # b*v f z y x
+        x = x.unflatten(0, (b, v)) * (1 + scale) + shift
+        x = self.act(x.flatten(0, 1)).unflatten(0, (b, v))
+        return self.fuse(x.mean(1))
 
 # %% ../../nbs/api/dwi/nets.ipynb #6ddf7b1b
 class VolumeSpecificDetailEncoder(nn.Module):
@@ -642,17 +732,16 @@ class VolumeSpecificDetailEncoder(nn.Module):
 
     def __init__(
         self,
-        num_volumes: int = None,  # of the scan: filters of each volume's own; None: the same filters, conditioned on an encoding
+        num_volumes: int = None,  # of the scan: filters of each volume's own; None: the same, conditioned on an encoding
         out_channels: int = 1,  # of the result
         filters: int = 8,  # per volume
         encoding: int = 7,  # numbers per volume of the encoding, if there is one
     ):
         super().__init__()
-        self.detail = (
-            ConditionedDetail(encoding, out_channels, filters)
-            if num_volumes is None
-            else GroupedDetail(num_volumes, out_channels, filters)
-        )
+        if num_volumes is None:
+            self.detail = ConditionedDetail(encoding, out_channels, filters)
+        else:
+            self.detail = GroupedDetail(num_volumes, out_channels, filters)
 
     def forward(
         self,
