@@ -4,9 +4,14 @@
 
 # %% auto #0
 __all__ = ['BMAX', 'Gradients', 'check_bvals', 'check_bvecs', 'check_gradients', 'read_numbers', 'Series', 'check_values',
-           'check_mask', 'check_series', 'read_mask', 'read_series', 'otsu', 'brain_mask', 'background_sigma']
+           'check_mask', 'check_series', 'read_mask', 'read_series', 'otsu', 'brain_mask', 'background_sigma',
+           'all_or_nothing']
 
 # %% ../../nbs/api/dwi/data.ipynb #68eca988
+import os
+import secrets
+import shutil
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -283,3 +288,41 @@ def background_sigma(
     if values[:, b0].mean() > 1.1 * values[:, ~b0].mean():
         return None  # noise has no diffusion: this is tissue
     return float(np.sqrt((values**2).mean() / 2))
+
+# %% ../../nbs/api/dwi/data.ipynb #filescd1
+def _make_folder(folder):
+    "Make a folder with those above it; gives those that were missing, the deepest first."
+    made = []
+    for path in (folder, *folder.parents):
+        if path.exists():
+            break
+        made.append(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    return made
+
+
+@contextmanager
+def all_or_nothing(
+    folder,  # where the files shall be; is made where it is missing
+    last: str,  # name of the file that says that all are there
+):  # folder to write them to
+    "Files that move to their places when the block ends without an error."
+    folder, made, done = Path(folder).absolute(), [], False
+    new = folder / f".new.{secrets.token_hex(4)}"
+    try:
+        made = _make_folder(folder)
+        new.mkdir()
+        yield new
+        for path in sorted(new.iterdir(), key=lambda p: (p.name == last, p.name)):
+            os.replace(path, folder / path.name)
+        done = True
+    except OSError as e:
+        raise InputError(
+            f"nothing was written to {folder} ({e.strerror or e}): "
+            "expected a folder with write access, on a disk with room"
+        ) from None
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        for path in [] if done else made:
+            with suppress(OSError):
+                path.rmdir()

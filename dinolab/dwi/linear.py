@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['STEPS27', 'NEIGHBOURS', 'BLIND', 'FOLDS', 'RIDGE', 'leave_one_out_weights', 'Voxels', 'deal_parts', 'list_voxels',
            'ridge_solve', 'leave_part_out', 'fit_parts', 'apply_parts', 'relative_penalty', 'LooLinear', 'single_b0',
-           'fit_loo', 'order_directions', 'make_folds', 'principal_axes', 'Components', 'fit_components',
+           'fit_loo', 'order_directions', 'make_folds', 'principal_axes', 'centred', 'Components', 'fit_components',
            'neighbourhood', 'own_neighbourhood', 'fit_own', 'apply_own', 'fit_either', 'apply_either', 'SpatialFold',
-           'centred', 'fit_spatial_fold', 'half_ball', 'shifted_regions', 'nonlocal_means', 'to_box', 'NonLocalMeans',
+           'fit_spatial_fold', 'half_ball', 'shifted_regions', 'nonlocal_means', 'to_box', 'NonLocalMeans',
            'fit_nonlocal_means', 'Clusters', 'fit_clusters', 'by_cluster', 'with_intercept', 'fit_per_cluster',
            'apply_per_cluster', 'TissueFold', 'own_regressors', 'fit_tissue_fold', 'FoldLinear', 'fold_tasks',
            'fit_folds', 'fit_spatial', 'fit_tissue']
@@ -274,6 +274,15 @@ def principal_axes(
     return (axes * sign).float()
 
 # %% ../../nbs/api/dwi/linear.ipynb #82b14e7d
+def centred(
+    y: Tensor,  # m n
+    mean,  # n, or a number
+) -> Tensor:  # m + 1, n
+    "Minus the mean, with a row of zeros for what lies outside."
+    outside = y.new_zeros(1, y.shape[1])
+    return torch.cat([y - mean, outside])
+
+
 @dataclass(frozen=True)
 class Components:
     "Maps of the visible volumes of a fold, with fixed means and basis."
@@ -412,15 +421,6 @@ class SpatialFold:
             around = own_neighbourhood(centred(y[:, self.targets], self.mean), voxels.near)
         shared = lambda rows: neighbourhood(maps, voxels.near[rows])
         return self.mean + apply_either(shared, around, self.weights, voxels)
-
-
-def centred(
-    y: Tensor,  # m n
-    mean,  # n, or a number
-) -> Tensor:  # m + 1, n
-    "Minus the mean, with a row of zeros for what lies outside."
-    outside = y.new_zeros(1, y.shape[1])
-    return torch.cat([y - mean, outside])
 
 # %% ../../nbs/api/dwi/linear.ipynb #fee28cb1
 def fit_spatial_fold(
