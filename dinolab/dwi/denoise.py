@@ -335,7 +335,8 @@ def read_sigma(
     except ValueError:
         level = None
     if level is not None:
-        return SIGMA.check("sigma", level)
+        SIGMA.check("sigma", level)
+        return level
     if not Path(text).exists():
         raise InputError(
             f"sigma {text!r}: expected auto, a number in the units of the image, or the map of a noise level"
