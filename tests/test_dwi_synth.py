@@ -154,7 +154,7 @@ def test_noise_that_varies():
     )[:4].std()
     with pytest.raises(InputError, match="expected numbers of 0 or more"):
         add_rician(p.clean, -1)
-    with pytest.raises(InputError, match="above 0"):
+    with pytest.raises(InputError, match="snr=0: expected"):
         p.sigma(0)
 
 

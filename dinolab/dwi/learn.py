@@ -25,7 +25,7 @@ from ..core.progress import progress
 from ..core.region import Box
 from ..core.settings import COUNT, checked
 from .data import Gradients, Series, check_series
-from .linear import FOLDS, fit_tissue, list_voxels, make_folds, single_b0
+from .linear import fit_tissue, list_voxels, make_folds, single_b0
 from .lowrank import localpca, mppca
 from .nets import FrequencyDomainNet, MultiScaleDetailNet
 from .scores import debias
@@ -94,7 +94,7 @@ class Case(NamedTuple):
     channels: Channels
     target: np.ndarray  # x y z v
     weight: np.ndarray  # x y z, of the voxels
-    volumes: np.ndarray  # indices of those to draw
+    volumes: np.ndarray  # n, indices of those to draw
 
 
 @dataclass(frozen=True)
@@ -269,15 +269,15 @@ def signal_scale(
 
 
 def useful_share(
-    change: np.ndarray,  # c, correction of a network
-    left: np.ndarray,  # y - x0, what the starting prediction leaves
+    change: np.ndarray,  # m v: c, correction of a network
+    left: np.ndarray,  # m v: y - x0, what the starting prediction leaves
 ) -> float:  # 0 to 1
     "The share of a correction that makes the error smallest: <y - x0, c> / <c, c>."
     best = (change * left).sum() / max((change * change).sum(), 1e-12)
     return float(np.clip(best, 0, 1))
 
 
-@checked(folds=FOLDS, steps=COUNT)
+@checked(steps=COUNT)
 def qnet(
     series: Series,
     initial: np.ndarray,  # x y z v, predicted without the fold of each volume

@@ -26,7 +26,7 @@ from torch import Tensor
 from ..core.errors import InputError
 from ..core.progress import progress
 from ..core.region import Box
-from ..core.settings import COUNT, FROM_ZERO, Number, checked
+from ..core.settings import FROM_ZERO, Number, checked
 
 # %% ../../nbs/api/dwi/lowrank.ipynb #62e05952
 def noise_variance(
@@ -607,7 +607,7 @@ def edge_factor(
     return 1 + np.sqrt(volumes / samples)
 
 
-@checked(threads=COUNT)
+@checked
 def mppca(
     data,  # x y z v
     mask=None,  # x y z, counts where it is not 0; None: everywhere
@@ -647,7 +647,7 @@ def noise_map(
     return np.broadcast_to(sigma**2, shape)
 
 
-@checked(tau_factor=Number(0), threads=COUNT)
+@checked
 def localpca(
     data,  # x y z v
     sigma,  # noise level: number or x y z
@@ -663,6 +663,7 @@ def localpca(
     variance = noise_map(sigma, data.shape[:3])
     if tau_factor is None:
         tau_factor = edge_factor(data.shape[3], radius)
+    Number(0).check("tau_factor", tau_factor)
 
     def thresholds(centres, active):
         here = variance[centres][active]

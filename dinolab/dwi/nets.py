@@ -583,8 +583,8 @@ class SinusoidalVolumeEncoder(nn.Module):
 
     def check(
         self,
-        x: Tensor,  # features
-        ids: Tensor,  # indices
+        x: Tensor,  # *n c z y x
+        ids: Tensor,  # *n
     ):
         "`InputError` where indices and features do not belong together."
         c = self.project.out_features
@@ -668,10 +668,10 @@ class GroupedDetail(nn.Module):
 
     def own(
         self,
-        parameter: Tensor,  # with an axis of volumes x filters
-        ids: Tensor,  # v indices
+        parameter: Tensor,  # *s, with an axis of volumes x filters
+        ids: Tensor,  # v, indices
         axis: int = 0,
-    ) -> Tensor:
+    ) -> Tensor:  # *s, the axis shorter
         "The part of a parameter that belongs to some volumes."
         by_volume = parameter.unflatten(axis, (self.num_volumes, self.filters))
         return by_volume.index_select(axis, ids).flatten(axis, axis + 1)
@@ -679,7 +679,7 @@ class GroupedDetail(nn.Module):
     def check(
         self,
         x: Tensor,  # b v z y x
-        ids: Tensor,  # v indices
+        ids: Tensor,  # v, indices
     ):
         "`InputError` for indices that are not one per volume of the input, or not of the scan."
         one_each = ids.shape == x.shape[1:2] and not ids.is_floating_point()

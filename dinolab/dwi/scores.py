@@ -45,7 +45,7 @@ def _rice_table():
 def for_volumes(
     sigma,  # a number, or a map of the first axes
     shape: tuple,  # of the image
-) -> np.ndarray:  # float32, broadcasts to the image
+) -> np.ndarray:  # *s, float32, broadcasts to the image
     "A noise level beside an image."
     sigma = np.asarray(sigma, np.float32)
     if not (np.isfinite(sigma).all() and (sigma >= 0).all()):
