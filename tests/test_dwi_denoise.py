@@ -1,8 +1,11 @@
 "Denoising of diffusion series from files: what is written, what is refused with nothing written, and what the methods keep."
 
+import contextlib
 import gzip
 import inspect
 import json
+import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +18,20 @@ import torch
 import dinolab.dwi.learn as learn
 from dinolab.cli.main import main
 from dinolab.core.errors import InputError
+from dinolab.core.region import Box
 from dinolab.dwi.data import check_series
-from dinolab.dwi.denoise import METHODS, NEEDS_SIGMA, score_against_truth, denoise, evaluate_files
-from dinolab.dwi.linear import fit_tissue
+from dinolab.dwi.denoise import (
+    METHODS,
+    NEEDS_SIGMA,
+    denoise,
+    denoise_files,
+    denoise_series,
+    evaluate_files,
+    phantom_files,
+    score_against_truth,
+)
+from dinolab.dwi.linear import fit_spatial, fit_tissue
+from dinolab.dwi.lowrank import localpca, mppca
 from dinolab.dwi.nets import MultiScaleDetailNet
 from dinolab.dwi.scores import psnr
 from dinolab.dwi.phantoms import make_phantom, noisy
@@ -446,6 +460,69 @@ def test_bad_options(files, noise, capsys, args, words):
     refused(capsys, words, "denoise", *files, *args)
 
 
+TAKES_NUMBERS = dict(
+    denoise_files=lambda **k: denoise_files("none.nii", "out.nii", bval="none", bvec="none", **k),
+    denoise_series=lambda **k: denoise_series(None, **k),
+    denoise=lambda **k: denoise(None, None, None, **k),
+    phantom_files=lambda **k: phantom_files("new/folder", **k),
+    make_phantom=lambda **k: make_phantom(**(dict(shape=None) | k)),
+    evaluate_files=lambda **k: evaluate_files("none.nii", truth="none.nii", **k),
+    fit_tissue=lambda **k: fit_tissue(None, **k),
+    fit_spatial=lambda **k: fit_spatial(None, **k),
+    qnet=lambda **k: learn.qnet(None, None, **k),
+    train_simnet=lambda **k: learn.train_simnet(curriculum=None, **k),
+)
+FUNCTIONS = (denoise_files, denoise_series, denoise, phantom_files, make_phantom, evaluate_files)
+FUNCTIONS += (fit_tissue, fit_spatial, learn.qnet, learn.train_simnet)
+
+
+def numbers():
+    "Every setting that is annotated as a number, of every function that people call."
+    for function in FUNCTIONS:
+        for name, parameter in inspect.signature(function).parameters.items():
+            if parameter.annotation in (int, float) and name != "level":
+                yield pytest.param(
+                    function.__name__, name, parameter.annotation, id=f"{function.__name__}-{name}"
+                )
+
+
+@pytest.mark.parametrize("function, name, kind", list(numbers()))
+def test_wrong_numbers_are_refused_before_anything_is_done(function, name, kind):
+    "The other arguments would fail at once if they were looked at."
+    wrong = [float("nan"), float("inf"), -float("inf"), -1, -1e9, True, "three", [1, 2], {}]
+    wrong += [0.5, 2.5] if kind is int else [1e30]
+    if name in ("ridge", "cluster_ridge"):
+        wrong.remove(1e30)  # a large penalty is one
+    if name not in ("seed", "threads", "b0_threshold", "bmax", "ridge", "cluster_ridge"):
+        wrong.append(0)
+    for value in wrong:
+        with pytest.raises(InputError) as said:
+            TAKES_NUMBERS[function](**{name: value})
+        assert str(said.value).startswith(f"{name}=") and "\n" not in str(said.value), value
+    assert there() == []
+
+
+@pytest.mark.parametrize("sigma", [0, -1, float("nan"), float("inf"), 1e31, True, "much", {}])
+def test_wrong_levels_are_refused(phantom, noise, sigma):
+    g = phantom.gradients
+    with pytest.raises(InputError, match="sigma"):
+        denoise(noise, g.bvals, g.bvecs, "mppca", phantom.mask, sigma=sigma)
+
+
+@pytest.mark.parametrize("shape", ["0,0,0", "-16,16,16", "1e3,9,9", "100000,100000,100000", "16,16,8,4", ""])
+def test_wrong_shapes_are_refused(shape):
+    with pytest.raises(InputError, match="shape"):
+        phantom_files("new", shape=shape)
+    assert there() == []
+
+
+@pytest.mark.parametrize("radius", [0, -1, 1.5, float("nan"), "two", None, (1, 2), (1, 1, "x"), 10**9, [[1]]])
+@pytest.mark.parametrize("method", [mppca, lambda x, **k: localpca(x, 1.0, **k)], ids=["mppca", "localpca"])
+def test_wrong_patches_are_refused(noise, method, radius):
+    with pytest.raises(InputError, match="patch"):
+        method(noise[:8, :8, :8], patch_radius=radius)
+
+
 def test_missing_options(files, capsys):
     refused(capsys, "--bval", "denoise", "in.nii.gz", "out.nii.gz")
     refused(capsys, "OUTPUT", "denoise", "in.nii.gz")
@@ -490,6 +567,58 @@ def test_a_file_where_a_folder_should_be(files, capsys):
     refused(capsys, "nothing can be written", "phantom", "taken")
     Path("folder.nii.gz").mkdir()
     refused(capsys, "folder", "denoise", files[0], "folder.nii.gz", *files[2:], "--force")
+
+
+# disks
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    "No file may grow beyond some bytes: writing fails as it does on a full disk."
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size", [0, 100, 5000])
+def test_a_full_disk_is_one_line_and_leaves_nothing(files, capsys, size):
+    with full_disk(size):
+        refused(capsys, "File too large", "denoise", *files, "--method", "mppca", "--residual-out")
+        refused(capsys, "File too large", "phantom", "new/folder", "--shape", "16,16,8", "--scheme", "10")
+
+
+def test_a_full_disk_leaves_what_was_there(files, capsys):
+    run("denoise", *files, "--method", "loo_linear")
+    run("phantom", "scan", "--shape", "16,16,8", "--scheme", "10")
+    with full_disk(100):
+        refused(capsys, "File too large", "denoise", *files, "--method", "mppca", "--force")
+        refused(capsys, "File too large", "phantom", "scan", "--shape", "18,18,8", "--force")
+    with full_disk(20):
+        refused(capsys, "File too large", "eval", "out.nii.gz", "--truth", "in.nii.gz")
+
+
+def test_a_folder_that_takes_no_files(files, capsys):
+    refused(capsys, "nothing can be written to /proc", "denoise", files[0], "/proc/out.nii.gz", *files[2:])
+    refused(capsys, "nothing can be written to /proc", "phantom", "/proc/new")
+    long = "a" * 300 + ".nii.gz"
+    refused(capsys, "File name too long", "denoise", files[0], long, *files[2:])
+
+
+@pytest.mark.parametrize("mask, mode", [(0o077, 0o600), (0o022, 0o644), (0o002, 0o664)])
+def test_files_are_for_whom_the_umask_says(files, mask, mode):
+    before = os.umask(mask)
+    try:
+        run("phantom", "scan", "--shape", "16,16,8", "--scheme", "10")
+        run("denoise", *files, "--method", "loo_linear", "--noise-out", "--residual-out")
+        run("eval", "out.nii.gz", "--truth", "in.nii.gz")
+    finally:
+        os.umask(before)
+    made = [p for p in Path().rglob("*") if p.is_file() and ("out" in p.name or p.parent.name == "scan")]
+    assert len(made) == 13 and {p.stat().st_mode & 0o777 for p in made} == {mode}
+    assert Path("scan").stat().st_mode & 0o777 == mode | (mode >> 2) & 0o111
 
 
 # what methods keep
@@ -599,6 +728,94 @@ def test_a_net_with_frozen_weights_does_not_see_its_volume(phantom, noise):
     )[..., v]
     np.testing.assert_array_equal(say(changed), say(noise))
     assert np.abs(say(noise) - start[..., v] / 1000).max() > 1e-3
+
+
+# what networks are trained on
+
+
+def test_crops_of_image_target_and_weight_lie_on_each_other():
+    "Channel 0 is the target and the weight is made of it, so a crop that is turned or moved alone shows."
+    rng = np.random.default_rng(0)
+    stack = rng.random((9, 12, 7, 3), np.float32)
+    weight = (stack[..., 0] > 0.7).astype(np.float32)
+    case = learn.Case(learn.Channels([learn.volume_channel(stack)]), stack, weight, np.array([0]))
+    seen = set()
+    for seed in range(40):
+        crop = learn.CropDataset([case], size=5).item(0, seed)
+        assert torch.equal(crop["x"], crop["y"]) and torch.equal(crop["weight"], (crop["y"] > 0.7).float())
+        assert crop["x"].shape == (1, 5, 5, 5)
+        seen.add(crop_is_in(stack[..., 0], crop["x"][0].numpy()))
+    assert seen == {False, True}  # some are mirrored, some are not
+
+
+def crop_is_in(image, crop):
+    windows = np.lib.stride_tricks.sliding_window_view(image, crop.shape)
+    return (windows == crop).all((-3, -2, -1)).any()
+
+
+def test_a_box_is_drawn_around_a_voxel_that_has_a_weight():
+    weight = np.zeros((20, 9, 30))
+    weight[11, 4, 17] = 1
+    assert learn.draw_box(np.random.default_rng(0), weight, (5, 5, 5)) == Box((9, 2, 15), (14, 7, 20))
+    weight[:] = 0
+    weight[19, 0, 1] = 1  # at the border it is moved into the image
+    assert learn.draw_box(np.random.default_rng(0), weight, (5, 5, 5)) == Box((15, 0, 0), (20, 5, 5))
+
+
+def test_the_kept_share_of_a_correction_is_the_best_one():
+    rng = np.random.default_rng(0)
+    change = rng.standard_normal((50, 3))
+    for share in (-0.5, 0.0, 0.3, 1.0, 1.7):
+        left = share * change + 1e-3 * rng.standard_normal(change.shape)
+        assert learn.useful_share(change, left) == pytest.approx(np.clip(share, 0, 1), abs=1e-3)
+    assert learn.useful_share(0 * change, change) == 0
+
+
+def test_qnet_is_judged_where_it_was_not_trained(phantom, noise, monkeypatch):
+    series, seen = check_series(noise, phantom.gradients, phantom.mask), {}
+
+    def train(model, cases, *args, **kwargs):
+        seen["weight"] = cases[0].weight > 0
+        return model
+
+    def judge(change, left):
+        seen["judged"] = len(change)
+        return 0.0
+
+    monkeypatch.setattr(learn, "train_net", train)
+    monkeypatch.setattr(learn, "useful_share", judge)
+    learn.qnet(series, series.data)
+    trained = seen["weight"]
+    assert not (trained & ~phantom.mask).any()
+    assert trained.sum() + seen["judged"] == phantom.mask.sum() and seen["judged"] > 0.2 * phantom.mask.sum()
+
+
+def test_a_blend_of_equal_estimates_is_that_estimate(phantom, noise):
+    "The weights sum to one."
+    series = check_series(noise, phantom.gradients, phantom.mask)
+    same = np.random.default_rng(0).uniform(10, 900, noise.shape).astype(np.float32)
+    out = learn.blend(dict.fromkeys(learn.SHARES, same), series)
+    np.testing.assert_allclose(out[phantom.mask], same[phantom.mask], rtol=1e-6)
+    np.testing.assert_array_equal(out[~phantom.mask], noise[~phantom.mask])
+
+
+def test_few_volumes_are_predicted_from_their_own_neighbours_too(monkeypatch):
+    p, asked = make_phantom(1, (16, 16, 8), scheme="10"), []
+    fit = learn.fit_tissue
+    monkeypatch.setattr(learn, "fit_tissue", lambda s, **k: asked.append(k["blind"]) or fit(s, **k))
+    learn.estimates(check_series(noisy(p, 20), p.gradients, p.mask), p.sigma(20))
+    assert asked == ["voxel"]
+
+
+def test_magnitudes_stay_magnitudes(phantom, monkeypatch):
+    "A method that goes below zero is cut there, unless the series itself does."
+    below = lambda series, options: series.data - 1e4
+    monkeypatch.setitem(METHODS, "below", below)
+    x = noisy(phantom, 15.0, 1)
+    for data, least in ((x, 0.0), (x - x.max(), None)):
+        series = check_series(data, phantom.gradients, phantom.mask)
+        out = denoise_series(series, "below").data[phantom.mask]
+        assert out.min() == (data[phantom.mask].min() - 1e4 if least is None else least)
 
 
 @pytest.mark.parametrize("name", ["blend", "qnet"])
@@ -769,8 +986,9 @@ def test_bad_evaluation(files, capsys, noise):
         "--out",
         "taken/scores.json",
     )
-    Path("out_denoise.json").write_text("{")
-    refused(capsys, "out_denoise.json", "eval", "out.nii.gz", "--heldout")
+    for damaged in ("{", "{}", "[1]", "null", '{"input": 1}'):
+        Path("out_denoise.json").write_text(damaged)
+        refused(capsys, "out_denoise.json is not a report", "eval", "out.nii.gz", "--heldout")
 
 
 # phantoms

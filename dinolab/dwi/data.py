@@ -313,6 +313,8 @@ def all_or_nothing(
         for path in sorted(new.iterdir(), key=lambda p: (p.name == last, p.name)):
             os.replace(path, folder / path.name)
         done = True
+    except InputError:
+        raise
     except OSError as e:
         raise InputError(
             f"nothing was written to {folder} ({e.strerror or e}): "

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['METHODS', 'SHORT_NAMES', 'NEEDS_SIGMA', 'UNBIASED', 'BLIND_METHODS', 'SIGMA', 'MIN_VOXELS', 'RICIAN', 'REPORTED',
            'Options', 'find_sigma', 'Denoised', 'notes_on', 'check_sigma', 'median_level', 'denoise_series', 'denoise',
-           'with_mask', 'path_stem', 'check_targets', 'check_writable', 'read_sigma', 'Results', 'write_result',
-           'denoise_files', 'full_path', 'phantom_files', 'score_against_truth', 'read_report', 'score_held_out',
-           'evaluate_files', 'read_truth']
+           'with_mask', 'path_stem', 'check_targets', 'check_target', 'check_writable', 'read_sigma', 'Results',
+           'write_result', 'denoise_files', 'full_path', 'phantom_files', 'score_against_truth', 'read_report',
+           'score_held_out', 'evaluate_files', 'read_truth']
 
 # %% ../../nbs/api/dwi/denoise.ipynb #9970d81f
 import json
@@ -293,16 +293,28 @@ def check_targets(
     sources=(),  # files that are read, None where there is none
 ):
     "`InputError` where a result cannot be written."
-    read = {Path(source).resolve() for source in sources if source}
+    read = [Path(source) for source in sources if source]
     for file in map(Path, files):
-        if file.resolve() in read:
-            raise InputError(f"{file} is the input: expected another name")
-        if file.is_dir():
-            raise InputError(f"{file} is a folder: expected the name of a file")
-        if file.exists() and not force:
-            raise InputError(f"{file} is there already: expected a new name; --force writes over it")
+        try:
+            check_target(file, force, read)
+        except OSError as e:
+            raise InputError(f"{file} cannot be written ({e.strerror}): expected another name") from None
     for folder in {Path(file).absolute().parent for file in files}:
         check_writable(folder)
+
+
+def check_target(
+    file: Path,  # to be written
+    force: bool,  # whether it may be there
+    sources: list,  # of files that are read
+):
+    "`InputError` for a name that is taken."
+    if any(file.resolve() == source.resolve() for source in sources):
+        raise InputError(f"{file} is the input: expected another name")
+    if file.is_dir():
+        raise InputError(f"{file} is a folder: expected the name of a file")
+    if file.exists() and not force:
+        raise InputError(f"{file} is there already: expected a new name; --force writes over it")
 
 
 def check_writable(
