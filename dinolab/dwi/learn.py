@@ -304,6 +304,7 @@ def qnet(
     change, left = (found - before)[held], (target - before)[held]  # m v
     share = useful_share(change[:, volumes], left[:, volumes])
     mended = initial + share * (found * scale - initial)
+    mended[..., g.is_b0] = initial[..., g.is_b0]  # to the last bit
     return voxels.fill(voxels.rows(mended), series.data), share
 
 # %% ../../nbs/api/dwi/learn.ipynb #321920a5
