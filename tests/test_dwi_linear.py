@@ -266,3 +266,17 @@ def test_mask_and_noise_level():
     assert (brain_mask(noisy) != head).mean() < 0.01
     assert abs(background_sigma(noisy) / 12 - 1) < 0.02
     assert background_sigma(check_series(noisy.data, noisy.gradients, np.ones(shape))) is None
+
+
+@pytest.mark.parametrize("length", [0.96, 1.0, 1.04])
+@pytest.mark.parametrize("rows", [3, 14], ids=["3 rows", "3 columns"])
+def test_directions_are_made_unit_vectors_and_zeros_where_there_is_no_weighting(length, rows):
+    rng = np.random.default_rng(0)
+    unit = rng.standard_normal((14, 3))
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    bvals = np.r_[0, 20, np.full(12, 1000.0)]
+    given = unit * length
+    given[:2] = 7.0  # scanners write anything there
+    found = check_gradients(bvals, given.T if rows == 3 else given).bvecs
+    np.testing.assert_allclose(found[2:], unit[2:], atol=1e-12)
+    np.testing.assert_array_equal(found[:2], 0)

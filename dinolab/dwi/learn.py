@@ -50,7 +50,10 @@ class Channels:
         roi=(slice(None),) * 3,  # slices along x y z
     ) -> np.ndarray:  # c x y z, float32
         "Channels of volume v in a region."
-        found = [stack[(*roi, index[v])] for stack, index in self.maps]
+        found = []
+        for stack, index in self.maps:
+            region = (*roi, index[v])
+            found.append(stack[region])
         return np.stack(found).astype(np.float32, copy=False)
 
 
@@ -58,7 +61,8 @@ def volume_channel(
     stack: np.ndarray,  # x y z v
 ) -> tuple:  # the stack, and v indices into it
     "A channel that is volume v itself."
-    return stack, np.arange(stack.shape[-1])
+    count = stack.shape[-1]
+    return stack, np.arange(count)
 
 
 def constant_channel(
@@ -67,7 +71,8 @@ def constant_channel(
 ) -> tuple:  # a stack x y z v, and v indices into it
     "A channel with one number per volume."
     values = np.asarray(values, np.float32)
-    return volume_channel(np.broadcast_to(values, (*shape, len(values))))
+    stack = np.broadcast_to(values, (*shape, len(values)))
+    return volume_channel(stack)
 
 
 def shared_channel(
@@ -75,7 +80,8 @@ def shared_channel(
     count: int,  # volumes
 ) -> tuple:  # a stack x y z 1, and its index for each volume
     "A channel that is the same map for all volumes."
-    return image[..., None], np.zeros(count, int)
+    stack = image[..., None]
+    return stack, np.zeros(count, int)
 
 
 def shell_mean_channel(
@@ -84,7 +90,10 @@ def shell_mean_channel(
 ) -> tuple:  # a stack x y z k of means, and v indices into it
     "A channel that is the mean of the shell of v."
     shells, index = np.unique(gradients.shells, return_inverse=True)
-    means = [stack[..., index == shell].mean(-1) for shell in range(len(shells))]
+    means = []
+    for shell in range(len(shells)):
+        members = stack[..., index == shell]
+        means.append(members.mean(-1))
     return np.stack(means, -1), index
 
 # %% ../../nbs/api/dwi/learn.ipynb #ed1b61b4
@@ -110,8 +119,11 @@ class CropDataset:
 
     def side(self) -> tuple:  # x y z, voxels
         "Of a crop, the same for all cases, so that they make a batch."
-        shapes = [Case(*case).weight.shape for case in self.cases]
-        return tuple(min(self.size, *sizes) for sizes in zip(*shapes))
+        side = (self.size,) * 3
+        for case in self.cases:
+            shape = Case(*case).weight.shape
+            side = tuple(map(min, side, shape))
+        return side
 
     def item(
         self,
@@ -123,11 +135,12 @@ class CropDataset:
         case = Case(*self.cases[rng.integers(len(self.cases))])
         v = case.volumes[rng.integers(len(case.volumes))]
         roi = draw_box(rng, case.weight, self.side()).slices
-        flip = tuple(slice(None, None, -1 if turned else 1) for turned in rng.integers(0, 2, 3))
+        mirrored = np.flatnonzero(rng.integers(0, 2, 3)) - 3  # of the last three axes
 
         def crop(image):
-            flipped = image[(..., *flip)]
-            return torch.from_numpy(np.ascontiguousarray(flipped, np.float32))
+            flipped = np.flip(image, mirrored)
+            flipped = np.ascontiguousarray(flipped, np.float32)
+            return torch.from_numpy(flipped)
 
         return dict(
             x=crop(case.channels(v, roi)),
@@ -142,11 +155,12 @@ def draw_box(
     side: tuple,  # x y z, voxels
 ) -> Box:
     "A box around a voxel that has a weight, moved into the image."
+    shape, side = np.array(weight.shape), np.array(side)
     inside = np.flatnonzero(weight)
-    centre = np.unravel_index(inside[rng.integers(len(inside))], weight.shape)
-    last = [n - s for n, s in zip(weight.shape, side)]
-    start = [np.clip(c - s // 2, 0, most) for c, s, most in zip(centre, side, last)]
-    return Box.sized(start, side)
+    drawn = inside[rng.integers(len(inside))]
+    centre = np.unravel_index(drawn, weight.shape)
+    start = np.array(centre) - side // 2
+    return Box.sized(start.clip(0, shape - side), side)
 
 
 def weighted_mse(
@@ -156,7 +170,8 @@ def weighted_mse(
     "Mean squared error of the voxels, by their weights."
     w = batch["weight"]
     error = (model(batch["x"]) - batch["y"]) ** 2
-    return (error * w).sum() / (w > 0).sum().clamp(min=1), {}
+    count = (w > 0).sum().clamp(min=1)
+    return (error * w).sum() / count, {}
 
 # %% ../../nbs/api/dwi/learn.ipynb #d0100d2c
 def train_net(
@@ -207,11 +222,13 @@ def similar_volumes(
     count: int,  # per volume
 ) -> np.ndarray:  # v count
     "For each volume the others of its shell with the most similar directions; of other shells where there are too few."
-    cosine = np.abs(gradients.bvecs @ gradients.bvecs.T)  # v v
-    other_shell = gradients.shells[:, None] != gradients.shells[None]
+    g, shells = gradients.bvecs, gradients.shells
+    cosine = np.abs(g @ g.T)  # v v
+    other_shell = shells[:, None] != shells[None]
     likeness = cosine - 2 * other_shell - 8 * gradients.is_b0[None]
     np.fill_diagonal(likeness, -100)
-    return np.argsort(-likeness, 1, kind="stable")[:, :count]
+    order = np.argsort(-likeness, 1, kind="stable")
+    return order[:, :count]
 
 
 def blind_shell_means(
@@ -263,7 +280,8 @@ def signal_scale(
     series: Series,
 ) -> float:
     "The scale of a series: the median of its volumes without weighting in the mask, where they are above 0."
-    b0 = series.data[series.inside][:, series.gradients.is_b0]
+    inside = series.data[series.inside]  # m v
+    b0 = inside[:, series.gradients.is_b0]
     signal = b0[b0 > 0]
     return float(np.median(signal)) if len(signal) else 1.0
 
@@ -273,7 +291,8 @@ def useful_share(
     left: np.ndarray,  # m v: y - x0, what the starting prediction leaves
 ) -> float:  # 0 to 1
     "The share of a correction that makes the error smallest: <y - x0, c> / <c, c>."
-    best = (change * left).sum() / max((change * change).sum(), 1e-12)
+    square = (change * change).sum()
+    best = (change * left).sum() / max(square, 1e-12)
     return float(np.clip(best, 0, 1))
 
 
@@ -316,7 +335,8 @@ def patch_radius(
     shape: tuple,  # x y z, voxels, and more
 ) -> tuple:  # x y z
     "Radius of patches: 2 voxels, less along an axis of less than 5."
-    return tuple(min(2, (n - 1) // 2) for n in shape[:3])
+    x, y, z = (min(2, (n - 1) // 2) for n in shape[:3])
+    return x, y, z
 
 
 def scaled_tau(
@@ -324,9 +344,11 @@ def scaled_tau(
     radius: tuple,  # of the patches, x y z
 ) -> float:
     "The 2.3 of Manjón et al. (2013) for 64 volumes and patches of 125, moved with the edge of the noise spectrum."
-    samples = np.prod([2 * r + 1 for r in radius])
+    sides = [2 * r + 1 for r in radius]
+    samples = np.prod(sides)
     edge = 1 + (volumes / samples) ** 0.5
-    return 2.3 * edge / (1 + (64 / 125) ** 0.5)
+    usual = 1 + (64 / 125) ** 0.5
+    return 2.3 * edge / usual
 
 
 def estimates(
@@ -357,9 +379,10 @@ def blend(
     "The weighted mean of the estimates; a single volume without weighting, which has no linear one, is the mean of the others."
     out = sum(share * found[name] for name, share in SHARES.items())
     single = single_b0(series.gradients)
-    both = found["localpca"][..., single] + found["mppca"][..., single]
-    out[..., single] = both / 2
-    return np.where(series.inside[..., None], out, series.data).astype(np.float32)
+    one, other = found["localpca"], found["mppca"]
+    out[..., single] = (one[..., single] + other[..., single]) / 2
+    inside = series.inside[..., None]
+    return np.where(inside, out, series.data).astype(np.float32)
 
 # %% ../../nbs/api/dwi/learn.ipynb #1ff7f617
 def simnet_channels(
@@ -464,4 +487,5 @@ def simnet(
     initial, _ = channels.maps[0]
     out = predict_volumes(model, channels, every, initial)
     mended = np.maximum(out, 0) * scale
-    return np.where(series.inside[..., None], mended, series.data).astype(np.float32)
+    inside = series.inside[..., None]
+    return np.where(inside, mended, series.data).astype(np.float32)

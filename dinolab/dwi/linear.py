@@ -38,7 +38,8 @@ def leave_one_out_weights(
     n = len(gram)
     mean = ridge * gram.trace() / n
     penalty = mean * torch.eye(n, dtype=gram.dtype)
-    inverse = np.linalg.inv((gram + penalty).numpy())
+    left = gram + penalty
+    inverse = np.linalg.inv(left.numpy())
     p = torch.from_numpy(inverse)
     weights = -p / p.diagonal()  # - P_ov / P_vv
     return weights.fill_diagonal_(0)
@@ -65,14 +66,16 @@ class Voxels:
     def rows(self, data) -> Tensor:  # m v
         "Values of the voxels."
         flat = data.reshape(-1, data.shape[-1])
-        values = np.ascontiguousarray(flat[self.where], np.float32)
+        values = flat[self.where]
+        values = np.ascontiguousarray(values, np.float32)
         return torch.from_numpy(values)
 
     def fill(self, rows, data) -> np.ndarray:  # x y z v
         "A copy of `data` (x y z v) with other values in the voxels."
         # nibabel's arrays lie the other way round, and reshape would copy them: so in C order
         out = np.array(data, np.float32, order="C")
-        out.reshape(-1, data.shape[-1])[self.where] = rows
+        flat = out.reshape(-1, data.shape[-1])
+        flat[self.where] = rows
         return out
 
     def chunks(self, size=8192) -> Iterator:
@@ -91,11 +94,13 @@ def deal_parts(
     block: int,  # side of the blocks, voxels
 ) -> np.ndarray:  # m, the part of each voxel
     "Parts as diagonals of blocks; blocks are halved while one part holds most of a small mask."
-    part = (at // block).sum(1) % parts
-    while parts > 1 and block > 1 and np.bincount(part).max() > len(at) / 2:
+    while True:
+        number = (at // block).sum(1)  # of the diagonal that a voxel's block lies on
+        part = number % parts
+        largest = np.bincount(part).max()
+        if parts == 1 or block == 1 or largest <= len(at) / 2:
+            return part
         block //= 2
-        part = (at // block).sum(1) % parts
-    return part
 
 
 def list_voxels(
@@ -132,7 +137,8 @@ def ridge_solve(
 ) -> Tensor:  # ... k n
     "Weights of ridge regressions, by NumPy: torch's batched solver can hang with several threads (MKL reports DLASWP)."
     left = xx + torch.diag_embed(penalty)
-    weights = np.linalg.solve(left.numpy(), xy.numpy())
+    left, right = left.numpy(), xy.numpy()
+    weights = np.linalg.solve(left, right)
     return torch.from_numpy(weights)
 
 
@@ -254,12 +260,15 @@ def make_folds(
     "Volumes that are predicted together."
     weighted = np.flatnonzero(~gradients.is_b0)
     ordered = []
-    for shell in np.unique(gradients.shells[weighted]):
-        members = np.flatnonzero(gradients.shells == shell)
-        ordered += members[order_directions(gradients.bvecs[members])].tolist()
+    shells = gradients.shells
+    for shell in np.unique(shells[weighted]):
+        members = np.flatnonzero(shells == shell)
+        order = order_directions(gradients.bvecs[members])
+        ordered += members[order].tolist()
     folds = min(folds, len(ordered))
     found = [np.sort(ordered[i::folds]) for i in range(folds)]
-    return found + [np.array([v]) for v in np.flatnonzero(gradients.is_b0)]
+    alone = np.flatnonzero(gradients.is_b0)
+    return found + [np.array([v]) for v in alone]
 
 # %% ../../nbs/api/dwi/linear.ipynb #1c504b20
 def principal_axes(
@@ -267,11 +276,13 @@ def principal_axes(
     rank: int,  # components
 ) -> Tensor:  # v rank
     "The directions of most variance among volumes, the largest entry of each above 0."
-    _, vectors = torch.linalg.eigh((c.T @ c).double())  # ascending
-    axes = vectors.flip(1)[:, :rank]
+    covariance = (c.T @ c).double()
+    _, vectors = torch.linalg.eigh(covariance)  # ascending
+    descending = vectors.flip(1)
+    axes = descending[:, :rank]
     largest = axes.abs().argmax(0, keepdim=True)  # 1 rank
-    sign = axes.gather(0, largest).sign()
-    return (axes * sign).float()
+    entry = axes.gather(0, largest)
+    return (axes * entry.sign()).float()
 
 # %% ../../nbs/api/dwi/linear.ipynb #82b14e7d
 def centred(
@@ -279,7 +290,8 @@ def centred(
     mean,  # n, or a number
 ) -> Tensor:  # m + 1, n
     "Minus the mean, with a row of zeros for what lies outside."
-    outside = y.new_zeros(1, y.shape[1])
+    n = y.shape[1]
+    outside = y.new_zeros(1, n)
     return torch.cat([y - mean, outside])
 
 
@@ -294,7 +306,8 @@ class Components:
     def __call__(self, y: Tensor) -> Tensor:  # m v -> m+1 r
         "Components of the voxels, with a row of zeros for what lies outside."
         c = y[:, self.visible] - self.mean
-        return centred(c @ self.basis, 0.0)
+        maps = c @ self.basis
+        return centred(maps, 0.0)
 
 
 def fit_components(
@@ -305,7 +318,8 @@ def fit_components(
     "Means and principal components of the volumes that a fold may see."
     seen = y[:, visible]
     mean = seen.mean(0)
-    basis = principal_axes(seen - mean, min(rank, len(visible)))
+    rank = min(rank, len(visible))
+    basis = principal_axes(seen - mean, rank)
     return Components(visible, mean, basis)
 
 
@@ -370,8 +384,9 @@ def apply_own(
     for part, rows in voxels.chunks(4096):
         f = shared(rows)
         k = f.shape[1]
-        own = torch.einsum("cjn,jn->cn", around(rows), weights[part][k:])
-        found.append(f @ weights[part][:k] + own)
+        shared_weights, own_weights = weights[part][:k], weights[part][k:]
+        own = torch.einsum("cjn,jn->cn", around(rows), own_weights)
+        found.append(f @ shared_weights + own)
     return torch.cat(found)
 
 # %% ../../nbs/api/dwi/linear.ipynb #73bdd5e4
@@ -462,9 +477,11 @@ def shifted_regions(
 ) -> tuple:  # (from, to), each with a leading axis that is kept whole
     "Two regions of an image that lie a step apart."
     image = Box.whole(shape)
-    near = image.intersect(image.shift([-s for s in step]))
+    back = [-s for s in step]
+    near = image.intersect(image.shift(back))
     far = near.shift(step)
-    return (slice(None), *near), (slice(None), *far)
+    every = slice(None)
+    return (every, *near), (every, *far)
 
 # %% ../../nbs/api/dwi/linear.ipynb #2976550e
 def nonlocal_means(
@@ -496,7 +513,8 @@ def to_box(
 ) -> Tensor:  # r x y z
     "Values of the voxels in the box around them, 0 elsewhere."
     shape, place = voxels.box
-    out = rows.new_zeros(rows.shape[1], int(np.prod(shape)))
+    size = int(np.prod(shape))
+    out = rows.new_zeros(rows.shape[1], size)
     out[:, place] = rows.T
     return out.reshape(-1, *shape)
 
@@ -512,7 +530,8 @@ class NonLocalMeans:
 
     def __call__(self, y: Tensor, voxels: Voxels) -> Tensor:  # m v -> m 2r
         "Components of the voxels, then their means."
-        maps = self.components(y)[:-1]  # m r
+        with_outside = self.components(y)
+        maps = with_outside[:-1]  # m r
         means = self.average(maps, maps, voxels)
         return torch.cat([maps, means], 1)
 
@@ -542,9 +561,11 @@ def fit_nonlocal_means(
     "Basis and noise of the volumes that a fold may see: the lower half of the eigenvalues is taken for noise."
     components = fit_components(y, visible, rank)
     c = y[:, visible] - components.mean
-    values = torch.linalg.eigvalsh((c.T @ c).double() / len(c))  # n, ascending
-    lower = values[: (len(values) + 1) // 2]
-    noise = max(float(lower.mean()), 1e-12) ** 0.5
+    covariance = (c.T @ c).double() / len(c)
+    values = torch.linalg.eigvalsh(covariance)  # n, ascending
+    half = (len(values) + 1) // 2
+    variance = float(values[:half].mean())
+    noise = max(variance, 1e-12) ** 0.5
     return NonLocalMeans(components, noise, guides, radius)
 
 # %% ../../nbs/api/dwi/linear.ipynb #82284f99
@@ -559,7 +580,8 @@ class Clusters:
         "Cluster of each voxel, from its mean components."
         z = x.numpy() / self.scale
         nearest, _ = vq(z, self.centres)
-        return torch.from_numpy(nearest.astype(np.int64))
+        nearest = nearest.astype(np.int64)
+        return torch.from_numpy(nearest)
 
 
 def fit_clusters(
@@ -630,10 +652,12 @@ def apply_per_cluster(
     voxels: Voxels,
 ) -> Tensor:  # m n
     "Predictions with the weights of `fit_per_cluster`."
-    out = x.new_zeros(len(x), weights.shape[-1])
+    _, count, _, n = weights.shape
+    out = x.new_zeros(len(x), n)
     for part, rows in voxels.chunks():
-        for i, at in by_cluster(cluster, weights.shape[1], rows):
-            out[at] = with_intercept(x[at]) @ weights[part, i]
+        for i, at in by_cluster(cluster, count, rows):
+            one = with_intercept(x[at])  # c k
+            out[at] = one @ weights[part, i]
     return out
 
 # %% ../../nbs/api/dwi/linear.ipynb #1fed73e0
@@ -680,7 +704,8 @@ def own_regressors(
 
     def around(rows):
         mean = means[rows][:, None]  # c 1 n
-        return torch.cat([near(rows), mean], 1)
+        neighbours = near(rows)  # c 26 n
+        return torch.cat([neighbours, mean], 1)
 
     return around
 

@@ -89,7 +89,8 @@ def addresses(
     x: np.ndarray,  # patch *s, float64, contiguous
 ) -> range:  # one per patch
     "Where in memory each patch begins."
-    first, step = x.ctypes.data, x.strides[0]
+    first = x.ctypes.data
+    step = x.strides[0]
     end = first + step * len(x)
     return range(first, end, step)
 
@@ -172,9 +173,11 @@ def places(
     count: np.ndarray,  # one per patch: its rows, m in all
 ) -> tuple:  # m: patch of each row; m: its number in the patch
     "Whose each row of a list is."
-    owner = np.repeat(np.arange(len(count)), count)
+    patches = np.arange(len(count))
+    owner = np.repeat(patches, count)
     first = np.cumsum(count) - count  # row where each patch begins
-    return owner, np.arange(len(owner)) - first[owner]
+    row = np.arange(len(owner))
+    return owner, row - first[owner]
 
 
 def pad_rows(
@@ -183,7 +186,8 @@ def pad_rows(
 ) -> np.ndarray:  # patch max(count) n, zeros behind
     "Rows by patch, as one array."
     most = max(1, count.max(initial=0))
-    out = np.zeros((len(count), most, rows.shape[1]))
+    shape = (len(count), most, rows.shape[1])
+    out = np.zeros(shape)
     out[places(count)] = rows
     return out
 
@@ -194,7 +198,8 @@ def not_orthonormal(
 ) -> np.ndarray:  # one per patch, boolean
     "Patches whose vectors are not orthogonal to each other, or not of length 1."
     V = torch.from_numpy(pad_rows(Z, count))  # patch k n
-    there = torch.arange(V.shape[1]) < torch.from_numpy(count)[:, None]  # patch k
+    index = torch.arange(V.shape[1])
+    there = index < torch.from_numpy(count)[:, None]  # patch k
     unit = torch.diag_embed(there.double())
     wrong = torch.bmm(V, V.mT) - unit
     largest = wrong.abs().amax((1, 2)).numpy()
@@ -223,8 +228,10 @@ def tridiagonal_eigenvectors(
     wanted = values[owner, d.shape[1] - 1 - index]  # m
     with np.errstate(all="ignore"):
         Z, residual = twisted_vectors(d, e, wanted, owner)
-    scale = np.maximum(np.abs(values[:, 0]), np.abs(values[:, -1]))[owner]
-    good = (residual <= 1e-12 * scale) & np.isfinite(Z).all(1)
+    smallest, largest = values[:, 0], values[:, -1]
+    scale = np.maximum(np.abs(smallest), np.abs(largest))
+    exact = residual <= 1e-12 * scale[owner]
+    good = exact & np.isfinite(Z).all(1)
     bad = not_orthonormal(Z, count)
     bad[owner[~good]] = True
     for i in np.flatnonzero(bad & (count > 0)):
@@ -320,7 +327,8 @@ def signal_components(
         nonlocal least, variance
         above = values > floor[:, None]
         least, variance = threshold(np.where(above, values, 0))
-        return (values >= np.maximum(least, floor)[:, None]).sum(1)
+        signal = values >= np.maximum(least, floor)[:, None]
+        return signal.sum(1)
 
     vectors, count, values = leading_vectors(A, decide)
     vectors = pad_rows(vectors.reshape(-1, A.shape[1]), count)
@@ -350,9 +358,11 @@ def overlap_add(
 ) -> Tensor:  # x, y + window - 1, z + window - 1, v
     "Sum of windows at their places."
     x, y, z, wy, wz, v = parts.shape
-    out = parts.new_zeros(x, y + wy - 1, z + wz - 1, v)
+    shape = (x, y + wy - 1, z + wz - 1, v)
+    out = parts.new_zeros(shape)
     for i, j in product(range(wy), range(wz)):
-        out[:, i : i + y, j : j + z] += parts[:, :, :, i, j]
+        place = out[:, i : i + y, j : j + z]
+        place += parts[:, :, :, i, j]
     return out
 
 
@@ -363,8 +373,10 @@ def by_place(
 ) -> Tensor:  # x + 2 border, column, *s; zeros where there is no patch
     "Values of patches at their places."
     inner, columns = active.shape
-    out = values.new_zeros(inner + 2 * border, columns, *values.shape[1:])
-    out[border : border + inner][active] = values
+    shape = (inner + 2 * border, columns, *values.shape[1:])
+    out = values.new_zeros(shape)
+    centre = out[border : border + inner]
+    centre[active] = values
     return out
 
 
@@ -382,14 +394,20 @@ def recombine(
     weight = theta[:, None]
     kept = torch.bmm(vectors, mean[..., None])  # patch k 1
     rest = mean - torch.bmm(kept.mT, vectors)[:, 0]  # m - P m
-    constant = torch.cat([weight * rest, weight, (theta * variance)[:, None]], 1)  # patch v+2
+    noise = (theta * variance)[:, None]
+    constant = torch.cat([weight * rest, weight, noise], 1)  # patch v+2
 
-    constants = by_place(constant, active, width - 1).unfold(0, width, 1).sum(-1)  # x column v+2
+    constants = by_place(constant, active, width - 1)
+    constants = constants.unfold(0, width, 1).sum(-1)  # x column v+2
     out = constants[:, :, None].repeat(1, 1, samples, 1)
-    scaled = by_place(vectors * theta.sqrt()[:, None, None], active, width - 1)  # √θ V
+
+    scaled = vectors * theta.sqrt()[:, None, None]  # √θ V
+    scaled = by_place(scaled, active, width - 1)
     for x in range(count):
-        W = scaled[x : x + width].transpose(0, 1).reshape(columns, -1, v)
-        out[x, ..., :-2] += torch.bmm(torch.bmm(planes[x], W.mT), W)  # Σ θ P x
+        row = scaled[x : x + width]  # width column k v
+        W = row.transpose(0, 1).reshape(columns, -1, v)
+        along = torch.bmm(planes[x], W.mT)
+        out[x, ..., :-2] += torch.bmm(along, W)  # Σ θ P x
     return out
 
 # %% ../../nbs/api/dwi/lowrank.ipynb #6f3f634e

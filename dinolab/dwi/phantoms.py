@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['SCHEMES', 'TISSUES', 'FLUID', 'CORTEX', 'DEEP', 'WHITE', 'LESION', 'DARK', 'BRIGHT', 'S0', 'FAMILIES', 'MOST_SAMPLES',
            'PHANTOM_FILES', 'even_directions', 'make_scheme', 'Compartment', 'decay', 'at_voxels', 'compartment_signal',
-           'FineGrid', 'Head', 'make_head', 'beyond', 'random_wave', 'cortex_distance', 'brain_labels', 'vessel_curves',
-           'Bundle', 'bundle_curves', 'wavy', 'nearest_tangents', 'bend_gradient', 'fibres', 'cone_directions',
-           'Varied', 'white_compartments', 'brain_compartments', 'Anatomy', 'brain', 'helix', 'blob_labels', 'shapes',
-           'Phantom', 'check_grid', 'make_phantom', 'add_rician', 'noisy', 'fsl_affine', 'number_rows', 'about_phantom',
-           'write_phantom']
+           'FineGrid', 'Head', 'make_head', 'beyond', 'random_wave', 'radius', 'cortex_distance', 'brain_labels',
+           'vessel_curves', 'Bundle', 'bundle_curves', 'wavy', 'nearest_tangents', 'bend_gradient', 'fibres',
+           'fill_image', 'cone_directions', 'Varied', 'white_compartments', 'brain_compartments', 'Anatomy', 'brain',
+           'helix', 'blob_labels', 'shapes', 'Phantom', 'check_grid', 'make_phantom', 'add_rician', 'noisy',
+           'fsl_affine', 'number_rows', 'about_phantom', 'write_phantom']
 
 # %% ../../nbs/api/dwi/phantoms.ipynb #616ffc2b
 import math
@@ -136,7 +136,8 @@ class FineGrid(NamedTuple):
     @property
     def half(self) -> np.ndarray:  # 3, mm, x y z
         "Half the box."
-        return np.array(self.shape) * self.voxel_size / 2
+        voxels = np.array(self.shape)
+        return voxels * self.voxel_size / 2
 
     def axes(self, fine=1) -> tuple:
         "Coordinates of the centres of samples, mm."
@@ -148,18 +149,21 @@ class FineGrid(NamedTuple):
 
     def points(self, fine=1) -> list:
         "x y z coordinates, each of the full shape."
-        grid = np.meshgrid(*self.axes(fine), indexing="ij")
+        axes = self.axes(fine)
+        grid = np.meshgrid(*axes, indexing="ij")
         return [p.astype(np.float32) for p in grid]
 
     def field(self, seed, name, spacing, fine=1) -> np.ndarray:  # x y z of samples
         "A smooth random field, mean 0, deviation 1."
-        values = smooth_noise(seed, name, spacing, self.axes(fine), self.half)
+        at = self.axes(fine)
+        values = smooth_noise(seed, name, spacing, at, self.half)
         return values.astype(np.float32)
 
     def mean(self, x) -> np.ndarray:  # x y z of voxels
         "Samples averaged to voxels."
         a, b, c = self.shape
-        samples = x.reshape(a, self.fine, b, self.fine, c, self.fine)
+        f = self.fine
+        samples = x.reshape(a, f, b, f, c, f)
         return samples.mean((1, 3, 5), dtype=np.float32)
 
     def fractions(self, labels, count) -> np.ndarray:  # x y z count
@@ -190,9 +194,11 @@ def make_head(
         bend = grid.field(seed, f"bend {axis}", 22.0, fine)
         bent.append(coordinate + np.float32(1.8) * bend)
     half_x, half_y, _ = grid.half
-    semi = np.array([0.86 * half_x, 0.9 * half_y, 0.74 * max(half_x, half_y)])
+    widest = max(half_x, half_y)
+    semi = np.array([0.86 * half_x, 0.9 * half_y, 0.74 * widest])
     semi = semi * keyed(seed, "head").uniform(0.94, 1.02, 3)
-    return Head(bent, semi.astype(np.float32), float(semi[0] / 42))
+    scale = float(semi[0] / 42)
+    return Head(bent, semi.astype(np.float32), scale)
 
 
 def beyond(
@@ -200,7 +206,8 @@ def beyond(
     along: np.ndarray,  # x y z, mm beyond its end; negative where the sheet reaches
 ) -> np.ndarray:  # x y z, mm
     "Distance to a sheet that ends."
-    around = np.hypot(np.maximum(across, 0), along)
+    outside = np.maximum(across, 0)
+    around = np.hypot(outside, along)
     return np.where(along < 0, across, around)
 
 
@@ -211,14 +218,24 @@ def random_wave(
     unit: list,  # three arrays x y z: coordinates in units of the semi-axes
 ) -> np.ndarray:  # x y z
     "A random wave on a sphere, carried inwards along the radius."
-    rho = np.sqrt(sum(u**2 for u in unit)) + np.float32(1e-6)
+    rho = radius(unit)
     phases = rng.uniform(0, 2 * np.pi, 14)
+    directions = even_directions(14, seed % 997)
     wave = 0
-    for k, phase in zip(even_directions(14, seed % 997), phases):
-        k = 2 * np.pi * head.semi[0] / rng.uniform(14, 21) * k
+    for direction, phase in zip(directions, phases):
+        length = rng.uniform(14, 21)  # of the wave, mm
+        k = 2 * np.pi * head.semi[0] / length * direction
         along = sum(np.float32(a) * u / rho for a, u in zip(k, unit))
         wave = wave + np.cos(along + np.float32(phase))
     return wave
+
+
+def radius(
+    unit: list,  # three arrays x y z: coordinates in units of the semi-axes
+) -> np.ndarray:  # x y z, 1 at the surface
+    "How far out in the ellipsoid."
+    square = sum(u**2 for u in unit)
+    return np.sqrt(square) + np.float32(1e-6)
 
 
 def cortex_distance(
@@ -229,10 +246,10 @@ def cortex_distance(
     "Depth in the head, and the distance to the fluid around it and in its sulci."
     rng = keyed(seed, "folds")
     unit = [q / s for q, s in zip(head.p, head.semi)]
-    rho = np.sqrt(sum(u**2 for u in unit)) + np.float32(1e-6)
-    depth = (1 - rho) * head.semi[0]
+    depth = (1 - radius(unit)) * head.semi[0]
     wave = random_wave(seed, rng, head, unit)
-    slope = np.sqrt(sum(d**2 for d in np.gradient(wave, step)))
+    slopes = np.gradient(wave, step)
+    slope = np.sqrt(sum(d**2 for d in slopes))
     sheet = np.abs(wave) / (slope + 0.02) - rng.uniform(0.4, 0.8)  # mm to a zero of the wave
 
     _, v, w = unit
@@ -240,9 +257,10 @@ def cortex_distance(
     sulci = beyond(sheet, depth - reach)
 
     across = np.abs(head.p[0]) - 0.8
-    middle = head.scale * 15 * (1 - np.sqrt((v / 0.62) ** 2 + ((w + 0.1) / 0.55) ** 2))
-    fissure = beyond(across, middle)
-    return depth, np.minimum(np.minimum(depth - 1.5, sulci), fissure)
+    from_middle = np.sqrt((v / 0.62) ** 2 + ((w + 0.1) / 0.55) ** 2)
+    fissure = beyond(across, head.scale * 15 * (1 - from_middle))
+    fluid = np.minimum(depth - 1.5, sulci)
+    return depth, np.minimum(fluid, fissure)
 
 # %% ../../nbs/api/dwi/phantoms.ipynb #b7b96c63
 TISSUES = ("fluid", "cortex", "deep grey", "white", "lesion", "dark vessel", "bright vessel")
@@ -299,10 +317,12 @@ def vessel_curves(
     "Wavy arcs below the surface, every third one running inwards."
     rng, curves = keyed(seed, "vessels"), []
     for i in range(count):
-        a, b, _ = np.linalg.qr(rng.standard_normal((3, 3)))[0]
+        axes, _ = np.linalg.qr(rng.standard_normal((3, 3)))
+        a, b, _ = axes
         t = np.linspace(0, rng.uniform(0.5, 1.3), 600)[:, None]  # 600 1
-        wave = 0.06 * np.sin(rng.uniform(8, 16) * t + rng.uniform(0, 6))
-        way = np.cos(t) * a + np.sin(t) * b + wave * np.cross(a, b)
+        turn = rng.uniform(8, 16) * t + rng.uniform(0, 6)
+        arc = np.cos(t) * a + np.sin(t) * b
+        way = arc + 0.06 * np.sin(turn) * np.cross(a, b)
         way = way / np.linalg.norm(way, axis=1, keepdims=True)
         inwards = 0.5 * t / t.max() if i % 3 == 0 else 0.06 * (1 + np.sin(5 * t))
         curves.append(way * (0.95 - inwards) * head.semi)
@@ -371,10 +391,13 @@ def nearest_tangents(
     curves: Sequence,  # of points 3
 ) -> tuple:  # n: distance, mm; n 3: unit tangent of the nearest curve
     "Distance to a set of curves and their direction there."
-    tangents = np.concatenate([np.gradient(c, axis=0) for c in curves])
+    slopes = [np.gradient(curve, axis=0) for curve in curves]
+    tangents = np.concatenate(slopes)
     tangents /= np.linalg.norm(tangents, axis=1, keepdims=True)
-    distance, at = cKDTree(np.concatenate(curves)).query(points)
-    return distance.astype(np.float32), tangents[at].astype(np.float32)
+    tree = cKDTree(np.concatenate(curves))
+    distance, at = tree.query(points)
+    nearest = tangents[at]
+    return distance.astype(np.float32), nearest.astype(np.float32)
 
 # %% ../../nbs/api/dwi/phantoms.ipynb #bd4da174
 def bend_gradient(
@@ -410,13 +433,23 @@ def fibres(
     directions.append(points / head.semi + 0.35 * np.stack(noise, -1))
     shares.append(np.full(len(points), 0.3))
 
-    shares, directions = np.stack(shares, 1), np.stack(directions, 1)  # n p, n p 3
-    shares = np.where(shares < 0.1 * shares.sum(1, keepdims=True), 0, shares)
-    unit = np.zeros((*where.shape, *directions.shape[1:]), np.float32)
-    unit[where] = directions / np.linalg.norm(directions, axis=-1, keepdims=True)
-    out = np.zeros((*where.shape, shares.shape[1]), np.float32)
-    out[where] = shares / shares.sum(1, keepdims=True)
-    return unit, out
+    shares = np.stack(shares, 1)  # n p
+    small = shares < 0.1 * shares.sum(1, keepdims=True)
+    shares = np.where(small, 0, shares)
+    shares = shares / shares.sum(1, keepdims=True)
+    directions = np.stack(directions, 1)  # n p 3
+    directions = directions / np.linalg.norm(directions, axis=-1, keepdims=True)
+    return fill_image(where, directions), fill_image(where, shares)
+
+
+def fill_image(
+    where: np.ndarray,  # x y z, boolean, n voxels
+    values: np.ndarray,  # n *s
+) -> np.ndarray:  # x y z *s, float32, 0 elsewhere
+    "Values at their voxels."
+    out = np.zeros((*where.shape, *values.shape[1:]), np.float32)
+    out[where] = values
+    return out
 
 # %% ../../nbs/api/dwi/phantoms.ipynb #e0a26e66
 S0 = dict(zip(TISSUES, (2.2, 1.25, 0.95, 1.0, 1.5, 0.2, 1.6)))  # signal at b = 0, white matter 1
@@ -434,9 +467,11 @@ def cone_directions(
     u /= np.maximum(np.linalg.norm(u, axis=-1, keepdims=True), 1e-6)
     v = np.cross(direction, u)
     found = []
-    for turn in 2 * np.pi * np.arange(count) / count:
+    turns = 2 * np.pi * np.arange(count) / count
+    for turn in turns:
         around = np.cos(turn) * u + np.sin(turn) * v
-        found.append(np.cos(angle) * direction + np.sin(angle) * around)
+        tilted = np.cos(angle) * direction + np.sin(angle) * around
+        found.append(tilted)
     return found
 
 
@@ -457,12 +492,12 @@ class Varied:
     ) -> np.ndarray:  # x y z
         "A map."
         field = self.grid.field(self.seed, name, spacing)
-        return np.maximum(mean * (1 + deviation * field), low * mean)
+        values = mean * (1 + deviation * field)
+        return np.maximum(values, low * mean)
 
 
 def white_compartments(
     rng: np.random.Generator,
-    vary: Varied,
     amount: np.ndarray,  # x y z, without the free water
     packed: np.ndarray,  # x y z, share of the axons
     axial: np.ndarray,  # x y z, mm²/s
@@ -471,11 +506,15 @@ def white_compartments(
 ) -> list:  # of Compartment
     "Sticks that fan out, and a zeppelin around them, for each direction."
     parts = []
+    loose = 1 - packed
     for i in range(shares.shape[-1]):
-        mine, along, n = amount * shares[..., i], axial * rng.uniform(0.92, 1.08), directions[..., i, :]
-        for stick in cone_directions(n, rng.uniform(0.2, 0.35)):
+        mine = amount * shares[..., i]
+        along = axial * rng.uniform(0.92, 1.08)
+        direction = directions[..., i, :]
+        for stick in cone_directions(direction, rng.uniform(0.2, 0.35)):
             parts.append(Compartment(mine * packed / 3, along, 0.0, stick))
-        parts.append(Compartment(mine * (1 - packed), along, along * (1 - packed), n))  # tortuosity
+        across = along * loose  # tortuosity
+        parts.append(Compartment(mine * loose, along, across, direction))
     return parts
 
 
@@ -497,7 +536,7 @@ def brain_compartments(
 
     parts = [Compartment(amount["fluid"] + amount["white"] * water, 3e-3)]
     bound = amount["white"] * (1 - water)
-    parts += white_compartments(rng, vary, bound, packed, axial, directions, shares)
+    parts += white_compartments(rng, bound, packed, axial, directions, shares)
 
     across = np.gradient(fractions[..., 3] - fractions[..., 0])  # from fluid to white matter
     normal = np.stack(across, -1)
@@ -550,13 +589,15 @@ def helix(
     axis = rng.standard_normal(3)
     q = p - rng.uniform(-0.4, 0.4, 3) * half
     axis /= np.linalg.norm(axis)
-    out = q - (q @ axis)[..., None] * axis  # away from the axis
+    along = (q @ axis)[..., None]
+    out = q - along * axis  # away from the axis
     r = np.linalg.norm(out, axis=-1)
     pitch = rng.choice([0, rng.uniform(0.4, 1.2)])
     around = np.cross(axis, out) / np.maximum(r, 1e-3)[..., None]
     n = np.cos(pitch) * axis + np.sin(pitch) * around
-    length = np.maximum(np.linalg.norm(n, axis=-1, keepdims=True), 1e-6)
-    return r < rng.uniform(0.12, 0.28) * half, n / length
+    length = np.linalg.norm(n, axis=-1, keepdims=True)
+    inside = r < rng.uniform(0.12, 0.28) * half
+    return inside, n / np.maximum(length, 1e-6)
 
 
 def blob_labels(
@@ -603,16 +644,19 @@ def shapes(
     directions = np.stack(turns, -2).astype(np.float32)
 
     rest = fractions * (1 - shares.sum(-1, keepdims=True))
+    vary = lambda name, spacing: 1 + 0.1 * grid.field(seed, name, spacing)
     parts = []
     for i in range(1 + blobs):
-        tone = rng.uniform(0.6, 1.8) * (1 + 0.1 * grid.field(seed, f"tone {i}", 5.0))
-        d = rng.uniform(0.6e-3, 1.6e-3) * (1 + 0.1 * grid.field(seed, f"diffusivity {i}", 5.0))
-        amount, variance = rest[..., i] * np.maximum(tone, 0.1), rng.uniform(0.05, 0.5)
+        tone = rng.uniform(0.6, 1.8) * vary(f"tone {i}", 5.0)
+        d = rng.uniform(0.6e-3, 1.6e-3) * vary(f"diffusivity {i}", 5.0)
+        amount = rest[..., i] * np.maximum(tone, 0.1)
+        variance = rng.uniform(0.05, 0.5)
         parts.append(Compartment(amount, np.maximum(d, 2e-4), variance=variance))
     for i in range(rods):
-        d = rng.uniform(1.7e-3, 2.6e-3) * (1 + 0.1 * grid.field(seed, f"rod {i}", 7.0))
+        d = rng.uniform(1.7e-3, 2.6e-3) * vary(f"rod {i}", 7.0)
+        d = np.maximum(d, 5e-4)
         variance = rng.uniform(0.005, 0.08)
-        parts.append(Compartment(shares[..., i], np.maximum(d, 5e-4), 0.0, directions[..., i, :], variance))
+        parts.append(Compartment(shares[..., i], d, 0.0, directions[..., i, :], variance))
     names = ("body", *(f"blob {i + 1}" for i in range(blobs)))
     return Anatomy(names, fractions, directions, shares, parts)
 
@@ -638,7 +682,8 @@ class Phantom:
     @property
     def white(self) -> np.ndarray:  # x y z, boolean
         "Where fibres fill most of the voxel."
-        return self.shares.sum(-1) > 0.6
+        fibrous = self.shares.sum(-1)
+        return fibrous > 0.6
 
     def sigma(
         self,
@@ -646,7 +691,8 @@ class Phantom:
     ) -> float:
         "Noise level for a signal-to-noise ratio."
         check_settings(snr=snr)
-        b0 = self.clean[self.white][:, self.gradients.is_b0]
+        white = self.clean[self.white]  # m v
+        b0 = white[:, self.gradients.is_b0]
         return float(b0.mean(dtype=float) / snr)
 
 
@@ -749,8 +795,9 @@ def fsl_affine(
 ) -> np.ndarray:  # 4 4
     "Voxels to mm, x to the left, zero in the middle."
     step = np.array([-1, 1, 1]) * voxel_size
+    last = np.array(shape) - 1
     affine = np.diag([*step, 1.0])
-    affine[:3, 3] = -step * (np.array(shape) - 1) / 2
+    affine[:3, 3] = -step * last / 2
     return affine
 
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SYMMETRIC', 'rice_mean', 'for_volumes', 'debias', 'psnr', 'ssim_map', 'ssim3d', 'edge_slope', 'design_matrix',
            'low_shells', 'weighted_least_squares', 'fit_dti', 'anisotropy', 'tensor_maps', 'predict_dti', 'leak_slope',
-           'correlation', 'residual_autocorrelation', 'split_directions', 'held_out', 'tensor_errors', 'noise_scores',
-           'score']
+           'correlation', 'residual_autocorrelation', 'split_directions', 'held_out', 'tensor_errors',
+           'root_mean_square', 'noise_scores', 'score']
 
 # %% ../../nbs/api/dwi/scores.ipynb #1c62ec92
 from collections.abc import Callable
@@ -89,10 +89,12 @@ def psnr(
 ) -> np.ndarray:  # v, dB; infinite where equal
     "Peak signal-to-noise ratio of each volume in the mask."
     _check_pair(x, clean, mask)
-    error = x[mask].astype(float) - clean[mask]  # m v
-    peak = clean[mask].max(0).astype(float)
+    clean = clean[mask]  # m v
+    error = x[mask].astype(float) - clean
+    peak = clean.max(0).astype(float)
+    square = (error**2).mean(0)
     with np.errstate(divide="ignore"):
-        return 20 * np.log10(peak) - 10 * np.log10((error**2).mean(0))
+        return 20 * np.log10(peak) - 10 * np.log10(square)
 
 # %% ../../nbs/api/dwi/scores.ipynb #3fd64685
 def ssim_map(
@@ -123,8 +125,10 @@ def ssim3d(
     _check_pair(x, clean, mask)
     found = []
     for v in range(clean.shape[3]):
-        a, b = x[..., v].astype(float), clean[..., v].astype(float)
-        similar = ssim_map(a, b, b[mask].max(), sigma)
+        a = x[..., v].astype(float)
+        b = clean[..., v].astype(float)
+        peak = b[mask].max()
+        similar = ssim_map(a, b, peak, sigma)
         found.append(similar[mask].mean())
     return np.array(found)
 
@@ -144,10 +148,12 @@ def edge_slope(
         return np.stack([slope[inner] for slope in slopes])  # 3 m
 
     for v in range(clean.shape[3]):
-        t, d = gradients(clean[..., v]), gradients(x[..., v])
+        t = gradients(clean[..., v])
+        d = gradients(x[..., v])
         size = (t**2).sum(0)
         on = size >= np.quantile(size, 1 - share)
-        found.append((d * t)[:, on].sum() / size[on].sum())
+        both = (d * t)[:, on].sum()
+        found.append(both / size[on].sum())
     return np.array(found)
 
 # %% ../../nbs/api/dwi/scores.ipynb #6a6ce736
@@ -157,9 +163,16 @@ def design_matrix(
     "What the logarithm of the signal is linear in; b in 1e3 s/mm²."
     x, y, z = gradients.bvecs.T
     b = gradients.bvals / 1000
-    squares = [-b * x * x, -b * y * y, -b * z * z]
-    mixed = [-2 * b * x * y, -2 * b * x * z, -2 * b * y * z]
-    return np.stack([*squares, *mixed, np.ones_like(b)], 1)
+    columns = [
+        -b * x * x,
+        -b * y * y,
+        -b * z * z,
+        -2 * b * x * y,
+        -2 * b * x * z,
+        -2 * b * y * z,
+        np.ones_like(b),
+    ]
+    return np.stack(columns, 1)
 
 
 def low_shells(
@@ -225,8 +238,10 @@ def anisotropy(
 ) -> np.ndarray:  # n, 0 to 1
     "Fractional anisotropy: √(3/2 Σ (λ - mean)² / Σ λ²)."
     away = evals - evals.mean(1, keepdims=True)
+    variance = (away**2).sum(1)
     size = (evals**2).sum(1)
-    return np.sqrt(1.5 * (away**2).sum(1) / np.where(size > 0, size, 1))
+    size = np.where(size > 0, size, 1)
+    return np.sqrt(1.5 * variance / size)
 
 
 def tensor_maps(
@@ -258,8 +273,10 @@ def predict_dti(
     gradients: Gradients,
 ) -> np.ndarray:  # x y z v, float32
     "Signal of the tensors for other directions."
-    logarithm = fit["tensor"] @ design_matrix(gradients)[:, :6].T  # x y z v
-    signal = fit["s0"][..., None] * np.exp(logarithm.clip(-50, 3))
+    X = design_matrix(gradients)[:, :6]
+    logarithm = fit["tensor"] @ X.T  # x y z v
+    decay = np.exp(logarithm.clip(-50, 3))
+    signal = fit["s0"][..., None] * decay
     return signal.astype(np.float32)
 
 # %% ../../nbs/api/dwi/scores.ipynb #b130f7cc
@@ -273,7 +290,8 @@ def leak_slope(
     mean = expected[mask]  # m v
     noise = noisy[mask].astype(float) - mean
     error = x[mask] - mean
-    return float((error * noise).sum() / (noise**2).sum())
+    together = (error * noise).sum()
+    return float(together / (noise**2).sum())
 
 
 def correlation(
@@ -281,9 +299,12 @@ def correlation(
     b: np.ndarray,  # m v
 ) -> np.ndarray:  # v; 0 where one is constant
     "Correlation of columns."
-    a, b = a - a.mean(0), b - b.mean(0)
-    norm = np.sqrt((a**2).sum(0) * (b**2).sum(0))
-    return (a * b).sum(0) / np.where(norm > 0, norm, 1)
+    a = a - a.mean(0)
+    b = b - b.mean(0)
+    squares = (a**2).sum(0) * (b**2).sum(0)
+    norm = np.sqrt(squares)
+    norm = np.where(norm > 0, norm, 1)
+    return (a * b).sum(0) / norm
 
 
 def residual_autocorrelation(
@@ -339,7 +360,7 @@ def held_out(
     if debiased:
         predicted = rice_mean(predicted, sigma)
     measured = series.data[series.inside][:, rest]
-    return float(np.sqrt(((predicted - measured) ** 2).mean()) / sigma)
+    return float(np.sqrt(((predicted - measured) ** 2).mean()) / sigma)  # 1 where tensors are right
 
 # %% ../../nbs/api/dwi/scores.ipynb #ecb10324
 def tensor_errors(
@@ -354,9 +375,17 @@ def tensor_errors(
     where = mask if least_fa is None else mask & (true["fa"] > least_fa)
     errors = {}
     for name, key in (("fa", "fa_rmse"), ("md", "md_rmse_1e-3mm2/s")):
-        error = (found[name] - true[name])[where].astype(float)
-        errors[key] = float(np.sqrt((error**2).mean())) if error.size else None
+        error = found[name] - true[name]
+        error = error[where].astype(float)
+        errors[key] = root_mean_square(error) if error.size else None
     return errors
+
+
+def root_mean_square(
+    x: np.ndarray,  # *n
+) -> float:
+    "√ of the mean of squares."
+    return float(np.sqrt((x**2).mean()))
 
 
 def noise_scores(
