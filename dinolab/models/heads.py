@@ -20,12 +20,13 @@ from transformers.models.dpt.modeling_dpt import DPTNeck, DPTSemanticSegmentatio
 from transformers.models.segformer.modeling_segformer import SegformerDecodeHead
 from transformers.models.upernet.modeling_upernet import UperNetHead as UperNetDecoder
 
-from .lora import add_lora, parameter_rows
-from .specs import LoraSpec
-from .architectures import FAMILIES
-from .backbones import FeatureSpec, create_backbone
 from ..core.errors import InputError, nearest, pick
 from ..core.progress import format_table
+from ..core.settings import COUNT, checked
+from .architectures import FAMILIES
+from .backbones import FeatureSpec, create_backbone
+from .lora import add_lora, parameter_rows
+from .specs import LoraSpec
 from .upsample import create_upsampler, resize
 
 # %% ../../nbs/api/models/heads.ipynb #2dd2ba0c
@@ -35,16 +36,16 @@ class BatchNorm(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:  # b c h w -> b c h w
         if not self.training or x.numel() > x.shape[1]:
             return super().forward(x)
-        return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
-        )
+        mean, var = self.running_mean, self.running_var
+        return F.batch_norm(x, mean, var, self.weight, self.bias, training=False, eps=self.eps)
 
 
 def group_norm(
     channels: int,  # of the map
 ) -> nn.GroupNorm:  # with 32 groups at most
     "Group norm for any number of channels: groups of eight or more, so that a single cell can be normalised too."
-    return nn.GroupNorm(math.gcd(channels, min(32, max(1, channels // 8))), channels)
+    wanted = min(32, max(1, channels // 8))
+    return nn.GroupNorm(math.gcd(channels, wanted), channels)
 
 
 NORMS = dict(
@@ -69,6 +70,7 @@ def replace_norms(
 class LinearHead(nn.Module):
     "Norm, dropout and one linear map of all features, as in the evaluation of DINOv2 and DINOv3."
 
+    @checked
     def __init__(
         self,
         spec: FeatureSpec,  # of the maps
@@ -79,22 +81,21 @@ class LinearHead(nn.Module):
     ):
         super().__init__()
         self.stride = spec.strides[0]
-        self.layers = replace_norms(
-            nn.Sequential(
-                nn.BatchNorm2d(sum(spec.channels)),
-                nn.Dropout2d(dropout),
-                nn.Conv2d(sum(spec.channels), num_classes, 1),
-            ),
-            norm,
+        channels = sum(spec.channels)
+        layers = nn.Sequential(
+            nn.BatchNorm2d(channels), nn.Dropout2d(dropout), nn.Conv2d(channels, num_classes, 1)
         )
+        self.layers = replace_norms(layers, norm)
 
     def forward(self, maps: list) -> Tensor:  # b n h w, logits
-        return self.layers(torch.cat([resize(m, maps[0].shape[2:]) for m in maps], 1))
+        size = maps[0].shape[2:]
+        return self.layers(torch.cat([resize(m, size) for m in maps], 1))
 
 # %% ../../nbs/api/models/heads.ipynb #64f0231f
 class UperNetHead(nn.Module):
     "Pyramid pooling on the coarsest map, a top-down path over all, fused at the finest (transformers' UperNetHead)."
 
+    @checked
     def __init__(
         self,
         spec: FeatureSpec,  # of the maps
@@ -109,7 +110,7 @@ class UperNetHead(nn.Module):
         config = UperNetConfig(
             num_labels=num_classes,
             hidden_size=hidden_size,
-            pool_scales=list(pool_scales),
+            pool_scales=_pool_scales(pool_scales),
             use_auxiliary_head=False,
         )
         self.decoder = replace_norms(UperNetDecoder(config, list(spec.channels)), norm)
@@ -117,10 +118,18 @@ class UperNetHead(nn.Module):
     def forward(self, maps: list) -> Tensor:  # b n h w, logits
         return self.decoder(maps)
 
+
+def _pool_scales(scales):
+    "A list of one or more whole numbers."
+    if not isinstance(scales, (list, tuple)) or not scales:
+        raise InputError(f"pool_scales={scales!r}: expected one or more whole numbers, such as (1, 2, 3, 6)")
+    return [COUNT.check("pool_scales", n) for n in scales]
+
 # %% ../../nbs/api/models/heads.ipynb #af514cd8
 class SegFormerHead(nn.Module):
     "One linear map per level, all brought to the finest, fused by another (transformers' SegformerDecodeHead)."
 
+    @checked
     def __init__(
         self,
         spec: FeatureSpec,  # of the maps
@@ -148,6 +157,7 @@ class SegFormerHead(nn.Module):
 class DPTHead(nn.Module):
     "Reassembled maps, fused from coarse to fine by residual convolutions (transformers' DPTNeck and DPTSemanticSegmentationHead)."
 
+    @checked
     def __init__(
         self,
         spec: FeatureSpec,  # of the maps
@@ -158,25 +168,29 @@ class DPTHead(nn.Module):
         norm: str = "group",  # group or batch
     ):
         super().__init__()
-        self.one_stride, width = len(set(spec.strides)) == 1, spec.channels[-1]
+        self.one_stride = len(set(spec.strides)) == 1
         if self.one_stride and len(spec) != 4:
             raise InputError(
                 f"the dpt head got {len(spec)} maps of one stride: expected 4; give layers=4, or four indices"
             )
         if self.one_stride and len(set(spec.channels)) > 1:
             raise InputError(f"the dpt head got maps of {spec.channels} channels: expected one number")
-        inner = [width // 8, width // 4, width // 2, width] if self.one_stride else list(spec.channels)
+        width = spec.channels[-1]
+        inner, factors = list(spec.channels), [1] * len(spec)
+        if self.one_stride:
+            inner, factors = [width // 8, width // 4, width // 2, width], [4, 2, 1, 0.5]
         config = DPTConfig(
             hidden_size=width,
             num_labels=num_classes,
             readout_type="ignore",
             neck_hidden_sizes=inner,
-            reassemble_factors=[4, 2, 1, 0.5][: len(inner)] if self.one_stride else [1] * len(inner),
+            reassemble_factors=factors,
             fusion_hidden_size=hidden_size,
             semantic_classifier_dropout=dropout,
             use_auxiliary_head=False,
         )
-        self.neck, self.decoder = DPTNeck(config), replace_norms(DPTSemanticSegmentationHead(config), norm)
+        self.neck = DPTNeck(config)
+        self.decoder = replace_norms(DPTSemanticSegmentationHead(config), norm)
         self.neck.fusion_stage.layers[0].residual_layer1 = nn.Identity()
         if not self.one_stride:
             self.neck.reassemble_stage = None
@@ -184,10 +198,8 @@ class DPTHead(nn.Module):
 
     def forward(self, maps: list) -> Tensor:  # b n h w, logits
         size = maps[0].shape[2:]
-        if self.one_stride:
-            maps = [
-                F.pad(m.flatten(2).mT, (0, 0, 1, 0)) for m in maps
-            ]  # the place of the class token, which is ignored
+        if self.one_stride:  # tokens, and first the place of the class token, which is ignored
+            maps = [F.pad(m.flatten(2).mT, (0, 0, 1, 0)) for m in maps]
         return self.decoder(self.neck(maps, *size))
 
 # %% ../../nbs/api/models/heads.ipynb #91209b00
@@ -202,7 +214,7 @@ def create_head(
 ) -> nn.Module:  # maps -> logits
     "A head by name; `InputError` names an option that it does not have."
     kind = pick(HEADS, name, "head")
-    known = [k for k in inspect.signature(kind).parameters if k not in ("spec", "num_classes")]
+    known = [option for option in inspect.signature(kind).parameters if option not in ("spec", "num_classes")]
     for key in options:
         if key not in known:
             raise InputError(f"the {name} head has no {key}: expected {', '.join(known)}")
@@ -226,25 +238,39 @@ class FeaturePyramid(nn.Module):
         super().__init__()
         if len(set(spec.strides)) > 1:
             raise InputError(
-                f"a pyramid of maps with strides {spec.strides}: expected one stride; use neck='none', they are a pyramid already"
+                f"a pyramid of maps with strides {spec.strides}: expected one stride; "
+                "use neck='none', they are a pyramid already"
             )
-        c = [spec.channels[max(0, i - 4 + len(spec))] for i in range(4)]
-        s = spec.strides[0]
-        up = lambda a, b: nn.ConvTranspose2d(a, b, 2, 2)
+        first, second, third, fourth = (spec.channels[i] for i in _four(len(spec)))
         self.levels = nn.ModuleList(
             [
                 nn.Sequential(
-                    up(c[0], c[0] // 2), ChannelNorm(c[0] // 2), nn.GELU(), up(c[0] // 2, c[0] // 4)
+                    _doubled(first, first // 2),
+                    ChannelNorm(first // 2),
+                    nn.GELU(),
+                    _doubled(first // 2, first // 4),
                 ),
-                up(c[1], c[1] // 2),
+                _doubled(second, second // 2),
                 nn.Identity(),
                 nn.MaxPool2d(2, 2, ceil_mode=True),
             ]
         )
-        self.spec = FeatureSpec((c[0] // 4, c[1] // 2, c[2], c[3]), (s / 4, s / 2, s, 2 * s))
+        stride = spec.strides[0]
+        channels = (first // 4, second // 2, third, fourth)
+        self.spec = FeatureSpec(channels, (stride / 4, stride / 2, stride, 2 * stride))
 
     def forward(self, maps: list, image: Tensor = None) -> list:  # maps, image (b c h w, not used) -> maps
-        return [level(maps[max(0, i - 4 + len(maps))]) for i, level in enumerate(self.levels)]
+        return [level(maps[i]) for level, i in zip(self.levels, _four(len(maps)))]
+
+
+def _four(maps):
+    "Which map each of the four levels takes: the last four, the first of fewer several times."
+    return [max(0, i - 4 + maps) for i in range(4)]
+
+
+def _doubled(channels, out):
+    "Learned growth to twice the size."
+    return nn.ConvTranspose2d(channels, out, 2, 2)
 
 # %% ../../nbs/api/models/heads.ipynb #d8c880c3
 def image_stem(
@@ -252,8 +278,12 @@ def image_stem(
     channels: int,  # of the map
 ) -> nn.Module:  # b c h w -> b channels h w
     "Two convolutions at full resolution."
-    conv = lambda a: nn.Sequential(nn.Conv2d(a, channels, 3, padding=1), group_norm(channels), nn.GELU())
-    return nn.Sequential(conv(in_channels), conv(channels))
+    return nn.Sequential(_conv_norm(in_channels, channels), _conv_norm(channels, channels))
+
+
+def _conv_norm(channels, out):
+    "Convolution, group norm, GELU."
+    return nn.Sequential(nn.Conv2d(channels, out, 3, padding=1), group_norm(out), nn.GELU())
 
 
 class ImageStemNeck(nn.Module):
@@ -267,15 +297,15 @@ class ImageStemNeck(nn.Module):
         channels: int = 0,  # of the stem; 0: the image itself
     ):
         super().__init__()
-        self.neck, self.stem = neck, image_stem(in_channels, channels) if channels else nn.Identity()
+        self.neck = neck
+        self.stem = image_stem(in_channels, channels) if channels else nn.Identity()
         inner = spec if neck is None else neck.spec
         self.spec = FeatureSpec((channels or in_channels, *inner.channels), (1, *inner.strides))
 
     def forward(self, maps: list, image: Tensor) -> list:  # maps, image (b c h w) -> maps
-        return [
-            self.stem(image),
-            *(maps if self.neck is None else self.neck(maps, image)),
-        ]
+        if self.neck is not None:
+            maps = self.neck(maps, image)
+        return [self.stem(image), *maps]
 
 # %% ../../nbs/api/models/heads.ipynb #43f19ef4
 class FullResolutionHead(nn.Module):
@@ -294,32 +324,23 @@ class FullResolutionHead(nn.Module):
         join: bool = True,  # with the first map; it is always the guide
     ):
         super().__init__()
+        first = spec.channels[0]
         self.inner_spec = FeatureSpec(spec.channels[1:], spec.strides[1:])
         self.inner = make(self.inner_spec, channels)
-        self.upsample = create_upsampler(
-            upsampler,
-            channels,
-            (1, 1),
-            (max(1, round(self.inner.stride)),) * 2,
-            guide_channels=spec.channels[0],
-        )
-        self.fuse = (
-            nn.Sequential(
-                nn.Conv2d(channels + spec.channels[0], channels, 3, padding=1),
-                group_norm(channels),
-                nn.GELU(),
-            )
-            if join
-            else None
-        )
+        factor = max(1, round(self.inner.stride))
+        self.upsample = create_upsampler(upsampler, channels, (1, 1), (factor, factor), guide_channels=first)
+        self.fuse = _conv_norm(channels + first, channels) if join else None
         self.classifier = nn.Conv2d(channels, num_classes, 1)
 
     def forward(self, maps: list) -> Tensor:  # b n h w, logits
-        fine, maps = maps[0], maps[1:]
+        first, *maps = maps
+        height, width = first.shape[2:]
         size = covered_size(maps[0].shape[2:], self.inner_spec.strides[0])
-        guide = F.pad(fine, (0, size[1] - fine.shape[3], 0, size[0] - fine.shape[2]), mode="replicate")
-        x = self.upsample(self.inner(maps), size, guide)[..., : fine.shape[2], : fine.shape[3]]
-        return self.classifier(x if self.fuse is None else self.fuse(torch.cat([x, fine], 1)))
+        guide = F.pad(first, (0, size[1] - width, 0, size[0] - height), mode="replicate")
+        x = self.upsample(self.inner(maps), size, guide)[..., :height, :width]
+        if self.fuse is not None:
+            x = self.fuse(torch.cat([x, first], 1))
+        return self.classifier(x)
 
 
 def covered_size(
@@ -349,11 +370,11 @@ class Segmenter(nn.Module):
         image: Tensor,  # b c h w in 0..1
     ) -> list:  # of maps b c h w
         "Maps of the backbone; never computed in fp16."
-        kind = image.device.type
-        if not torch.is_autocast_enabled(kind) or torch.get_autocast_dtype(kind) != torch.float16:
+        device = image.device.type
+        if not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) != torch.float16:
             return self.backbone(image)
-        bf16 = kind != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-        with torch.autocast(kind, torch.bfloat16, enabled=bf16):
+        bf16 = device != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
             return [m.float() for m in self.backbone(image.float())]
 
     def forward(
@@ -363,16 +384,17 @@ class Segmenter(nn.Module):
         maps = self.features(image)
         if self.neck is not None:
             maps = self.neck(maps, image)
-        return fit_logits(
-            self.head(maps), covered_size(maps[0].shape[2:], self.spec.strides[0]), image.shape[2:]
-        )
+        covered = covered_size(maps[0].shape[2:], self.spec.strides[0])
+        return fit_logits(self.head(maps), covered, image.shape[2:])
 
     def train(self, mode: bool = True) -> "Segmenter":
         "Training mode for what is trained: frozen parts keep their statistics."
         super().train(mode)
+        if not mode:
+            return self
         for m in self.modules():
             own = list(m.parameters())
-            if mode and own and not any(p.requires_grad for p in own):
+            if own and not any(p.requires_grad for p in own):
                 m.eval()
         return self
 
@@ -406,14 +428,13 @@ def create_neck(
 ):  # a FeaturePyramid, or None
     "The neck that brings a backbone's maps to the strides that a head is made for."
     pick(dict.fromkeys(NECKS), name, "neck")
-    wanted = (
-        len(set(spec.strides)) == 1 and head in ("upernet", "segformer")
-        if name == "auto"
-        else name == "pyramid"
-    )
-    return FeaturePyramid(spec) if wanted else None
+    if name == "auto":
+        one_stride = len(set(spec.strides)) == 1
+        name = "pyramid" if one_stride and head in ("upernet", "segformer") else "none"
+    return FeaturePyramid(spec) if name == "pyramid" else None
 
 # %% ../../nbs/api/models/heads.ipynb #d55bd58b
+@checked
 def create_segmentation_model(
     backbone="dinov3",  # family (dinov3, dinov2, retfound, visionfm), any timm model, or a Backbone
     backbone_size: str = "large",  # of a family
@@ -437,62 +458,56 @@ def create_segmentation_model(
     "A segmentation network on a pretrained backbone."
     if unknown:
         raise TypeError(_unknown_argument(next(iter(unknown))))
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
-        raise InputError(f"num_classes={num_classes!r}: expected a whole number of 1 or more")
-    net = (
-        backbone
-        if isinstance(backbone, nn.Module)
-        else _backbone(backbone, backbone_size, weights, layers, in_channels)
-    )
+    net = backbone
+    if not isinstance(backbone, nn.Module):
+        net = _backbone(backbone, backbone_size, weights, layers, in_channels)
     if freeze_backbone:
         net.requires_grad_(False)
     if lora is not None:
         add_lora(net, lora)
     if gradient_checkpointing:
         _checkpoint(net)
-    options = {
-        k: v for k, v in dict(hidden_size=hidden_size, pool_scales=pool_scales).items() if v is not None
-    }
-    make = lambda spec, n: create_head(head, spec, n, norm=norm, **options)
+
+    options = dict(norm=norm, hidden_size=hidden_size, pool_scales=pool_scales)
+    options = {name: value for name, value in options.items() if value is not None}
+
+    def make_head(spec, channels):
+        return create_head(head, spec, channels, **options)
+
     made = create_neck(neck, head, net.spec)
-    if stem or upsampler:
-        made = ImageStemNeck(net.spec, made, in_channels, stem)
-        return Segmenter(
-            net,
-            FullResolutionHead(
-                make, made.spec, num_classes, upsampler=upsampler or "interpolate", join=bool(stem)
-            ),
-            made,
-        )
-    return Segmenter(net, make(net.spec if made is None else made.spec, num_classes), made)
+    if not stem and not upsampler:
+        return Segmenter(net, make_head(net.spec if made is None else made.spec, num_classes), made)
+    made = ImageStemNeck(net.spec, made, in_channels, stem)
+    upsampler = upsampler or "interpolate"
+    full = FullResolutionHead(make_head, made.spec, num_classes, upsampler=upsampler, join=bool(stem))
+    return Segmenter(net, full, made)
 
 # %% ../../nbs/api/models/heads.ipynb #8999d4c7
 def _backbone(name, size, weights, layers, in_channels):
     "The backbone of a network; the size is that of a family."
-    if name not in FAMILIES and size not in ("large", "small"):
+    if name in FAMILIES:
+        given = (name, size)
+    elif size in ("large", "small"):  # the defaults of both factories
+        given = (name,)
+    else:
+        families = ", ".join(FAMILIES)
         raise InputError(
-            f"backbone_size={size!r} with {name!r}: sizes belong to families ({', '.join(FAMILIES)}); leave it out"
+            f"backbone_size={size!r} with {name!r}: sizes belong to families ({families}); leave it out"
         )
-    return create_backbone(
-        name,
-        size if name in FAMILIES else "small",
-        weights=weights,
-        layers=4 if layers is None else layers,
-        in_channels=in_channels,
-    )
+    layers = 4 if layers is None else layers
+    return create_backbone(*given, weights=weights, layers=layers, in_channels=in_channels)
 
 
 def _checkpoint(backbone):
+    "Compute the blocks of a backbone again in the backward pass."
     if not hasattr(backbone.model, "set_grad_checkpointing"):
         raise InputError(f"{type(backbone.model).__name__} has no gradient checkpointing: leave it out")
     backbone.model.set_grad_checkpointing(True)
 
 
 def _unknown_argument(key):
-    known = [k for k in inspect.signature(create_segmentation_model).parameters if k != "unknown"]
+    "One line for a misspelt argument."
+    known = [name for name in inspect.signature(create_segmentation_model).parameters if name != "unknown"]
     near = nearest(key, known, n=1)
-    return (
-        f"create_segmentation_model has no argument {key!r}"
-        + (f", did you mean {near[0]}?" if near else "")
-        + f" It takes {', '.join(known)}"
-    )
+    hint = f", did you mean {near[0]}?" if near else ""
+    return f"create_segmentation_model has no argument {key!r}{hint} It takes {', '.join(known)}"

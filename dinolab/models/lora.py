@@ -26,13 +26,14 @@ def silent_layers(
     backbone: nn.Module,  # a Backbone
 ) -> list:  # names
     "Adapters that a pass over a small image does not reach."
-    layers, called = lora_layers(backbone), set()
-    hooks = [m.register_forward_hook(lambda *_, name=name: called.add(name)) for name, m in layers.items()]
+    layers, called, hooks = lora_layers(backbone), set(), []
+    for name, layer in layers.items():
+        hooks.append(layer.register_forward_hook(lambda *_, name=name: called.add(name)))
     try:
         probe(backbone)
     finally:
-        for h in hooks:
-            h.remove()
+        for hook in hooks:
+            hook.remove()
     return [name for name in layers if name not in called]
 
 # %% ../../nbs/api/models/lora.ipynb #d61e8f86
@@ -47,43 +48,41 @@ def add_lora(
         if hasattr(m, "qkv_bias_separate"):
             m.qkv_bias_separate = True
     targets = spec.target_modules if isinstance(spec.target_modules, str) else list(spec.target_modules)
+    config = LoraConfig(r=spec.rank, lora_alpha=spec.alpha, lora_dropout=spec.dropout, target_modules=targets)
     backbone.requires_grad_(False)
     try:
-        inject_adapter_in_model(
-            LoraConfig(r=spec.rank, lora_alpha=spec.alpha, lora_dropout=spec.dropout, target_modules=targets),
-            backbone.model,
-        )
+        inject_adapter_in_model(config, backbone.model)
     except ValueError as e:
         raise InputError(
-            f"lora target_modules={spec.target_modules!r}: {_reason(e)}; expected some of {', '.join(possible_targets(backbone.model))}"
+            f"lora target_modules={spec.target_modules!r}: {_reason(e)}; "
+            f"expected some of {', '.join(possible_targets(backbone.model))}"
         ) from None
-    if silent := silent_layers(backbone):
+    silent = silent_layers(backbone)
+    if silent:
         raise InputError(
-            f"lora on {', '.join(silent[:3])} would have no effect, since the network does not call these layers: choose other target_modules"
+            f"lora on {', '.join(silent[:3])} would have no effect, since the network does not call these layers: "
+            "choose other target_modules"
         )
     return backbone
 
 
 def _reason(e):
-    return (
-        "no such layer"
-        if "No modules were targeted" in str(e) or "not found" in str(e)
-        else " ".join(str(e).split())[:120]
-    )
+    "Why peft refuses, in a few words."
+    text = " ".join(str(e).split())
+    if "No modules were targeted" in text or "not found" in text:
+        return "no such layer"
+    return text[:120]
 
 
 def possible_targets(
     model: nn.Module,  # a network
 ) -> list:  # names
     "Last parts of the names of all layers that an adapter can be added to."
-    kinds = (nn.Linear, nn.Conv2d)
-    return list(
-        dict.fromkeys(
-            name.rpartition(".")[2]
-            for name, m in model.named_modules()
-            if isinstance(m, kinds) and getattr(m, "groups", 1) == 1
-        )
-    )
+    found = {}
+    for name, m in model.named_modules():
+        if isinstance(m, (nn.Linear, nn.Conv2d)) and getattr(m, "groups", 1) == 1:
+            found[name.rpartition(".")[2]] = True
+    return list(found)
 
 # %% ../../nbs/api/models/lora.ipynb #dad33136
 def merge(
@@ -104,13 +103,19 @@ def parameter_rows(
     model: nn.Module,  # any
 ) -> list:  # rows: component, trainable, total, percent
     "Trainable and all parameters of each child, adapters apart, and of the whole."
-    counts = {}
+    parts = {}
     for name, p in model.named_parameters():
-        parts = [name.split(".")[0], name.split(".")[0] + " adapters"][".lora_" in name]
-        trainable, total = counts.get(parts, (0, 0))
-        counts[parts] = trainable + p.numel() * p.requires_grad, total + p.numel()
-    counts["all"] = tuple(map(sum, zip(*counts.values())))
-    return [
-        dict(component=k, trainable=f"{t:,}", total=f"{n:,}", percent=100 * t / n)
-        for k, (t, n) in counts.items()
-    ]
+        component = name.split(".")[0]
+        if ".lora_" in name:
+            component += " adapters"
+        parts.setdefault(component, []).append(p)
+    rows = [_parameter_row(component, parameters) for component, parameters in parts.items()]
+    return [*rows, _parameter_row("all", list(model.parameters()))]
+
+
+def _parameter_row(component, parameters):
+    "One line of the table."
+    total = sum(p.numel() for p in parameters)
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    percent = 100 * trainable / total if total else 0
+    return dict(component=component, trainable=f"{trainable:,}", total=f"{total:,}", percent=percent)

@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.keys import keyed_rng
 from ..core.errors import InputError
+from ..core.keys import keyed_rng
 from ..core.progress import progress
+from ..core.region import Box
+from ..core.settings import COUNT, POSITIVE, Number, checked
 from .upsample import POOL, UPSAMPLERS, GuidedUpsampler, sum_axes
 
 # %% ../../nbs/api/models/neighborhood.ipynb #d51642e7
@@ -32,8 +34,10 @@ class GuideEncoder(nn.Module):
     ):
         super().__init__()
         conv = {2: nn.Conv2d, 3: nn.Conv3d}[dims]
-        same = lambda c, step: conv(c, dim, 3, padding=step, dilation=step, padding_mode="replicate")
-        self.conv1, self.conv2, self.conv3 = same(guide_channels, 1), same(dim, 2), same(dim, 1)
+        how = dict(kernel_size=3, padding_mode="replicate")
+        self.conv1 = conv(guide_channels, dim, **how, padding=1)
+        self.conv2 = conv(dim, dim, **how, padding=2, dilation=2)
+        self.conv3 = conv(dim, dim, **how, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:  # b g *s -> b dim *s
         x = self.conv1(x - 0.5)
@@ -44,6 +48,7 @@ class GuideEncoder(nn.Module):
 class NeighborhoodFilter(GuidedUpsampler):
     "Guided upsampling with learned weights (after NAF, Chambon et al. 2026), for 2D and 3D."
 
+    @checked(guide_channels=COUNT, dims=Number(2, 3, whole=True), dim=COUNT, heads=COUNT, budget=COUNT)
     def __init__(
         self,
         guide_channels: int = 1,  # of the image
@@ -55,16 +60,18 @@ class NeighborhoodFilter(GuidedUpsampler):
         budget: int = 2**26,  # bytes of scratch per tile
     ):
         super().__init__(0, window, budget)
-        if dims not in (2, 3):
-            raise InputError(f"a filter of {dims} dimensions: expected 2 or 3")
         if dim % heads:
             raise InputError(f"dim {dim}, heads {heads}: expected a multiple")
         self.config = dict(
             guide_channels=guide_channels, dims=dims, dim=dim, heads=heads, window=window, budget=budget
         )
-        self.encoder, self.halo = GuideEncoder(guide_channels, dims, dim), GuideEncoder.halo
-        self.query, self.key, self.heads = nn.Linear(dim, dim), nn.Linear(dim, dim), heads
-        self.gain, self.reach = nn.Parameter(torch.zeros(heads)), nn.Parameter(torch.zeros(heads))
+        self.encoder = GuideEncoder(guide_channels, dims, dim)
+        self.halo = GuideEncoder.halo
+        self.heads = heads
+        self.query = nn.Linear(dim, dim)
+        self.key = nn.Linear(dim, dim)
+        self.gain = nn.Parameter(torch.zeros(heads))  # of likeness, a logarithm
+        self.reach = nn.Parameter(torch.zeros(heads))  # of nearness, a logarithm
         self.floor = nn.Parameter(torch.full((heads,), -4.0))
 
     def scratch(self) -> int:
@@ -78,36 +85,46 @@ class NeighborhoodFilter(GuidedUpsampler):
         return self.encoder(guide.to(self.query.weight.dtype))
 
     def weigh(
-        self, fine: Tensor, coarse: Tensor, distance: list
-    ) -> Tensor:  # b cells P e, b cells W e -> b cells P W
+        self,
+        fine: Tensor,  # b cells P e
+        coarse: Tensor,  # b cells W e
+        distance: list,  # per axis, from window_distance
+    ) -> Tensor:  # b cells P W
         "Weight of each cell of the window, mean over the heads."
-        split = lambda x: F.normalize(
-            x.unflatten(-1, (self.heads, -1)).movedim(-2, 1).float(), dim=-1
-        )  # b heads cells .. e
-        alike = split(self.query(fine)) @ split(self.key(coarse)).mT  # b heads cells P W
-        shape = (-1,) + (1,) * (alike.ndim - 2)
-        inside = sum_axes(distance).isfinite()
-        logits = self._near(distance) * self.reach.exp().view(shape) + alike * (4 * self.gain.exp()).view(
-            shape
-        )
-        return torch.softmax(logits.masked_fill(~inside, -math.inf), -1).mean(1)
+        alike = (
+            self._directions(self.query(fine)) @ self._directions(self.key(coarse)).mT
+        )  # b heads cells P W
+        per_head = (-1,) + (1,) * (alike.ndim - 2)
+        near = self._near(distance) * self.reach.exp().view(per_head)
+        logits = near + alike * (4 * self.gain.exp()).view(per_head)
+        outside = ~sum_axes(distance).isfinite()
+        return torch.softmax(logits.masked_fill(outside, -math.inf), -1).mean(1)
+
+    def _directions(self, codes):
+        "Unit vectors per head: b cells n e -> b heads cells n e / heads."
+        codes = codes.unflatten(-1, (self.heads, -1)).movedim(-2, 1)
+        return F.normalize(codes.float(), dim=-1)
 
     def _near(self, distance):
         "Logarithm of the linear interpolation weight with a floor: heads cells P W."
-        floor = self.floor.exp()
-        one = lambda t, f: torch.log((1 - t.abs()).clamp_min(0) + f)
-        return torch.stack([sum_axes([one(t.nan_to_num(posinf=9.0), f) for t in distance]) for f in floor])
+        distance = [d.nan_to_num(posinf=9.0) for d in distance]
+        found = []
+        for floor in self.floor.exp():
+            found.append(sum_axes([torch.log((1 - d.abs()).clamp_min(0) + floor) for d in distance]))
+        return torch.stack(found)
 
     def inflate(self) -> "NeighborhoodFilter":
         "A 2D filter as one for volumes that looks at planes yx; for features of planes xy the result is the same, slice by slice."
         if self.config["dims"] != 2:
             raise InputError("inflate a filter of 3 dimensions: expected 2")
-        out, own = NeighborhoodFilter(**self.config | dict(dims=3)), self.state_dict()
-        state = out.state_dict()
-        for k, v in state.items():
-            state[k] = F.pad(own[k][:, :, None], (0, 0, 0, 0, 1, 1)) if v.ndim == 5 else own[k]
-        out.load_state_dict(state)
-        return out
+        volume = NeighborhoodFilter(**self.config | dict(dims=3))
+        state, own = volume.state_dict(), self.state_dict()
+        for name, value in state.items():
+            state[name] = own[name]
+            if value.ndim == 5:  # kernels: zeros above and below the plane
+                state[name] = F.pad(own[name][:, :, None], (0, 0, 0, 0, 1, 1))
+        volume.load_state_dict(state)
+        return volume
 
     @classmethod
     def from_config(cls, config: dict) -> "NeighborhoodFilter":
@@ -115,9 +132,12 @@ class NeighborhoodFilter(GuidedUpsampler):
         return cls(**config)
 
 
-UPSAMPLERS["neighborhood"] = lambda channels, small, size, guides, **options: NeighborhoodFilter(
-    max(1, guides), len(size), **options
-)
+def _neighborhood(channels, small, size, guides, **options):
+    "As the other upsamplers are made; features of any number of channels will do."
+    return NeighborhoodFilter(max(1, guides), len(size), **options)
+
+
+UPSAMPLERS["neighborhood"] = _neighborhood
 
 # %% ../../nbs/api/models/neighborhood.ipynb #120d1018
 def reconstruction_error(
@@ -127,9 +147,12 @@ def reconstruction_error(
     guide: Tensor,  # b g *size, the image; each axis a multiple of fine's
 ) -> Tensor:  # scalar
     "Squared error of the predicted fine features, relative to their variance over space."
-    out = POOL[guide.ndim - 2](upsampler(coarse, tuple(guide.shape[2:]), guide), fine.shape[2:])
-    spread = fine - fine.mean(tuple(range(2, fine.ndim)), keepdim=True)
-    return (out - fine).square().sum() / spread.square().sum().clamp_min(1e-12)
+    pool = POOL[guide.ndim - 2]
+    predicted = pool(upsampler(coarse, tuple(guide.shape[2:]), guide), fine.shape[2:])
+    space = tuple(range(2, fine.ndim))
+    deviation = fine - fine.mean(space, keepdim=True)
+    error = (predicted - fine).square().sum()
+    return error / deviation.square().sum().clamp_min(1e-12)
 
 
 def make_pair(
@@ -138,12 +161,14 @@ def make_pair(
     factor: int = 2,  # how much the copy is smaller
 ) -> tuple:  # coarse, fine, guide
     "Features of images and of their downsampled copies."
-    planes = image if image.ndim == 4 else image[:, 0].flatten(0, 1)[:, None]  # (b z) 1 y x
-    small = F.avg_pool2d(planes, factor)
+    volume = image.ndim == 5
+    planes = image[:, 0].flatten(0, 1)[:, None] if volume else image  # (b z) 1 y x
     with torch.no_grad():
-        fine, coarse = features(planes).float(), features(small).float()
-    if image.ndim == 5:
-        fine, coarse = (t.unflatten(0, (len(image), -1)).transpose(1, 2) for t in (fine, coarse))  # b c z y x
+        fine = features(planes).float()
+        coarse = features(F.avg_pool2d(planes, factor)).float()
+    if volume:
+        fine = fine.unflatten(0, (len(image), -1)).transpose(1, 2)  # b c z y x
+        coarse = coarse.unflatten(0, (len(image), -1)).transpose(1, 2)
     return coarse, fine, image
 
 # %% ../../nbs/api/models/neighborhood.ipynb #e0f754f0
@@ -155,10 +180,12 @@ def random_crop(
     "A crop of one of the images, mirrored at random."
     image = images[rng.integers(len(images))]
     start = [rng.integers(n - s + 1) for n, s in zip(image.shape[1:], size)]
-    crop = image[(slice(None), *(slice(a, a + s) for a, s in zip(start, size)))]
-    return crop.flip([1 + a for a in range(len(size)) if rng.random() < 0.5])
+    crop = image[(slice(None), *Box.sized(start, size))]
+    mirrored = [1 + axis for axis in range(len(size)) if rng.random() < 0.5]
+    return crop.flip(mirrored)
 
 
+@checked(steps=COUNT, lr=POSITIVE)
 def train_neighborhood(
     filter: NeighborhoodFilter,  # changed in place
     images: list,  # tensors 1 *s in 0..1: images, or volumes whose planes z are images
@@ -172,11 +199,11 @@ def train_neighborhood(
     seed: int = 0,  # of crops
 ) -> list:  # relative error of each step
     "Train a guided filter without labels; features of any scale count alike, each channel by its own variance."
-    small = [tuple(i.shape) for i in images if any(n < s for n, s in zip(i.shape[1:], crop))]
-    if small:
-        raise InputError(
-            f"images of {small[0]}: expected at least a crop of {tuple(crop)}; choose a smaller crop"
-        )
+    for image in images:
+        if any(n < side for n, side in zip(image.shape[1:], crop)):
+            raise InputError(
+                f"images of {tuple(image.shape)}: expected at least a crop of {tuple(crop)}; choose a smaller crop"
+            )
     optimiser = torch.optim.AdamW(filter.parameters(), lr=lr, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps, pct_start=0.1)
     losses = []

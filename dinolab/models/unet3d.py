@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'ConvBlock', 'pool_strides', 'feasible_stride', 'UNet3D', 'plane_sizes', 'by_plane', 'target_size',
-           'plane_upsamplers', 'PlaneFusion', 'ContextEncoder', 'PlaneFusionUNet', 'DINOv3UNet3D', 'standardise',
-           'load_filter', 'VoxelLinear', 'feature_bytes']
+           'plane_upsamplers', 'PlaneFusion', 'ContextEncoder', 'DINOv3UNet3D', 'standardise', 'load_filter',
+           'VoxelLinear', 'feature_bytes']
 
 # %% ../../nbs/api/models/unet3d.ipynb #b8a5b4bc
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..core.errors import InputError, pick
+from ..core.region import Box, per_axis
+from ..core.settings import COUNT, Number, checked
 from .neighborhood import NeighborhoodFilter
 from .upsample import create_upsampler, resize
 
@@ -37,36 +40,45 @@ class ConvBlock(nn.Sequential):
         norm: str = "instance",  # instance, group or batch
         dropout: float = 0.0,  # share of channels, after the block
     ):
-        def conv(a):
-            return [
-                nn.Conv3d(a, out, 3, padding=1),
-                pick(NORMS, norm, "norm")(out),
-                nn.LeakyReLU(0.01, inplace=True),
-            ]
-
-        super().__init__(*conv(channels), *conv(out), *([nn.Dropout3d(dropout)] if dropout else []))
+        make_norm = pick(NORMS, norm, "norm")
+        layers = []
+        for before in (channels, out):
+            layers.append(nn.Conv3d(before, out, 3, padding=1))
+            layers.append(make_norm(out))
+            layers.append(nn.LeakyReLU(0.01, inplace=True))
+        if dropout:
+            layers.append(nn.Dropout3d(dropout))
+        super().__init__(*layers)
 
 # %% ../../nbs/api/models/unet3d.ipynb #554c93e8
 def pool_strides(
     size: tuple,  # z y x
     levels: int,  # resolutions
-) -> list:  # levels - 1 steps, 1 or 2 per axis
-    "Steps of the poolings for crops of this size."
+) -> list:  # levels - 1 strides, 1 or 2 per axis
+    "Strides of the poolings for crops of this size."
     plan = []
     for _ in range(levels - 1):
-        plan.append(tuple(2 if n >= 4 and 2 * n > max(size) else 1 for n in size))
-        size = tuple(-(-n // k) for n, k in zip(size, plan[-1]))
+        stride = tuple(2 if n >= 4 and 2 * n > max(size) else 1 for n in size)
+        size = tuple(-(-n // k) for n, k in zip(size, stride))
+        plan.append(stride)
     return plan
 
 # %% ../../nbs/api/models/unet3d.ipynb #e9e7c684
-def feasible_stride(step: tuple, size: tuple) -> tuple:
-    "A step, without the axes that are too short to be halved in a volume smaller than planned."
-    return tuple(k if n >= 4 else 1 for k, n in zip(step, size))
+def feasible_stride(stride: tuple, size: tuple) -> tuple:
+    "A stride, without the axes that are too short to be halved in a volume smaller than planned."
+    return tuple(k if n >= 4 else 1 for k, n in zip(stride, size))
+
+
+def _pooled(x, stride):
+    "Max-pooled where the axes are long enough; a last voxel without a partner counts."
+    stride = feasible_stride(stride, x.shape[2:])
+    return F.max_pool3d(x, stride, stride, ceil_mode=True)
 
 # %% ../../nbs/api/models/unet3d.ipynb #aede8531
 class UNet3D(nn.Module):
     "Encoder and decoder with skips, any size: b c z y x -> maps b c_i z_i y_i x_i, finest first."
 
+    @checked(channels=COUNT, levels=Number(2, 8, whole=True), size=Number(1, whole=True, count=(3,)))
     def __init__(
         self,
         channels: int,  # of the input and of the finest map
@@ -79,33 +91,20 @@ class UNet3D(nn.Module):
         gradient_checkpointing: bool = False,  # compute blocks again in the backward pass instead of keeping them
     ):
         super().__init__()
-        if levels < 2:
-            raise InputError(f"levels {levels}: expected 2 or more")
-        widths = [channels * 2**i for i in range(levels)]
-        self.down = nn.ModuleList(
-            ConvBlock(
-                widths[max(0, i - 1)] + (bottom_channels if i == levels - 1 else 0),
-                w,
-                norm,
-                dropout if i == levels - 1 else 0,
-            )
-            for i, w in enumerate(widths)
-        )
-        self.up = nn.ModuleList(
-            ConvBlock(widths[i] + widths[i + 1], widths[i], norm) for i in range(levels - 1)
-        )
-        self.widths, self.steps, self.gradient_checkpointing = (
-            widths,
-            pool_strides(size, levels),
-            gradient_checkpointing,
-        )
+        self.widths = [channels * 2**i for i in range(levels)]
+        self.steps = pool_strides(size, levels)
+        self.gradient_checkpointing = gradient_checkpointing
+        finer = [channels, *self.widths[:-2]]
+        down = [ConvBlock(before, width, norm) for before, width in zip(finer, self.widths)]
+        down.append(ConvBlock(self.widths[-2] + bottom_channels, self.widths[-1], norm, dropout))
+        self.down = nn.ModuleList(down)
+        pairs = zip(self.widths, self.widths[1:])
+        self.up = nn.ModuleList(ConvBlock(fine + coarse, fine, norm) for fine, coarse in pairs)
 
     def _run(self, block, x):
-        return (
-            checkpoint(block, x, use_reentrant=False)
-            if self.gradient_checkpointing and self.training
-            else block(x)
-        )
+        if self.gradient_checkpointing and self.training:
+            return checkpoint(block, x, use_reentrant=False)
+        return block(x)
 
     def forward(
         self,
@@ -115,33 +114,33 @@ class UNet3D(nn.Module):
         skips = []
         for i, block in enumerate(self.down):
             if i:
-                x = F.max_pool3d(x, (k := feasible_stride(self.steps[i - 1], x.shape[2:])), k, ceil_mode=True)
+                x = _pooled(x, self.steps[i - 1])
             if bottom is not None and block is self.down[-1]:
                 x = torch.cat([x, resize(bottom, x.shape[2:])], 1)
             x = self._run(block, x)
             skips.append(x)
-        maps = [skips.pop()]
+        maps = [skips.pop()]  # coarsest first
         for block in reversed(self.up):
             skip = skips.pop()
-            maps.append(self._run(block, torch.cat([skip, resize(maps[-1], skip.shape[2:])], 1)))
+            grown = resize(maps[-1], skip.shape[2:])
+            maps.append(self._run(block, torch.cat([skip, grown], 1)))
         return maps[:0:-1]
 
 # %% ../../nbs/api/models/unet3d.ipynb #6e42a6e0
 def _three(size, what):
-    size = tuple(int(n) for n in ([size] * 3 if isinstance(size, int) else size))
-    if len(size) != 3 or min(size) < 1:
-        raise InputError(f"{what} {size}: expected three sizes (z, y, x) of at least 1")
-    return size
+    "Three whole numbers of voxels, z y x."
+    size = tuple(size) if isinstance(size, Iterable) else size
+    size = Number(1, whole=True, count=(1, 3), unit="voxels").check(what, size)
+    return per_axis(size, 3)
 
 
 def plane_sizes(
     sizes,  # z y x, one number, or plane -> z y x
 ) -> dict:  # plane -> z y x; the key all for a single tensor
     "Sizes of features by plane."
-    return {
-        p: _three(s, "feature size")
-        for p, s in (sizes if isinstance(sizes, dict) else {"all": sizes}).items()
-    }
+    if not isinstance(sizes, dict):
+        sizes = {"all": sizes}
+    return {plane: _three(size, "feature size") for plane, size in sizes.items()}
 
 # %% ../../nbs/api/models/unet3d.ipynb #ae595033
 def by_plane(
@@ -168,13 +167,15 @@ def target_size(
     input_size: tuple,  # target that it was built for
 ) -> tuple:  # voxels z y x
     "The target that features stand for, by the factors of the network."
-    found = {
-        tuple(round(n * t / s) for n, t, s in zip(x.shape[2:], input_size, sizes[p]))
-        for p, x in features.items()
-    }
+    found = set()
+    for plane, x in features.items():
+        per_feature = zip(x.shape[2:], input_size, sizes[plane])
+        found.add(tuple(round(n * target / planned) for n, target, planned in per_feature))
     if len(found) > 1:
+        given = {plane: tuple(x.shape[2:]) for plane, x in features.items()}
         raise InputError(
-            f"features of { ({p: tuple(x.shape[2:]) for p, x in features.items()}) } stand for targets of {sorted(found)}: expected planes of one crop, in the ratios of {sizes}"
+            f"features of {given} stand for targets of {sorted(found)}: "
+            f"expected planes of one crop, in the ratios of {sizes}"
         )
     return found.pop()
 
@@ -187,11 +188,12 @@ def plane_upsamplers(
     guide_channels: int,  # of the raw volume
 ) -> nn.ModuleDict:
     "An upsampler for each plane."
-    made = {
-        p: create_upsampler(name, channels, s, size, guide_channels=guide_channels) for p, s in sizes.items()
-    }
-    shared = next((m for m in made.values() if isinstance(m, NeighborhoodFilter)), None)
-    return nn.ModuleDict({p: shared if isinstance(m, NeighborhoodFilter) else m for p, m in made.items()})
+    made, shared = {}, None
+    for plane, small in sizes.items():
+        made[plane] = create_upsampler(name, channels, small, size, guide_channels=guide_channels)
+        if isinstance(made[plane], NeighborhoodFilter):
+            shared = made[plane] = shared or made[plane]
+    return nn.ModuleDict(made)
 
 # %% ../../nbs/api/models/unet3d.ipynb #df21446a
 class PlaneFusion(nn.Module):
@@ -208,7 +210,7 @@ class PlaneFusion(nn.Module):
     ):
         super().__init__()
         self.sizes, self.input_size = sizes, size
-        self.project = nn.ModuleDict({p: nn.Conv3d(channels, out, 1) for p in sizes})
+        self.project = nn.ModuleDict({plane: nn.Conv3d(channels, out, 1) for plane in sizes})
         self.upsample = plane_upsamplers(upsampler, out, sizes, size, guide_channels)
 
     def fuse_planes(
@@ -220,22 +222,24 @@ class PlaneFusion(nn.Module):
     ) -> Tensor:  # b out Z Y X
         "Mean over the planes."
         codes = self._codes(guide) if len(features) > 1 else None
-        return sum(self._plane(p, x, size, guide, codes, lean) for p, x in features.items()) / len(features)
+        total = 0
+        for plane, x in features.items():
+            total = total + self._upsampled(plane, x, size, guide, codes, lean)
+        return total / len(features)
 
     def _codes(self, guide):
         "What a filter that the planes share sees in the guide: looked at once."
         shared = next(iter(self.upsample.values()))
         return shared.encode(guide) if isinstance(shared, NeighborhoodFilter) else None
 
-    def _plane(self, plane, x, size, guide, codes, lean):
+    def _upsampled(self, plane, x, size, guide, codes, lean):
         "Features of one plane at the voxels of the target."
-        x = self.project[plane](x.to(self.project[plane].weight.dtype))
+        project, upsample = self.project[plane], self.upsample[plane]
+        x = project(x.to(project.weight.dtype))
         given = (x, size, guide) if codes is None else (x, size, guide, codes)
-        return (
-            checkpoint(self.upsample[plane], *given, use_reentrant=False)
-            if lean
-            else self.upsample[plane](*given)
-        )
+        if lean:
+            return checkpoint(upsample, *given, use_reentrant=False)
+        return upsample(*given)
 
 # %% ../../nbs/api/models/unet3d.ipynb #f74c3575
 class ContextEncoder(nn.Module):
@@ -250,65 +254,23 @@ class ContextEncoder(nn.Module):
         norm: str,  # instance, group or batch
     ):
         super().__init__()
-        self.scale, self.step = scale, pool_strides(size, 2)[0]
-        self.first, self.unet = nn.Conv3d(channels, out, 3, padding=1), UNet3D(out, 2, size=size, norm=norm)
+        self.scale = scale
+        self.step = pool_strides(size, 2)[0]
+        self.first = nn.Conv3d(channels, out, 3, padding=1)
+        self.unet = UNet3D(out, 2, size=size, norm=norm)
 
     def forward(self, view: Tensor) -> Tensor:  # b g Z Y X -> b c z y x
-        x = self.unet(
-            self.first(
-                F.max_pool3d(view, (k := feasible_stride(self.step, view.shape[2:])), k, ceil_mode=True)
-            )
-        )[0]
-        keep = [max(1, round(n / self.scale)) for n in x.shape[2:]]
-        return x[(..., *(slice((n - k) // 2, (n - k) // 2 + k) for n, k in zip(x.shape[2:], keep)))]
-
-# %% ../../nbs/api/models/unet3d.ipynb #d272c21f
-class PlaneFusionUNet(PlaneFusion):
-    "Lifted features, raw volume and surroundings through a U-Net to logits; `DINOv3UNet3D` makes the parts."
-
-    @property
-    def needs_guide(self) -> bool:
-        "Whether a forward pass needs the raw volume."
-        return self.raw is not None or any(getattr(u, "needs_guide", False) for u in self.upsample.values())
-
-    def forward(
-        self,
-        features,  # b c z y x, or plane -> b c z y x
-        guide: Tensor = None,  # b g Z Y X, raw volume in 0..1 on the target grid
-        context: Tensor = None,  # b g Z Y X, the surroundings, coarser
-        size: tuple = None,  # of the result, Z Y X; None: what the features stand for
-    ):  # b n Z Y X, or in training with deep supervision a list, finest first
-        "Logits."
-        features = by_plane(features, self.sizes, self.config["input_channels"])
-        self._check(guide, context)
-        size = target_size(features, self.sizes, self.input_size) if size is None else _three(size, "size")
-        if guide is not None and guide.shape[2:] != size:
-            raise InputError(
-                f"guide of {tuple(guide.shape[2:])} voxels for a target of {size}: expected the raw volume on the target grid"
-            )
-        x = self.fuse_planes(features, size, guide, self.unet.gradient_checkpointing and self.training)
-        if self.raw is not None:
-            x = x + self.raw(guide[:, : self.raw.in_channels])
-        maps = self.unet(x, None if self.context is None else self.context(context))
-        maps[0] = torch.cat([maps[0], x], 1)
-        out = [head(m) for head, m in zip(self.heads, maps)]
-        return out if self.training and self.config["deep_supervision"] else out[0]
-
-    def _check(self, guide, context):
-        "What is missing, or there without use, is said."
-        if guide is None and self.needs_guide:
-            raise InputError(
-                f"upsampler {self.config['upsampler']} needs the raw volume: pass guide= (b g z y x, in 0..1, on the target grid)"
-            )
-        if (context is None) != (self.context is None):
-            raise InputError(
-                f"context {'missing' if context is None else 'given'}: expected it {'with' if self.context is not None else 'without'} context_channels={self.config['context_channels']}"
-            )
+        x = self.unet(self.first(_pooled(view, self.step)))[0]
+        size = x.shape[2:]
+        keep = [max(1, round(n / self.scale)) for n in size]
+        middle = Box.sized([(n - k) // 2 for n, k in zip(size, keep)], keep)
+        return x[(..., *middle)]
 
 # %% ../../nbs/api/models/unet3d.ipynb #28c40d9e
-class DINOv3UNet3D(PlaneFusionUNet):
+class DINOv3UNet3D(PlaneFusion):
     "3D U-Net on features: of one tensor, or of several planes each on its own grid."
 
+    @checked(input_channels=COUNT)
     def __init__(
         self,
         input_channels: int,  # of the features; several ViT layers are concatenated
@@ -332,30 +294,20 @@ class DINOv3UNet3D(PlaneFusionUNet):
         config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         if learn_upsampling and dinov3_feature_size is None:
             raise InputError(
-                "learn_upsampling=True without dinov3_feature_size: expected the z y x of the features, or plane -> z y x"
+                "learn_upsampling=True without dinov3_feature_size: "
+                "expected the z y x of the features, or plane -> z y x"
             )
-        sizes, size = (
-            plane_sizes(dinov3_feature_size if learn_upsampling else input_size),
-            _three(input_size, "input_size"),
-        )
-        super().__init__(
-            input_channels,
-            base_channels,
-            sizes,
-            size,
-            upsampler if learn_upsampling else "interpolate",
-            guide_channels,
-        )
-        self.num_classes, self.config = (
-            num_classes,
-            config | dict(input_size=size, dinov3_feature_size=sizes if learn_upsampling else None),
-        )
-        self.raw = nn.Conv3d(raw_channels, base_channels, 3, padding=1) if raw_channels else None
-        self.context = (
-            ContextEncoder(context_channels, base_channels, context_scale, size, norm)
-            if context_channels
-            else None
-        )
+        size = _three(input_size, "input_size")
+        sizes = plane_sizes(dinov3_feature_size if learn_upsampling else input_size)
+        upsampler = upsampler if learn_upsampling else "interpolate"
+        super().__init__(input_channels, base_channels, sizes, size, upsampler, guide_channels)
+        self.num_classes = num_classes
+        self.config = config | dict(input_size=size, dinov3_feature_size=sizes if learn_upsampling else None)
+        self.raw = self.context = None
+        if raw_channels:
+            self.raw = nn.Conv3d(raw_channels, base_channels, 3, padding=1)
+        if context_channels:
+            self.context = ContextEncoder(context_channels, base_channels, context_scale, size, norm)
         self.unet = UNet3D(
             base_channels,
             levels,
@@ -365,15 +317,57 @@ class DINOv3UNet3D(PlaneFusionUNet):
             bottom_channels=base_channels if context_channels else 0,
             gradient_checkpointing=gradient_checkpointing,
         )
-        self.heads = nn.ModuleList(
-            nn.Conv3d(w + base_channels * (i == 0), num_classes, 1)
-            for i, w in enumerate(self.unet.widths[: -1 if deep_supervision else 1])
-        )
+        widths = self.unet.widths[: -1 if deep_supervision else 1]
+        widths[0] = widths[0] + base_channels  # the upsampled features beside the finest map
+        self.heads = nn.ModuleList(nn.Conv3d(width, num_classes, 1) for width in widths)
 
     @classmethod
     def from_config(cls, config: dict) -> "DINOv3UNet3D":
         "The network that has this `config`."
         return cls(**config)
+
+    @property
+    def needs_guide(self) -> bool:
+        "Whether a forward pass needs the raw volume."
+        return self.raw is not None or any(getattr(u, "needs_guide", False) for u in self.upsample.values())
+
+    def forward(
+        self,
+        features,  # b c z y x, or plane -> b c z y x
+        guide: Tensor = None,  # b g Z Y X, raw volume in 0..1 on the target grid
+        context: Tensor = None,  # b g Z Y X, a view of what lies around, coarser
+        size: tuple = None,  # of the result, Z Y X; None: what the features stand for
+    ):  # b n Z Y X, or in training with deep supervision a list, finest first
+        "Logits."
+        features = by_plane(features, self.sizes, self.config["input_channels"])
+        size = target_size(features, self.sizes, self.input_size) if size is None else _three(size, "size")
+        self._check(guide, context, size)
+        x = self.fuse_planes(features, size, guide, self.unet.gradient_checkpointing and self.training)
+        if self.raw is not None:
+            x = x + self.raw(guide[:, : self.raw.in_channels])
+        maps = self.unet(x, None if self.context is None else self.context(context))
+        maps[0] = torch.cat([maps[0], x], 1)
+        logits = [head(m) for head, m in zip(self.heads, maps)]
+        return logits if self.training and self.config["deep_supervision"] else logits[0]
+
+    def _check(self, guide, context, size):
+        "What is missing, or there without use, is said."
+        if guide is None and self.needs_guide:
+            raise InputError(
+                f"upsampler {self.config['upsampler']} needs the raw volume: "
+                "pass guide= (b g z y x, in 0..1, on the target grid)"
+            )
+        if (context is None) != (self.context is None):
+            state = "missing" if context is None else "given"
+            wanted = "without" if self.context is None else "with"
+            raise InputError(
+                f"context {state}: expected it {wanted} context_channels={self.config['context_channels']}"
+            )
+        if guide is not None and guide.shape[2:] != size:
+            raise InputError(
+                f"guide of {tuple(guide.shape[2:])} voxels for a target of {size}: "
+                "expected the raw volume on the target grid"
+            )
 
 # %% ../../nbs/api/models/unet3d.ipynb #ae517bf7
 @torch.no_grad()
@@ -383,9 +377,9 @@ def standardise(
     std: dict,  # plane -> c
 ):
     "Make the projection expect features as they are and see them standardised."
-    for p, conv in model.project.items():
-        conv.weight /= std[p].view(1, -1, 1, 1, 1).clamp_min(1e-6)
-        conv.bias -= conv.weight[..., 0, 0, 0] @ mean[p]
+    for plane, conv in model.project.items():
+        conv.weight /= std[plane].view(1, -1, 1, 1, 1).clamp_min(1e-6)
+        conv.bias -= conv.weight[..., 0, 0, 0] @ mean[plane]
 
 # %% ../../nbs/api/models/unet3d.ipynb #3980b326
 def load_filter(
@@ -398,16 +392,16 @@ def load_filter(
         raise InputError(
             f"a trained filter for upsampler {model.config['upsampler']}: expected upsampler neighborhood"
         )
-    state = (
-        trained.state_dict()
-        if isinstance(trained, nn.Module)
-        else torch.load(trained, map_location="cpu", weights_only=True)
-    )
+    if isinstance(trained, nn.Module):
+        state = trained.state_dict()
+    else:
+        state = torch.load(trained, map_location="cpu", weights_only=True)
     try:
         own.load_state_dict(state)
     except RuntimeError as e:
+        reason = " ".join(str(e).split())[:150]
         raise InputError(
-            f"the trained filter does not fit ({' '.join(str(e).split())[:150]}): expected one with config {own.config}"
+            f"the trained filter does not fit ({reason}): expected one with config {own.config}"
         ) from None
 
 # %% ../../nbs/api/models/unet3d.ipynb #8ffec4b9
@@ -416,6 +410,7 @@ class VoxelLinear(nn.Module):
 
     needs_guide = False
 
+    @checked(input_channels=COUNT)
     def __init__(
         self,
         input_channels: int,  # of the features
@@ -424,10 +419,8 @@ class VoxelLinear(nn.Module):
         dinov3_feature_size=None,  # z y x of the features, or plane -> z y x; None: as the target
     ):
         super().__init__()
-        self.sizes, self.input_size = (
-            plane_sizes(dinov3_feature_size or input_size),
-            _three(input_size, "input_size"),
-        )
+        self.sizes = plane_sizes(dinov3_feature_size or input_size)
+        self.input_size = _three(input_size, "input_size")
         self.config = dict(
             input_channels=input_channels,
             num_classes=num_classes,
@@ -446,9 +439,11 @@ class VoxelLinear(nn.Module):
         "Logits of all planes, averaged."
         features = by_plane(features, self.sizes, self.config["input_channels"])
         size = target_size(features, self.sizes, self.input_size) if size is None else _three(size, "size")
-        return sum(
-            resize(self.project[p](f.to(self.project[p].weight.dtype)), size) for p, f in features.items()
-        ) / len(features)
+        total = 0
+        for plane, x in features.items():
+            project = self.project[plane]
+            total = total + resize(project(x.to(project.weight.dtype)), size)
+        return total / len(features)
 
 # %% ../../nbs/api/models/unet3d.ipynb #71f1f673
 def feature_bytes(
@@ -457,4 +452,5 @@ def feature_bytes(
     itemsize: int = 2,  # bytes per number; stores hold float16
 ) -> int:
     "Memory of the features of one crop."
-    return channels * itemsize * sum(math.prod(s) for s in plane_sizes(sizes).values())
+    voxels = sum(math.prod(size) for size in plane_sizes(sizes).values())
+    return channels * itemsize * voxels

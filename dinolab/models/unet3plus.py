@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .backbones import FeatureSpec, create_backbone
 from ..core.errors import InputError, pick
-from .heads import BatchNorm, Segmenter, ImageStemNeck, covered_size, fit_logits
+from ..core.settings import checked
+from .backbones import FeatureSpec, create_backbone
+from .heads import BatchNorm, ImageStemNeck, Segmenter, covered_size, fit_logits
 
 # %% ../../nbs/api/models/unet3plus.ipynb #361cee0a
 @lru_cache(64)
@@ -30,11 +31,12 @@ def shifted_matrices(
 ) -> Tensor:  # pixels x 3 cells
     "Bilinear upsampling of one axis, for the taps at -1, 0 and 1 beside each other; zero where a tap falls outside what is kept."
     with torch.inference_mode(False):  # a tensor made in inference mode cannot be used in training
-        m = F.interpolate(
-            torch.eye(cells, dtype=torch.float64)[:, None], size=covered, mode="linear", align_corners=False
-        )[:, 0].T
-        m = F.pad(m[:pixels], (0, 0, 1, 1))
-        return torch.cat([m[k : k + pixels] for k in range(3)], 1).to(device, dtype)
+        single = torch.eye(cells, dtype=torch.float64)[:, None]
+        grown = F.interpolate(single, size=covered, mode="linear", align_corners=False)
+        kept = grown[:, 0].T[:pixels]  # pixels x cells
+        padded = F.pad(kept, (0, 0, 1, 1))
+        shifted = [padded[tap : tap + pixels] for tap in range(3)]
+        return torch.cat(shifted, 1).to(device, dtype)
 
 # %% ../../nbs/api/models/unet3plus.ipynb #8618d88f
 def upsampled_conv(
@@ -45,17 +47,19 @@ def upsampled_conv(
     cover: tuple = None,  # height and width that the cells cover, pixels; None: size
 ) -> Tensor:  # b o *size
     "conv2d(interpolate(x, cover)[..., :size], weight, bias, padding=1) without the upsampled x; equal up to rounding, gradients too."
-    (b, _, h, w), o = x.shape, len(weight)
-    taps = F.conv2d(
-        x,
-        weight.permute(2, 0, 3, 1).reshape(9 * o, -1, 1, 1),
-        F.pad(bias[None, :, None], (1, 1, 0, 0, 1, 1)).reshape(-1),
-    )
-    rows, columns = (
-        shifted_matrices(n, s, c, taps.dtype, str(x.device)) for n, s, c in zip((h, w), size, cover or size)
-    )
-    wide = taps.view(b, 3, o, 3, h, w).permute(0, 2, 1, 4, 3, 5).reshape(b, o, 3 * h, 3 * w) @ columns.T
-    return rows @ wide
+    batch, _, height, width = x.shape
+    out = len(weight)
+    taps_weight = weight.permute(2, 0, 3, 1).reshape(
+        9 * out, -1, 1, 1
+    )  # (row of taps, o, column of taps) c 1 1
+    taps_bias = F.pad(bias[None, :, None], (1, 1, 0, 0, 1, 1)).reshape(-1)  # in the middle tap only
+    taps = F.conv2d(x, taps_weight, taps_bias)
+    taps = taps.view(batch, 3, out, 3, height, width).permute(0, 2, 1, 4, 3, 5)
+    taps = taps.reshape(batch, out, 3 * height, 3 * width)
+    cover = cover or size
+    rows = shifted_matrices(height, size[0], cover[0], taps.dtype, str(x.device))
+    columns = shifted_matrices(width, size[1], cover[1], taps.dtype, str(x.device))
+    return rows @ (taps @ columns.T)
 
 # %% ../../nbs/api/models/unet3plus.ipynb #f13a25e7
 def multiplications(
@@ -65,8 +69,12 @@ def multiplications(
     size: tuple,  # pixels
 ) -> tuple:  # of the plain order, of upsampled_conv
     "Products for one image."
-    (h, w), (y, x) = cells, size
-    return 9 * channels * out * y * x, 9 * channels * out * h * w + 3 * h * out * x * (3 * w + y)
+    height, width = cells
+    rows, columns = size
+    plain = 9 * channels * out * rows * columns
+    taps = 9 * channels * out * height * width
+    growth = 3 * height * out * columns * (3 * width + rows)
+    return plain, taps + growth
 
 # %% ../../nbs/api/models/unet3plus.ipynb #edec01f9
 class UpsampledConv(nn.Conv2d):
@@ -90,12 +98,11 @@ class UpsampledConv(nn.Conv2d):
         if ratio == 1:
             return super().forward(x)
         cover = covered_size(x.shape[2:], ratio)
-        before, after = multiplications(self.in_channels, self.out_channels, x.shape[2:], size)
-        if after < before and not self.paper_order:
+        plain, fast = multiplications(self.in_channels, self.out_channels, x.shape[2:], size)
+        if fast < plain and not self.paper_order:
             return upsampled_conv(x, self.weight, self.bias, size, cover)
-        return super().forward(
-            F.interpolate(x, size=cover, mode="bilinear", align_corners=False)[..., : size[0], : size[1]]
-        )
+        grown = F.interpolate(x, size=cover, mode="bilinear", align_corners=False)
+        return super().forward(grown[..., : size[0], : size[1]])
 
 
 def set_paper_order(
@@ -118,7 +125,8 @@ class Branch(nn.Module):
         out: int,  # of the result
     ):
         super().__init__()
-        self.conv, self.norm = UpsampledConv(channels, out), BatchNorm(out)
+        self.conv = UpsampledConv(channels, out)
+        self.norm = BatchNorm(out)
 
     def forward(self, x: Tensor, size: tuple = None, ratio: int = 1) -> Tensor:  # b c h w -> b o *size
         return F.relu(self.norm(self.conv(x, size, ratio)))
@@ -129,9 +137,12 @@ def check_pyramid(
     name: str = "the backbone",  # for the error
 ):
     "Raise `InputError` where the maps are no pyramid."
-    if len(spec) < 2 or any(b <= a or b % a for a, b in zip(spec.strides, spec.strides[1:])):
+    steps = zip(spec.strides, spec.strides[1:])
+    if len(spec) < 2 or any(coarse <= fine or coarse % fine for fine, coarse in steps):
+        strides = ", ".join(map(str, spec.strides))
         raise InputError(
-            f"{name} gives maps of strides {', '.join(map(str, spec.strides))}: expected a pyramid of two or more, such as 4, 8, 16, 32; take a convolutional backbone, or create_segmentation_model for one of a single stride"
+            f"{name} gives maps of strides {strides}: expected a pyramid of two or more, such as 4, 8, 16, 32; "
+            "take a convolutional backbone, or create_segmentation_model for one of a single stride"
         )
 
 
@@ -140,8 +151,9 @@ def pooled(
     strides: tuple,  # pixels per cell
 ) -> dict:  # (k, i), k <= i: map k at the resolution of map i; not the coarsest
     "Max-pooled maps, each made from the one before."
-    down = {(k, k): m for k, m in enumerate(maps)}
-    for k in range(len(maps)):
+    down = {}
+    for k, m in enumerate(maps):
+        down[k, k] = m
         for i in range(k + 1, len(maps) - 1):
             down[k, i] = F.max_pool2d(down[k, i - 1], strides[i] // strides[i - 1], ceil_mode=True)
     return down
@@ -156,23 +168,25 @@ class FullDecoder(nn.Module):
         cat_channels: int = 64,  # of each branch
     ):
         super().__init__()
-        self.strides, levels, wide = spec.strides, len(spec), cat_channels * len(spec)
-        channels = lambda i, k: spec.channels[k] if k <= i or k == levels - 1 else wide
-        self.branches = nn.ModuleList(
-            nn.ModuleList(Branch(channels(i, k), cat_channels) for k in range(levels))
-            for i in range(levels - 1)
-        )
+        self.strides, levels = spec.strides, len(spec)
+        wide = cat_channels * levels
+        self.branches = nn.ModuleList()
+        for i in range(levels - 1):
+            seen = [*spec.channels[: i + 1], *[wide] * (levels - 2 - i), spec.channels[-1]]
+            self.branches.append(nn.ModuleList(Branch(channels, cat_channels) for channels in seen))
         self.fuse = nn.ModuleList(Branch(wide, wide) for _ in range(levels - 1))
         self.channels = (wide,) * (levels - 1) + (spec.channels[-1],)
 
     def forward(self, maps: list) -> list:
-        nodes, down = {len(maps) - 1: maps[-1]}, pooled(maps, self.strides)
-        for i in reversed(range(len(maps) - 1)):
-            size = maps[i].shape[2:]
-            seen = [
-                b(down[k, i]) if k <= i else b(nodes[k], size, self.strides[k] // self.strides[i])
-                for k, b in enumerate(self.branches[i])
-            ]
+        deepest = len(maps) - 1
+        nodes, down = {deepest: maps[-1]}, pooled(maps, self.strides)
+        for i in reversed(range(deepest)):
+            size, seen = maps[i].shape[2:], []
+            for k, branch in enumerate(self.branches[i]):
+                if k <= i:
+                    seen.append(branch(down[k, i]))
+                else:
+                    seen.append(branch(nodes[k], size, self.strides[k] // self.strides[i]))
             nodes[i] = self.fuse[i](torch.cat(seen, 1))
         return [nodes[i] for i in range(len(maps))]
 
@@ -194,20 +208,17 @@ class SimpleDecoder(nn.Module):
         self.channels = (cat_channels,) * len(spec)
 
     def forward(self, maps: list) -> list:
-        nodes = [self.smooth[-1](self.lateral[-1](maps[-1]))]
+        node = self.smooth[-1](self.lateral[-1](maps[-1]))
+        nodes = [node]
         for i in reversed(range(len(maps) - 1)):
-            up = F.interpolate(
-                nodes[0],
-                size=covered_size(nodes[0].shape[2:], self.strides[i + 1] // self.strides[i]),
-                mode="bilinear",
-                align_corners=False,
-            )
-            h, w = maps[i].shape[2:]
-            nodes.insert(0, self.smooth[i](self.lateral[i](maps[i]) + up[..., :h, :w]))
-        size = nodes[0].shape[2:]
-        joined = sum(
-            conv(n, size, s // self.strides[0]) for conv, n, s in zip(self.join, nodes, self.strides)
-        )
+            height, width = maps[i].shape[2:]
+            cover = covered_size(node.shape[2:], self.strides[i + 1] // self.strides[i])
+            grown = F.interpolate(node, size=cover, mode="bilinear", align_corners=False)
+            node = self.smooth[i](self.lateral[i](maps[i]) + grown[..., :height, :width])
+            nodes.insert(0, node)
+        joined = 0
+        for conv, n, stride in zip(self.join, nodes, self.strides):
+            joined = joined + conv(n, node.shape[2:], stride // self.strides[0])
         return [F.relu(self.norm(joined)), *nodes[1:]]
 
 # %% ../../nbs/api/models/unet3plus.ipynb #0093c270
@@ -237,7 +248,9 @@ def gate_logits(
 ) -> Tensor:  # b n h w
     "Logits with the log-probability of presence added to each foreground class."
     shift = F.logsigmoid(presence.detach().float())
-    return logits + F.pad(shift, (logits.shape[1] - shift.shape[1], 0))[..., None, None].to(logits.dtype)
+    without_shift = logits.shape[1] - shift.shape[1]  # the background, where there is one
+    shift = F.pad(shift, (without_shift, 0))
+    return logits + shift[..., None, None].to(logits.dtype)
 
 
 def presence_loss(
@@ -246,8 +259,10 @@ def presence_loss(
     mask: Tensor = None,  # b h w; None: all pixels count
 ) -> Tensor:  # scalar
     "Binary cross-entropy of whether each foreground class is in an image."
-    known = target if mask is None else torch.where(mask.bool(), target, 0)
-    there = torch.stack([(known == c + 1).flatten(1).any(1) for c in range(presence.shape[1])], 1)
+    if mask is not None:
+        target = torch.where(mask.bool(), target, 0)
+    classes = range(1, presence.shape[1] + 1)
+    there = torch.stack([(target == c).flatten(1).any(1) for c in classes], 1)
     return F.binary_cross_entropy_with_logits(presence.float(), there.float())
 
 # %% ../../nbs/api/models/unet3plus.ipynb #e5d84e03
@@ -264,6 +279,7 @@ class GuidedLogits(NamedTuple):
 class UNet3PlusHead(nn.Module):
     "Decoder and logits: maps -> logits at the finest stride; in training a list with deep supervision, and `GuidedLogits` with cgm."
 
+    @checked
     def __init__(
         self,
         spec: FeatureSpec,  # of the maps: a pyramid
@@ -276,29 +292,29 @@ class UNet3PlusHead(nn.Module):
     ):
         super().__init__()
         check_pyramid(spec)
-        if cat_channels < 1:
-            raise InputError(f"cat_channels={cat_channels}: expected 1 or more")
         self.decoder = pick(DECODERS, decoder, "decoder")(spec, cat_channels)
-        self.classify = nn.ModuleList(
-            nn.Conv2d(c, num_classes, 3, padding=1)
-            for c in self.decoder.channels[: len(spec) if deep_supervision else 1]
-        )
+        channels = self.decoder.channels if deep_supervision else self.decoder.channels[:1]
+        self.classify = nn.ModuleList(nn.Conv2d(c, num_classes, 3, padding=1) for c in channels)
         self.presence = ClassificationGuidedModule(spec.channels[-1], num_classes) if cgm else None
         self.stride = spec.strides[0]
 
     def forward(self, maps: list):
         nodes = self.decoder(maps)
-        logits = [f(n) for f, n in zip(self.classify if self.training else self.classify[:1], nodes)]
+        used = self.classify if self.training else self.classify[:1]
+        logits = [classify(node) for classify, node in zip(used, nodes)]
         if self.presence is not None:
-            there = self.presence(maps[-1])
-            logits = [gate_logits(l, there) for l in logits]
-        found = logits if len(self.classify) > 1 and self.training else logits[0]
-        return GuidedLogits(found, there) if self.presence is not None and self.training else found
+            presence = self.presence(maps[-1])
+            logits = [gate_logits(l, presence) for l in logits]
+        found = logits if len(logits) > 1 else logits[0]
+        if self.presence is None or not self.training:
+            return found
+        return GuidedLogits(found, presence)
 
 # %% ../../nbs/api/models/unet3plus.ipynb #b4a1e231
 class UNet3Plus(Segmenter):
     "Image b c h w in 0..1 to logits b n h w; in training a list with deep supervision, and `GuidedLogits` with cgm."
 
+    @checked
     def __init__(
         self,
         backbone="convnext_tiny",  # any timm model with a pyramid of maps, or a Backbone
@@ -313,30 +329,22 @@ class UNet3Plus(Segmenter):
         stem: int = 0,  # channels of a level of stride 1; 0: none
         in_channels: int = 3,  # of the image
     ):
-        net = (
-            backbone
-            if isinstance(backbone, nn.Module)
-            else create_backbone(backbone, weights=weights, in_channels=in_channels)
-        )
-        check_pyramid(net.spec, backbone if isinstance(backbone, str) else "the backbone")
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
-            raise InputError(f"num_classes={num_classes!r}: expected a whole number of 1 or more")
+        net, name = backbone, "the backbone"
+        if not isinstance(backbone, nn.Module):
+            net, name = create_backbone(backbone, weights=weights, in_channels=in_channels), backbone
+        check_pyramid(net.spec, name)
         if freeze_backbone:
             net.requires_grad_(False)
         neck = ImageStemNeck(net.spec, None, in_channels, stem) if stem else None
-        spec = net.spec if neck is None else neck.spec
-        super().__init__(
-            net,
-            UNet3PlusHead(
-                spec,
-                num_classes,
-                cat_channels=cat_channels,
-                decoder=decoder,
-                deep_supervision=deep_supervision,
-                cgm=cgm,
-            ),
-            neck,
+        head = UNet3PlusHead(
+            net.spec if neck is None else neck.spec,
+            num_classes,
+            cat_channels=cat_channels,
+            decoder=decoder,
+            deep_supervision=deep_supervision,
+            cgm=cgm,
         )
+        super().__init__(net, head, neck)
         self.to(memory_format=torch.channels_last)  # never slower, where it was measured
         self.config = dict(
             num_classes=num_classes,
@@ -354,18 +362,21 @@ class UNet3Plus(Segmenter):
         image: Tensor,  # b c h w in 0..1
     ):
         maps = self.features(image)
-        found = self.head(maps if self.neck is None else self.neck(maps, image))
-        fit = lambda l, stride: fit_logits(l, covered_size(l.shape[2:], stride), image.shape[2:])
-        all_of = lambda x: (
-            [fit(l, s) for l, s in zip(x, self.spec.strides)]
-            if isinstance(x, list)
-            else fit(x, self.spec.strides[0])
-        )
-        return (
-            GuidedLogits(all_of(found.logits), found.presence)
-            if isinstance(found, GuidedLogits)
-            else all_of(found)
-        )
+        if self.neck is not None:
+            maps = self.neck(maps, image)
+        found = self.head(maps)
+        if isinstance(found, GuidedLogits):
+            return GuidedLogits(self._fitted(found.logits, image), found.presence)
+        return self._fitted(found, image)
+
+    def _fitted(self, logits, image):
+        "Logits of one node, or of several, at the pixels of the image."
+        if isinstance(logits, list):
+            return [self._at_pixels(l, stride, image) for l, stride in zip(logits, self.spec.strides)]
+        return self._at_pixels(logits, self.spec.strides[0], image)
+
+    def _at_pixels(self, logits, stride, image):
+        return fit_logits(logits, covered_size(logits.shape[2:], stride), image.shape[2:])
 
 # %% ../../nbs/api/models/unet3plus.ipynb #3a6ee5fa
 def level_rows(
@@ -373,21 +384,28 @@ def level_rows(
     size: tuple = (256, 256),  # of an image, pixels
 ) -> list:  # a dict per level, for format_table
     "What each level of the encoder gives and what its decoder node is made of."
-
-    def row(i):
-        deepest, full = i == len(model.spec) - 1, isinstance(model.head.decoder, FullDecoder)
-        finer, coarser = (
-            [f"E{k + 1} pooled" for k in range(i)],
-            [f"D{k + 1} up" for k in range(i + 1, len(model.spec))],
+    rows = []
+    for i, stride in enumerate(model.spec.strides):
+        rows.append(
+            {
+                "level": i + 1,
+                "stride": stride,
+                f"cells at {size[0]} x {size[1]}": " x ".join(map(str, model.spec.sizes(*size)[i])),
+                "encoder": model.spec.channels[i],
+                "decoder": model.head.decoder.channels[i],
+                "the node sees": ", ".join(_seen(i, len(model.spec), model.head.decoder)),
+            }
         )
-        sees = [] if deepest else [*finer, f"E{i + 1}", *coarser] if full else [f"E{i + 1}", *coarser[:1]]
-        return {
-            "level": i + 1,
-            "stride": model.spec.strides[i],
-            f"cells at {size[0]} x {size[1]}": " x ".join(map(str, model.spec.sizes(*size)[i])),
-            "encoder": model.spec.channels[i],
-            "decoder": model.head.decoder.channels[i],
-            "the node sees": ", ".join(sees) or f"E{i + 1}",
-        }
+    return rows
 
-    return [row(i) for i in range(len(model.spec))]
+
+def _seen(i, levels, decoder):
+    "What the node of a level is made of."
+    own = f"E{i + 1}"
+    coarser = [f"D{k} up" for k in range(i + 2, levels + 1)]
+    if i == levels - 1:
+        return [own]
+    if not isinstance(decoder, FullDecoder):
+        return [own, *coarser[:1]]
+    finer = [f"E{k} pooled" for k in range(1, i + 1)]
+    return [*finer, own, *coarser]
