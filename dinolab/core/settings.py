@@ -76,14 +76,15 @@ class Number:
         value,  # that was given
     ):  # the value; a whole number as int
         "Raise `InputError` for a value that breaks the rule."
-        several = isinstance(value, (list, tuple))
-        values = value if several else [value]
+        plain = value.tolist() if hasattr(value, "tolist") else value
+        several = isinstance(plain, (list, tuple))
+        values = plain if several else [plain]
         counted = len(values) in self.count if several else 1 in self.count
         if not counted or not all(map(self.fits, values)):
             raise InputError(f"{name}={value!r}: expected {self}")
         if not self.whole:
             return value
-        return type(value)(map(int, value)) if several else int(value)
+        return type(plain)(map(int, plain)) if several else int(plain)
 
 # %% ../../nbs/api/core/settings.ipynb #e663953e
 SHARE = Number(0, 1)
