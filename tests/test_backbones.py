@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from dinolab.models import architectures, backbones, pretrained
 from dinolab.models.architectures import FAMILIES, RESIZING, build_model
 from dinolab.models.backbones import FeatureSpec, create_backbone
+from dinolab.models.weights import load_weights, save_weights
 from dinolab.core.errors import InputError, MissingError
 
 TINY_VIT = "vit_tiny_patch16_224"
@@ -535,6 +536,30 @@ def test_bad_files(tmp_path, damage, message, name):
         create_backbone(name, weights=path)
     if name == TINY_VIT:
         assert message in str(e.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(tmp_path, value):
+    "One value is enough; what is not loaded does not matter."
+    path, state = tmp_path / "w.pth", create(TINY_VIT, num_classes=0).state_dict()
+    state["blocks.7.mlp.fc1.bias"][5] = value
+    torch.save(state, path)
+    with pytest.raises(InputError, match="^[^\n]*w.pth[^\n]*blocks.7.mlp.fc1.bias holds 1 value[^\n]*$"):
+        create_backbone(TINY_VIT, weights=path)
+    with torch.no_grad():
+        maps = create_backbone(TINY_VIT, weights=path, layers=[6]).eval()(image(32, 32))
+    assert maps[0].isfinite().all()
+
+
+def test_own_weights_that_are_not_finite(tmp_path):
+    net = torch.nn.Linear(3, 2)
+    before = net.weight.clone()
+    broken = torch.nn.Linear(3, 2)
+    broken.bias.data[1] = float("-inf")
+    save_weights(tmp_path / "w.safetensors", broken)
+    with pytest.raises(InputError, match="^[^\n]*w.safetensors: bias holds 1 value[^\n]*$"):
+        load_weights(tmp_path / "w.safetensors", net)
+    assert torch.equal(net.weight, before)  # nothing of it was taken
 
 
 def test_truncated_safetensors(tmp_path):

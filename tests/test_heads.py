@@ -14,9 +14,13 @@ from transformers.models.upernet.modeling_upernet import UperNetHead
 
 from dinolab.models.lora import add_lora, lora_layers, merge, silent_layers
 from dinolab.models.specs import LoraSpec
-from dinolab.models.backbones import FeatureSpec, create_backbone
+from dinolab.models.backbones import FeatureSpec, create_backbone, layer_scales
 from dinolab.core.errors import InputError
 from dinolab.models.heads import HEADS, FeaturePyramid, Segmenter, create_head, create_segmentation_model
+from dinolab.models.neighborhood import NeighborhoodFilter
+from dinolab.models.unet3d import DINOv3UNet3D, VoxelLinear
+from dinolab.models.unet3plus import UNet3Plus
+from dinolab.models.upsample import JointBilateral, Transpose, create_upsampler
 from dinolab.models.weights import load_weights, save_weights
 
 PYRAMID, FLAT = FeatureSpec((8, 16, 32, 32), (4, 8, 16, 32)), FeatureSpec((32,) * 4, (16,) * 4)
@@ -290,6 +294,86 @@ def test_wrong_arguments(wrong, kind, message):
     with pytest.raises(kind, match=message) as e:
         create_segmentation_model(**dict(backbone=VIT) | wrong)
     assert "\n" not in str(e.value)
+
+
+NOT_NUMBERS = (float("nan"), float("inf"), "3", True, [3, 3, 3, 3])
+COUNT = (0, -1, 1.5, *NOT_NUMBERS)  # what is not a number of things
+FROM_ZERO = COUNT[1:]  # nor 0 of them
+POSITIVE = (0, -0.5, *NOT_NUMBERS)
+PART = (-0.1, 1, *NOT_NUMBERS)
+MAKERS = dict(
+    backbone=lambda **k: create_backbone(VIT, **k),
+    scales=lambda **k: layer_scales(None, **k),
+    segmenter=lambda **k: create_segmentation_model(VIT, **k),
+    linear=lambda **k: create_head("linear", FLAT, 2, **k),
+    unet3plus=lambda **k: UNet3Plus("resnet18", **k),
+    unet3d=lambda **k: DINOv3UNet3D(**dict(input_channels=4, num_classes=2, input_size=8) | k),
+    planes=lambda **k: DINOv3UNet3D(4, 2, 8, learn_upsampling=True, **k),
+    probe=lambda **k: VoxelLinear(**dict(input_channels=4, num_classes=2, input_size=8) | k),
+    upsampler=lambda **k: create_upsampler("transpose", **dict(channels=4, small=(2, 2), size=(4, 4)) | k),
+    transpose=lambda **k: Transpose(small=(2, 2), size=(4, 4), **k),
+    bilateral=lambda **k: JointBilateral(4, **k),
+    filter=lambda **k: NeighborhoodFilter(**k),
+    lora=lambda **k: LoraSpec(**k),
+)
+WRONG = [
+    ("backbone", "in_channels", (*COUNT, None)),
+    ("scales", "decay", (0, 1.5, *NOT_NUMBERS)),
+    ("segmenter", "num_classes", (*COUNT, None)),
+    ("segmenter", "in_channels", COUNT),
+    ("segmenter", "stem", FROM_ZERO),
+    ("segmenter", "hidden_size", COUNT),
+    ("segmenter", "pool_scales", ((), (0, 1), (1.5,), 3, "12", (float("nan"),))),
+    ("linear", "dropout", PART),
+    ("unet3plus", "num_classes", COUNT),
+    ("unet3plus", "cat_channels", COUNT),
+    ("unet3plus", "stem", FROM_ZERO),
+    ("unet3plus", "in_channels", COUNT),
+    ("unet3d", "input_channels", (*COUNT, None)),
+    ("unet3d", "num_classes", (*COUNT, None)),
+    ("unet3d", "input_size", (*COUNT, None, (8, 8), (8, 0, 8))),
+    ("unet3d", "base_channels", COUNT),
+    ("unet3d", "levels", (1, 9, 2.5, *NOT_NUMBERS)),
+    ("unet3d", "dropout", PART),
+    ("unet3d", "guide_channels", FROM_ZERO),
+    ("unet3d", "raw_channels", FROM_ZERO),
+    ("unet3d", "context_channels", FROM_ZERO),
+    ("unet3d", "context_scale", (0, 1, *NOT_NUMBERS)),
+    ("planes", "dinov3_feature_size", (*COUNT, (8, 8), dict(xy=(8, 2, 0)))),
+    ("probe", "input_channels", COUNT),
+    ("probe", "num_classes", COUNT),
+    ("upsampler", "channels", COUNT),
+    ("upsampler", "small", (0, (0, 2), (2.5, 2), (2, 2, 2))),
+    ("upsampler", "size", (0, (4, -4), (4,), ("4", "4"))),
+    ("transpose", "in_channels", COUNT),
+    ("bilateral", "spatial", POSITIVE),
+    ("bilateral", "intensity", POSITIVE),
+    ("bilateral", "window", (1, 2, 4, 3.5, *NOT_NUMBERS)),
+    ("bilateral", "budget", COUNT),
+    ("filter", "guide_channels", COUNT),
+    ("filter", "dims", (1, 4, 2.5, *NOT_NUMBERS)),
+    ("filter", "dim", (3, *COUNT)),
+    ("filter", "heads", (3, *COUNT)),
+    ("filter", "window", (1, 4)),
+    ("lora", "rank", COUNT),
+    ("lora", "alpha", POSITIVE),
+    ("lora", "dropout", PART),
+]
+
+
+@pytest.mark.parametrize("maker, setting, values", WRONG, ids=lambda v: v if isinstance(v, str) else "")
+def test_wrong_numbers(maker, setting, values):
+    "Every numeric setting of every network: one line that names what was got, before anything is built."
+    for value in values:
+        with pytest.raises(InputError, match="^[^\n]*expected[^\n]*$") as e:
+            MAKERS[maker](**{setting: value})
+        assert setting in str(e.value) or "size" in str(e.value) or "target" in str(e.value)
+
+
+def test_whole_numbers_from_yaml_are_whole():
+    net = create_segmentation_model(VIT, head="upernet", num_classes=3.0, hidden_size=16.0, stem=4.0)
+    assert net(rand(0, 1, 3, 32, 32)).shape == (1, 3, 32, 32)
+    assert DINOv3UNet3D(4.0, 2.0, 8.0, levels=2.0).config["levels"] == 2
 
 
 def test_pyramid_keeps_place():

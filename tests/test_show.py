@@ -251,6 +251,15 @@ def test_labels_in_the_form_of_data_sets():
     show_planes(np.full((6, 6, 6), 7), classes=classes)
 
 
+def test_a_number_of_classes_is_enough():
+    "As `label_colors` takes it: the legend has a name for each class but the background, and room below."
+    labels = np.arange(27).reshape(3, 3, 3) % 3
+    fig = show_planes(labels, classes=3)
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == ["1", "2"]
+    named = show_planes(labels, classes=["background", "1", "2"])
+    assert fig.get_figheight() == named.get_figheight()
+
+
 def test_images_of_several_sizes():
     fig = show_images([np.ones((4, 8)), np.ones((8, 4)), np.ones((5, 5, 3))], ["a", "b", "c"], ncols=2)
     assert [ax.get_title() for ax in fig.axes if ax.images] == ["a", "c", "b"]  # column by column

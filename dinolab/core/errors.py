@@ -26,8 +26,9 @@ def nearest(
     n: int = 3,  # at most this many
 ) -> list:  # the most similar names, best first
     "Names in `choices` that look like `name`."
-    by_lower = {str(c).lower(): str(c) for c in choices}
-    return [by_lower[m] for m in difflib.get_close_matches(str(name).lower(), by_lower, n=n, cutoff=0.5)]
+    by_lower = {str(choice).lower(): str(choice) for choice in choices}
+    close = difflib.get_close_matches(str(name).lower(), by_lower, n=n, cutoff=0.5)
+    return [by_lower[match] for match in close]
 
 # %% ../../nbs/api/core/errors.ipynb #62f5b5d0
 def pick(
@@ -42,4 +43,5 @@ def pick(
         return table[name]
     near = nearest(name, table, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise InputError(f"unknown {what} {name!r}: expected one of {', '.join(map(str, table))}{hint}")
+    choices = ", ".join(map(str, table))
+    raise InputError(f"unknown {what} {name!r}: expected one of {choices}{hint}")

@@ -57,10 +57,11 @@ WINDOW = 2**16  # bytes at the beginning, middle and end of each file of a large
 
 def _digest(full, whole):
     "Hash of a file, or of three windows of it."
-    size, h = os.path.getsize(full), hashlib.blake2b(digest_size=12)
+    size = os.path.getsize(full)
+    h = hashlib.blake2b(digest_size=12)
     with open(full, "rb") as f:
         if whole or size <= 3 * WINDOW:
-            for part in iter(lambda: f.read(2**20), b""):
+            while part := f.read(2**20):
                 h.update(part)
         else:
             for at in (0, (size - WINDOW) // 2, size - WINDOW):
@@ -102,7 +103,8 @@ def state_hash(
     def digest(item):
         name, tensor = item
         h = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        h.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        values = tensor.detach().cpu().contiguous().reshape(-1)
+        h.update(values.view(torch.uint8).numpy())
         return h.digest()
 
     with ThreadPoolExecutor() as pool:
@@ -174,5 +176,6 @@ def identity_key(
 ) -> str:
     "A short name for what `thing` is: its content where that is known, else its place."
     found = thing if isinstance(thing, dict) else identity(thing)
-    known = {k: v for k, v in found.items() if k not in ("place", "stamp")} if found.get("content") else found
-    return settings_hash(known, length)
+    if found.get("content"):
+        found = {name: value for name, value in found.items() if name not in ("place", "stamp")}
+    return settings_hash(found, length)

@@ -15,10 +15,9 @@ def key_seed(
     *parts,  # numbers and texts
 ) -> int:  # 0 to 2^63 - 1
     "A seed from a key: the same on every machine, unrelated for different keys."
-    parts = tuple(
-        p.item() if isinstance(p, np.generic) else p for p in parts
-    )  # NumPy's repr has changed with its versions
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
+    plain = tuple(p.item() if isinstance(p, np.generic) else p for p in parts)  # NumPy's repr has changed
+    digest = hashlib.blake2b(repr(plain).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 def keyed_rng(

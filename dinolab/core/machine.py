@@ -8,38 +8,45 @@ __all__ = ['machine', 'process_start', 'is_dead', 'memory_mb', 'reset_peak_memor
 # %% ../../nbs/api/core/machine.ipynb #8ec202c8
 import os
 import platform
-import resource
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from collections.abc import Mapping
+from pathlib import Path
 
 # %% ../../nbs/api/core/machine.ipynb #cdaad988
 def machine() -> dict:  # cpu (model), cores (usable by this process), memory_gb (10**9 bytes), gpus (names)
     "The hardware under this process."
-    cpu = platform.processor() or platform.machine()
-    try:
-        cpu = next(
-            l.partition(":")[2].strip()
-            for l in Path("/proc/cpuinfo").read_text().splitlines()
-            if l.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        pass
-    gpus = []
-    if shutil.which("nvidia-smi"):
-        asked = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True
-        )
-        gpus = asked.stdout.split("\n")[:-1] if asked.returncode == 0 else []
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return dict(
-        cpu=cpu,
-        cores=cores,
-        memory_gb=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-        gpus=gpus,
-    )
+    return dict(cpu=_cpu(), cores=cores, memory_gb=_memory_gb(), gpus=_gpus())
+
+
+def _cpu():
+    "Model of the processor."
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _memory_gb():
+    "All memory; None where the system does not say (Windows)."
+    if not hasattr(os, "sysconf"):
+        return None
+    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
+
+
+def _gpus():
+    "Names of the graphics processors that the driver knows."
+    if not shutil.which("nvidia-smi"):
+        return []
+    ask = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    asked = subprocess.run(ask, capture_output=True, text=True)
+    return asked.stdout.split("\n")[:-1] if asked.returncode == 0 else []
 
 # %% ../../nbs/api/core/machine.ipynb #926c5126
 def process_start(
@@ -65,17 +72,21 @@ def is_dead(
 def memory_mb() -> tuple:  # (resident now, highest so far), MB of 2**20 bytes
     "Resident memory of this process; on systems without /proc both are the highest value."
     try:
-        lines = dict(
-            line.split(":", 1)
-            for line in Path("/proc/self/status").read_text().splitlines()
-            if line.startswith(("VmRSS", "VmHWM"))
-        )
+        lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
-        return (
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            / (2**20 if sys.platform == "darwin" else 2**10),
-        ) * 2
-    return tuple(int(lines[k].split()[0]) / 2**10 for k in ("VmRSS", "VmHWM"))
+        highest = _highest_mb()
+        return highest, highest
+    status = dict(line.split(":", 1) for line in lines if line.startswith(("VmRSS", "VmHWM")))
+    now, highest = status["VmRSS"], status["VmHWM"]  # such as "  123456 kB"
+    return int(now.split()[0]) / 2**10, int(highest.split()[0]) / 2**10
+
+
+def _highest_mb():
+    "Highest resident memory so far, by the counter that Unix systems without /proc have."
+    import resource  # Unix only
+
+    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return highest / (2**20 if sys.platform == "darwin" else 2**10)
 
 # %% ../../nbs/api/core/machine.ipynb #391a695a
 def reset_peak_memory() -> bool:  # whether the system allowed it

@@ -44,7 +44,8 @@ class Stages:
         memory: Callable = None,  # gives MB in use; looked at after each entry
     ):
         self.seconds, self.calls, self.mb = defaultdict(float), defaultdict(int), {}
-        self.sync, self.memory = sync or (lambda: None), memory
+        self.sync = sync or (lambda: None)
+        self.memory = memory
         self.start = time.perf_counter()
 
     @contextmanager
@@ -72,24 +73,24 @@ def format_table(
 ) -> str:  # header, rule, rows
     "Rows as an aligned text table."
     rows = list(rows)
-    heads = list(dict.fromkeys(k for r in rows for k in r))
+    heads = {name: None for row in rows for name in row}
+    columns = [_column(name, [row.get(name) for row in rows], digits) for name in heads]
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns))
 
-    def show(v):
-        return (
-            ""
-            if v is None
-            else f"{v:.{digits}g}"
-            if isinstance(v, float) and abs(v) < 1000
-            else f"{v:.0f}"
-            if isinstance(v, float)
-            else str(v)
-        )
 
-    cells = [[str(h) for h in heads]] + [[show(r.get(h)) for h in heads] for r in rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(heads))]
-    number = [all(isinstance(r.get(h), (int, float, type(None))) for r in rows) for h in heads]
-    lines = [
-        "  ".join(c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, number)).rstrip()
-        for row in cells
-    ]
-    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+def _column(name, values, digits):
+    "Header, rule and values, all of one width; numbers stand at the right."
+    number = all(isinstance(v, (int, float, type(None))) for v in values)
+    cells = [str(name), *(_text(v, digits) for v in values)]
+    width = max(map(len, cells))
+    head, *body = (cell.rjust(width) if number else cell.ljust(width) for cell in cells)
+    return [head, "-" * width, *body]
+
+
+def _text(value, digits):
+    "A value as it stands in a table."
+    if value is None:
+        return ""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.{digits}g}" if abs(value) < 1000 else f"{value:.0f}"

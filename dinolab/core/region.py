@@ -34,8 +34,8 @@ class Box:
     stop: tuple  # voxels, per axis
 
     def __post_init__(self):
-        object.__setattr__(self, "start", tuple(int(n) for n in self.start))
-        object.__setattr__(self, "stop", tuple(int(n) for n in self.stop))
+        object.__setattr__(self, "start", tuple(map(int, self.start)))
+        object.__setattr__(self, "stop", tuple(map(int, self.stop)))
         if len(self.start) != len(self.stop):
             raise InputError(f"box from {self.start} to {self.stop}: expected as many axes in both")
 
@@ -109,7 +109,9 @@ class Box:
     ) -> "Box":
         "The same box elsewhere."
         by = per_axis(by, len(self))
-        return Box([a + d for a, d in zip(self.start, by)], [b + d for b, d in zip(self.stop, by)])
+        start = [a + d for a, d in zip(self.start, by)]
+        stop = [b + d for b, d in zip(self.stop, by)]
+        return Box(start, stop)
 
     def grow(
         self,
@@ -117,13 +119,15 @@ class Box:
     ) -> "Box":
         "With a margin around it."
         by = per_axis(by, len(self))
-        return Box([a - m for a, m in zip(self.start, by)], [b + m for b, m in zip(self.stop, by)])
+        start = [a - margin for a, margin in zip(self.start, by)]
+        stop = [b + margin for b, margin in zip(self.stop, by)]
+        return Box(start, stop)
 
     def intersect(self, other: "Box") -> "Box":
         "What both have in common; empty where that is nothing."
-        start = [max(a, b) for a, b in zip(self.start, other.start)]
-        stop = [min(a, b) for a, b in zip(self.stop, other.stop)]
-        return Box(start, [max(a, b) for a, b in zip(start, stop)])
+        start = list(map(max, self.start, other.start))
+        stop = map(min, self.stop, other.stop)
+        return Box(start, map(max, start, stop))
 
     def clip(
         self,
@@ -150,7 +154,8 @@ class Box:
         "The smallest box around it whose ends are multiples of `step`."
         step = per_axis(step, len(self))
         start = [a // k * k for a, k in zip(self.start, step)]
-        return Box(start, [-(-b // k) * k for b, k in zip(self.stop, step)])
+        stop = [-(-b // k) * k for b, k in zip(self.stop, step)]
+        return Box(start, stop)
 
     def scale(
         self,
@@ -159,4 +164,5 @@ class Box:
         "The voxels of a finer or coarser grid that touch it."
         factor = per_axis(factor, len(self))
         start = [math.floor(a * f + 1e-6) for a, f in zip(self.start, factor)]
-        return Box(start, [math.ceil(b * f - 1e-6) for b, f in zip(self.stop, factor)])
+        stop = [math.ceil(b * f - 1e-6) for b, f in zip(self.stop, factor)]
+        return Box(start, stop)

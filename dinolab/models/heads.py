@@ -458,6 +458,8 @@ def create_segmentation_model(
     "A segmentation network on a pretrained backbone."
     if unknown:
         raise TypeError(_unknown_argument(next(iter(unknown))))
+    if pool_scales is not None:
+        pool_scales = _pool_scales(pool_scales)
     net = backbone
     if not isinstance(backbone, nn.Module):
         net = _backbone(backbone, backbone_size, weights, layers, in_channels)

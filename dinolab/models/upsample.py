@@ -62,7 +62,7 @@ class CellTable(NamedTuple):
     "The fine voxels of an axis grouped by the coarse cell they lie in: n cells of m voxels at most."
 
     members: Tensor  # n m, fine voxels of each cell, the last repeated
-    place: Tensor  # size, cell · m + position of each fine voxel
+    place: Tensor  # s, cell · m + position of each fine voxel
     offset: Tensor  # n m, distance from the centre of the cell, cells
     real: Tensor  # n m, false where a voxel is repeated
 

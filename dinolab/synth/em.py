@@ -140,10 +140,10 @@ def smooth_noise(
 class Place(NamedTuple):
     "Points in the coordinates of a body, nm."
 
-    distance: np.ndarray  # to the surface, negative inside
-    along: np.ndarray  # the axis
-    across: np.ndarray  # the second direction, from the bent axis
-    flattened: np.ndarray  # the third direction
+    distance: np.ndarray  # z y x, to the surface, negative inside
+    along: np.ndarray  # z y x, along the axis
+    across: np.ndarray  # z y x, along the second direction, from the bent axis
+    flattened: np.ndarray  # z y x, along the third direction
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ def draw_body(
 def distance_to(
     centre,  # nm, z y x
     points,  # three arrays or numbers z y x, nm
-) -> np.ndarray:
+) -> np.ndarray:  # z y x, or a single number
     "Distance of points from a centre, nm."
     return np.sqrt(sum((q - c) ** 2 for q, c in zip(points, centre)))
 
