@@ -41,7 +41,7 @@ def add_lora(
     backbone: nn.Module,  # a Backbone, changed in place
     spec: LoraSpec = LoraSpec(),  # what to add
 ) -> nn.Module:  # the same
-    "Freeze a backbone and add adapters, which alone are trainable; `InputError` where none fits or one would have no effect."
+    "Freeze a backbone and add adapters, which alone are trainable; refuses where one would have no effect."
     if lora_layers(backbone):
         raise InputError("the backbone has adapters: expected one without; merge them first")
     for m in backbone.modules():

@@ -20,7 +20,7 @@ from ..core.errors import InputError, MissingError
 def trained_names(
     model: nn.Module,  # any network
 ) -> list:  # keys of its state dict
-    "What belongs into a checkpoint: all but frozen parameters of parts that have a `recipe`; of tensors with several names, the first."
+    "What belongs into a checkpoint: all but frozen parameters of parts with a `recipe`; shared tensors once."
     elsewhere = set()
     for part in model.modules():
         if getattr(part, "recipe", None):
