@@ -3,12 +3,14 @@
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import time
 from collections import Counter
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,7 @@ from scipy.ndimage import gaussian_filter
 from dinolab.models.backbones import FeatureSpec, create_backbone
 from dinolab.core.errors import InputError
 import dinolab.features.store
+import dinolab.volumes.store
 from dinolab.volumes.blocks import make_blocks
 from dinolab.features.extract import PatchMean, extract_block, extract_features_3d, extract_native
 from dinolab.features.intensity import intensity_range
@@ -315,7 +318,7 @@ def test_the_region_that_is_read_is_all_that_matters(data):
         part = dst.crop(b.write)
         roi = raw_region(plan, part)
         torch.testing.assert_close(
-            extract_block(x[roi], src.crop(roi), part, plan, Everywhere()),
+            extract_block(x[roi.slices], src.crop(roi), part, plan, Everywhere()),
             extract_block(x, src, part, plan, Everywhere()),
             atol=1e-4,
             rtol=1e-4,
@@ -510,7 +513,8 @@ def test_ended_between_two_steps(blobs, tmp_path, monkeypatch, step):
         def end(*args, **kw):
             raise KeyboardInterrupt
 
-        m.setattr(dinolab.features.store, step, end)
+        at = dinolab.volumes.store if step == "create_array" else dinolab.features.store
+        m.setattr(at, step, end)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "ended.zarr")
     with pytest.raises(InputError, match="unfinished"):
@@ -551,7 +555,7 @@ def test_stores_elsewhere(blobs, tmp_path):
         torch.testing.assert_close(open_features(path).read(), want, rtol=0, atol=0)
         assert len(open_multiscale(f"{path}/rgb", channel=0).levels) == 4
         run(path)
-        with pytest.raises(InputError, match="made with other settings"):
+        with pytest.raises(InputError, match="was begun with other settings: plan.halo .1 there, 2 now"):
             run(path, halo=2)
         with pytest.raises(InputError, match="resume=True to go on"):
             run(path, resume=False)
@@ -584,12 +588,12 @@ def test_other_raw_data_is_another_setting(blobs, tmp_path):
     run(channels[0], "a.zarr")
     run(channels[0], "a.zarr")
     for other in (channels[1], channels[1].levels[0].crop(np.s_[:, :, :])):
-        with pytest.raises(InputError, match="source.c .0 there, 1 now"):
+        with pytest.raises(InputError, match="source of .* is not what it was"):
             run(other, "a.zarr")
     arrays = [volume(blobs[k : k + 16, :16, :16]) for k in (0, 16)]
     run(arrays[0], "b.zarr")
     run(arrays[0], "b.zarr")
-    with pytest.raises(InputError, match="source.values"):
+    with pytest.raises(InputError, match="source of .* is not what it was"):
         run(arrays[1], "b.zarr")
 
 
@@ -635,18 +639,18 @@ BAD = {
     "constant": (lambda x: dict(volume=np.full_like(x, 3)), "is constant (3)"),
     "NaN": (lambda x: dict(volume=np.where(x > 0, np.nan, x)), "NaN or infinite"),
     "inf": (lambda x: dict(volume=np.where(x > 0, np.inf, x)), "NaN or infinite"),
-    "complex": (lambda x: dict(volume=x.astype(complex)), "take the magnitude"),
+    "complex": (lambda x: dict(volume=x.astype(complex)), "complex128: expected integers or floats"),
     "planes": (lambda x: dict(volume=x, planes=("xy", "yx")), "unknown plane 'yx'"),
     "planes twice": (lambda x: dict(volume=x, planes=("xy", "xy")), "at most once"),
     "target": (lambda x: dict(volume=x, target_output_size=(48, 48, 48 * 17)), "at most 16 times"),
-    "target 2": (lambda x: dict(volume=x, target_output_size=(4, 4)), "expected three sizes"),
-    "target 0": (lambda x: dict(volume=x, target_output_size=(4, 4, 0)), "at least 1"),
+    "target 2": (lambda x: dict(volume=x, target_output_size=(4, 4)), "target_output_size=(4, 4): expected"),
+    "target 0": (lambda x: dict(volume=x, target_output_size=(4, 4, 0)), "of 1 or more"),
     "slice size": (lambda x: dict(volume=x, slice_size=97), "multiple of the patch, 4, e.g. 96"),
-    "batch": (lambda x: dict(volume=x, batch_size=0), "batch size 0"),
+    "batch": (lambda x: dict(volume=x, batch_size=0), "batch_size=0: expected a whole number of 1 or more"),
     "precision": (lambda x: dict(volume=x, precision="fp8"), "expected auto, fp32 or bf16"),
     "fusion": (lambda x: dict(volume=x, fusion="max"), "expected mean, weighted or concat"),
-    "intensity": (lambda x: dict(volume=x, intensity=(1, 1)), "low < high"),
-    "stride": (lambda x: dict(volume=x, slice_stride=0), "expected 1 or more"),
+    "intensity": (lambda x: dict(volume=x, intensity=(1, 1)), "low below high"),
+    "stride": (lambda x: dict(volume=x, slice_stride=0), "of 1 or more"),
     "path": (lambda x: dict(volume="/no/such.zarr"), "no such path"),
 }
 
@@ -690,16 +694,16 @@ def test_bad_stores(blobs, tmp_path):
     "options,message",
     [
         (dict(n_components=9), "n_components 9: expected 1 to 3"),
-        (dict(n_components=0), "n_components 0"),
-        (dict(n_components=2), "at least 3 for the picture; pass rgb=False"),
+        (dict(n_components=0), "n_components=0: expected a whole number of 1 or more"),
+        (dict(n_components=2), "at least 3 for the image of components; pass rgb=False"),
         (dict(block=20), "block 20, chunk 16"),
-        (dict(chunk=0), "chunk 0"),
-        (dict(pixel_size=-4.0), "pixel size -4.0 nm"),
-        (dict(voxel_size=(8, 8)), "has 2 values"),
-        (dict(voxel_size=0), "positive"),
-        (dict(intensity=(1, 0)), "low < high"),
+        (dict(chunk=0), "chunk=0: expected a whole number"),
+        (dict(pixel_size=-4.0), "pixel_size=-4.0: expected a number of more than 0 nm"),
+        (dict(voxel_size=(8, 8)), "voxel_size=.8, 8.: expected a number, or 3 of them"),
+        (dict(voxel_size=0), "voxel_size=0: expected a number"),
+        (dict(intensity=(1, 0)), "low below high"),
         (dict(planes="zz"), "unknown plane"),
-        (dict(halo=-1), "halo -1"),
+        (dict(halo=-1), "halo=-1: expected a whole number of 0 or more"),
         (dict(precision="fp8"), "fp8"),
     ],
 )
@@ -712,6 +716,196 @@ def test_refused_before_anything_is_written(blobs, tmp_path, options, message):
             **{**dict(pixel_size=4.0), **options},
         )
     assert not (tmp_path / "f.zarr").exists()
+
+
+WRONG = {
+    "a text": "8",
+    "a flag": True,
+    "nan": float("nan"),
+    "infinite": float("inf"),
+    "negative": -1,
+    "a half": 0.5,
+    "five": (1, 1, 1, 1, 1),
+    "none in it": (None, 1),
+}
+HALVES = ("pixel_size", "voxel_size", "raw_resolution")
+STORED = ("voxel_size", "raw_resolution", "pixel_size", "block", "halo", "chunk", "n_components")
+COMMON = ("slice_stride", "batch_size", "intensity")
+IN_MEMORY = ("slice_size", "target_output_size")
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("name", (*STORED, *COMMON, *IN_MEMORY, "workers"))
+def test_every_number_is_checked(blobs, tmp_path, name, wrong):
+    "One line that names the setting, whatever is given for it, and nothing is written."
+    if wrong == "a half" and name in HALVES:
+        return
+    small = volume(blobs[:16, :16, :16])
+    with pytest.raises(InputError, match=f"^{name}=.*expected") as e:
+        if name in IN_MEMORY:
+            extract_features_3d(small, PatchMean(4), **{name: WRONG[wrong]})
+        else:
+            extract_to_zarr(small, tmp_path / "f.zarr", PatchMean(4), **{name: WRONG[wrong]})
+    assert "\n" not in str(e.value) and not (tmp_path / "f.zarr").exists()
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        (dict(planes=3), "planes 3: expected names"),
+        (dict(planes=()), "one at least"),
+        (dict(fusion=None), "expected mean, weighted or concat"),
+        (dict(precision=32), "expected auto, fp32 or bf16"),
+        (dict(grid=8), "expected a Grid"),
+        (dict(intensity=(0, float("inf"))), "intensity=.0, inf.: expected two numbers"),
+        (dict(intensity=(float("nan"), 1)), "intensity="),
+    ],
+)
+def test_other_settings_are_checked(blobs, tmp_path, options, message):
+    with pytest.raises(InputError, match=message):
+        extract_to_zarr(volume(blobs[:16, :16, :16]), tmp_path / "f.zarr", PatchMean(4), **options)
+    assert not (tmp_path / "f.zarr").exists()
+
+
+# --- what is kept is what it says it is ---------------------------------------------------------
+
+
+def extraction(tmp_path, source, net=None, **options):
+    options = {**dict(pixel_size=4.0, block=16, intensity=(0, 255), rgb=False), **options}
+    return extract_to_zarr(source, tmp_path / "f.zarr", net or LocalNet(), **options)
+
+
+def interrupt(monkeypatch, after):
+    "Extraction stops after so many blocks."
+    original, seen = dinolab.features.store._Extraction.__call__, []
+
+    def call(self, block):
+        if len(seen) == after:
+            raise KeyboardInterrupt
+        seen.append(block)
+        original(self, block)
+
+    monkeypatch.setattr(dinolab.features.store._Extraction, "__call__", call)
+
+
+def other(x):
+    "Values of the same size and type that differ."
+    return x[::-1].copy()
+
+
+@pytest.mark.parametrize("finished", (True, False))
+def test_a_source_that_was_replaced_is_named(tmp_path, finished):
+    "In its place, by a file of the same size: no feature of the old one may pass for one of the new; the store stays as it is."
+    x = np.random.default_rng(0).integers(0, 255, (32, 16, 16)).astype(np.uint8)
+    np.save(tmp_path / "raw.npy", x)
+    source = lambda: Volume(np.load(tmp_path / "raw.npy", mmap_mode="r"), Grid(x.shape, 8), "raw")
+    with pytest.MonkeyPatch.context() as m:
+        if not finished:
+            interrupt(m, 1)
+            with pytest.raises(KeyboardInterrupt):
+                extraction(tmp_path, source())
+        else:
+            extraction(tmp_path, source())
+    before = snapshot(tmp_path / "f.zarr")
+    np.save(tmp_path / "raw.npy", other(x))
+    with pytest.raises(InputError, match="source of .*f.zarr is not what it was") as e:
+        extraction(tmp_path, source())
+    assert "\n" not in str(e.value) and snapshot(tmp_path / "f.zarr") == before
+    np.save(tmp_path / "raw.npy", x)
+    extraction(tmp_path, source())
+    assert finished == (snapshot(tmp_path / "f.zarr") == before)
+
+
+@pytest.mark.parametrize("kind", ("raw.zarr", "raw.nii.gz"))
+def test_a_file_that_was_replaced_is_named(tmp_path, kind):
+    x = np.random.default_rng(0).integers(0, 255, (16, 16, 16)).astype(np.uint8)
+
+    def write(values):
+        if kind == "raw.zarr":
+            shutil.rmtree(tmp_path / kind, ignore_errors=True)
+            write_multiscale(tmp_path / kind, values, voxel_size=8, levels=1)
+        else:
+            image = nibabel.Nifti1Image(values.T, np.diag([8e-6, 8e-6, 8e-6, 1]))
+            image.header.set_xyzt_units("mm")
+            nibabel.save(image, tmp_path / kind)
+
+    write(x)
+    extraction(tmp_path, tmp_path / kind)
+    before = snapshot(tmp_path / "f.zarr")
+    write(x)  # written again: another time, the same content
+    extraction(tmp_path, tmp_path / kind)
+    write(other(x))
+    with pytest.raises(InputError, match="source of .*f.zarr is not what it was"):
+        extraction(tmp_path, tmp_path / kind)
+    assert snapshot(tmp_path / "f.zarr") == before
+
+
+def test_other_weights_are_named(blobs, tmp_path):
+    v, net = volume(blobs[:16, :16, :16]), LocalNet()
+    extraction(tmp_path, v, net, intensity=(-1, 1))
+    before = snapshot(tmp_path / "f.zarr")
+    with torch.no_grad():
+        net.net[0].bias[3] += 1e-3
+    with pytest.raises(InputError, match="begun with other settings: weights_hash"):
+        extraction(tmp_path, v, net, intensity=(-1, 1))
+    assert snapshot(tmp_path / "f.zarr") == before
+
+
+# --- finite -------------------------------------------------------------------------------------
+
+
+class Scaled(LocalNet):
+    "Features that are much too large, in one place of the image or everywhere."
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return [m * self.factor for m in super().forward(x)]
+
+
+@pytest.mark.parametrize("n_components", (None, 3))
+@pytest.mark.parametrize("factor", (1e7, float("nan"), float("inf")))
+def test_what_is_not_finite_is_no_complete_store(blobs, tmp_path, factor, n_components):
+    "1e7 is a float32, but no float16."
+    with pytest.raises(InputError, match="NaN or infinite") as e:
+        extraction(
+            tmp_path,
+            volume(blobs[:16, :16, :32]),
+            Scaled(factor),
+            n_components=n_components,
+            intensity=(-1, 1),
+        )
+    assert "\n" not in str(e.value)
+    with pytest.raises(InputError, match="unfinished"):
+        open_features(tmp_path / "f.zarr")
+
+
+def test_weights_and_features_in_memory_are_finite(blobs):
+    net = LocalNet()
+    with torch.no_grad():
+        net.net[2].weight[0, 0, 0, 0] = float("nan")
+    for extract in (extract_features_3d, extract_native):
+        with pytest.raises(InputError, match="net.2.weight holds 1 values that are NaN"):
+            extract(blobs[:16, :16, :16], net)
+        with pytest.raises(InputError, match="features are NaN or infinite"):
+            extract(blobs[:16, :16, :16], Scaled(float("inf")))
+    f, _ = extract_features_3d(blobs[:16, :16, :16], Scaled(1e7))
+    assert torch.isfinite(f).all()  # in float32 they are fine
+
+
+@pytest.mark.parametrize(
+    "offset,dtype", [(2.0**31, "f8"), (-(2.0**40), "f8"), (2**31 - 300, "i8"), (2**24, "i4")]
+)
+def test_an_offset_keeps_the_contrast(blobs, offset, dtype):
+    "Whole numbers of 0 to 200, and the same beyond what float32 can tell apart: the same features."
+    x = np.round(100 + 60 * blobs[:16, :16, :16].astype("f8") / abs(blobs).max())
+    plain, there = extract_features_3d(x.astype("f4"), PatchMean(4))
+    shifted, here = extract_features_3d((x + offset).astype(dtype), PatchMean(4))
+    assert np.subtract(here["intensity"], offset) == pytest.approx(there["intensity"], abs=1e-3)
+    torch.testing.assert_close(shifted, plain, atol=1e-5, rtol=0)
+    assert plain.std() > 0.05
 
 
 def test_read_only_store(blobs, tmp_path):

@@ -202,6 +202,8 @@ RENAMED = {
     "engine.recover": "core.files.recover_folder",
     "engine.replace_folder": "core.files.swap_folder",
     "features.spread": "features.intensity.pick_some",
+    "features.check_finite": "features.intensity.check_raw",
+    "features.source_identity": "core.identity.identity",
     "features.worker_device": "train.device.find_device",
     "heads.Fine": "models.heads.FullResolutionHead",
     "heads.Pyramid": "models.heads.FeaturePyramid",

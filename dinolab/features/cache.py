@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CachedFeatures', 'Extraction', 'around', 'cache_features', 'LiveFeatures', 'cell_part', 'CellFeatures']
 
-# %% ../../nbs/api/features/cache.ipynb #e0b4b755
+# %% ../../nbs/api/features/cache.ipynb #4a461847
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +15,12 @@ from torch import nn
 
 from ..core.errors import InputError
 from ..core.files import settings_hash
+from ..core.identity import identity_key
 from .compute import Compute, model_identity, pack_network, unpack_network
 from .extract import extract_block
 from .layout import Layout, feature_roi, inside, make_layout, pad_end
 from .plan import check_planes, make_plan, raw_region
-from .store import extract_to_zarr, source_identity
+from .store import extract_to_zarr
 from ..volumes.grid import Grid
 from ..volumes.volume import Volume, check_inside
 
@@ -136,39 +137,37 @@ def cache_features(
     workers: int = 1,  # processes
 ) -> CachedFeatures:
     "Extract what is not there yet: one store per plane; an interrupted extraction goes on."
-    pixel = extraction.pixel(raw.grid, target)
-    near = around(raw, target, (extraction.halo + 1) * pixel * extraction.stride)
-
-    def store(key):
-        grid, planes = layout.grid(key, target), extraction.planes if key == "all" else (key,)
-        what = dict(
-            raw=source_identity(near),
-            grid=grid,
-            near=near.grid,
-            planes=planes,
-            pixel=pixel,
-            halo=extraction.halo,
-            block=extraction.block,
-            intensity=intensity,
-            **model_identity(extraction.backbone),
-        )
-        return extract_to_zarr(
+    e, pixel = extraction, extraction.pixel(raw.grid, target)
+    near = around(raw, target, (e.halo + 1) * pixel * e.stride)
+    shown = dict(
+        raw=identity_key(near),
+        near=near.grid,
+        pixel=pixel,
+        halo=e.halo,
+        block=e.block,
+        intensity=intensity,
+        **model_identity(e.backbone),
+    )
+    stores = {}
+    for key in layout.factors:
+        grid, planes = layout.grid(key, target), e.planes if key == "all" else (key,)
+        name = settings_hash(dict(shown, grid=grid, planes=planes), 12)
+        stores[key] = extract_to_zarr(
             near,
-            Path(folder) / f"{key}-{settings_hash(what, 12)}",
-            extraction.backbone,
+            Path(folder) / f"{key}-{name}",
+            e.backbone,
             grid=grid,
             planes=planes,
             pixel_size=pixel,
-            halo=extraction.halo,
-            block=extraction.block,
+            halo=e.halo,
+            block=e.block,
             intensity=intensity,
-            batch_size=extraction.batch_size,
-            precision=extraction.precision,
+            batch_size=e.batch_size,
+            precision=e.precision,
             rgb=False,
             workers=workers,
         )
-
-    return CachedFeatures({key: store(key) for key in layout.factors}, layout)
+    return CachedFeatures(stores, layout)
 
 # %% ../../nbs/api/features/cache.ipynb #3c273176
 class LiveFeatures:
