@@ -19,7 +19,10 @@ dwi = command_group("Diffusion MRI, NIfTI with b-values and directions: denoise,
 app.add_typer(dwi, name="dwi")
 
 
-@dwi.command("denoise", cls=FunctionCommand.of("dinolab.dwi.denoise:denoise_files", "-"))
+@dwi.command(
+    "denoise",
+    cls=FunctionCommand.of("dinolab.dwi.denoise:denoise_files", "-", reads=("input", "bval", "bvec", "mask")),
+)
 def dwi_denoise(ctx: typer.Context):
     "Denoise a series: IN.nii.gz OUT.nii.gz --bval FILE --bvec FILE."
     done = call(ctx)
@@ -39,7 +42,12 @@ def dwi_phantom(ctx: typer.Context):
         print(path)
 
 
-@dwi.command("eval", cls=FunctionCommand.of("dinolab.dwi.denoise:evaluate_files", "-"))
+@dwi.command(
+    "eval",
+    cls=FunctionCommand.of(
+        "dinolab.dwi.denoise:evaluate_files", "-", reads=("denoised", "truth", "mask", "bval", "bvec")
+    ),
+)
 def dwi_eval(ctx: typer.Context):
     "Score a result: DENOISED.nii.gz --truth FILE or --heldout."
     if found := call(ctx):

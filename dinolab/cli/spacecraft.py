@@ -19,14 +19,19 @@ unet3plus = command_group(
 app.add_typer(unet3plus, name="unet3plus")
 
 
-@unet3plus.command("train", cls=FunctionCommand.of("dinolab.tasks.spark:train_unet3plus"))
+@unet3plus.command(
+    "train",
+    cls=FunctionCommand.of("dinolab.tasks.spark:train_unet3plus", reads=("data_root", "backbone_weights")),
+)
 def unet3plus_train(ctx: typer.Context):
     "Train a network; prints the folder of its models."
     if path := call(ctx):
         print(path)
 
 
-@unet3plus.command("eval", cls=FunctionCommand.of("dinolab.tasks.spark:evaluate_unet3plus"))
+@unet3plus.command(
+    "eval", cls=FunctionCommand.of("dinolab.tasks.spark:evaluate_unet3plus", reads=("model_path", "val_csv"))
+)
 def unet3plus_eval(ctx: typer.Context):
     "Score a model on images with masks: metrics.json, evaluation_report.txt, confusion_matrix.png."
     if scores := call(ctx):
@@ -34,7 +39,9 @@ def unet3plus_eval(ctx: typer.Context):
         print(format_table(dict(score=k, value=v) for k, v in overall.items()))
 
 
-@unet3plus.command("infer", cls=FunctionCommand.of("dinolab.tasks.spark:infer_unet3plus"))
+@unet3plus.command(
+    "infer", cls=FunctionCommand.of("dinolab.tasks.spark:infer_unet3plus", reads=("model_path", "data_path"))
+)
 def unet3plus_infer(ctx: typer.Context):
     "Segment images into NAME_layer.npz files."
     done = call(ctx)

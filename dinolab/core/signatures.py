@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['REQUIRED', 'ARITHMETIC', 'Setting', 'Signature', 'Source', 'read_source', 'value_of', 'nested_in', 'comment_after',
-           'make_setting', 'own_rules', 'settings_class', 'read_signature', 'signature_of', 'say_value', 'describe',
-           'unknown_key', 'expected_type', 'fit_value', 'make_nested', 'fit_settings']
+           'make_setting', 'own_rules', 'settings_class', 'config_of', 'field_settings', 'parameter_settings',
+           'read_signature', 'signature_of', 'say_value', 'describe', 'unknown_key', 'expected_type', 'fit_value',
+           'make_nested', 'fit_settings']
 
 # %% ../../nbs/api/core/signatures.ipynb #b18ff001
 import ast
@@ -56,6 +57,7 @@ class Signature:
     place: str  # module:name
     summary: str  # first line of its documentation
     settings: tuple  # of Setting
+    config: str | None = None  # module:name of the dataclass that holds them, which checks itself
 
     @property
     def name(self) -> str:
@@ -223,36 +225,66 @@ def settings_class(
     return None
 
 
+def config_of(
+    source: Source,  # of the module
+    node: ast.FunctionDef,  # perhaps with the decorator with_settings(Config)
+) -> Signature | None:
+    "What the dataclass takes that a function is called with."
+    for decorator in node.decorator_list:
+        if isinstance(decorator, ast.Call) and getattr(decorator.func, "id", None) == "with_settings":
+            there, found = source.find(decorator.args[0].id)
+            return read_signature(there, found)
+    return None
+
+
+def field_settings(
+    source: Source,  # of the module
+    node: ast.ClassDef,  # a dataclass in it
+) -> list:  # of Setting
+    "The fields of a dataclass; those after KW_ONLY are given by name."
+    found, named = [], False
+    for field in node.body:
+        if not isinstance(field, ast.AnnAssign):
+            continue
+        if getattr(field.annotation, "id", None) == "KW_ONLY":
+            named = True
+            continue
+        last = field.value or field.annotation
+        found.append(make_setting(field.target.id, field.annotation, field.value, source, last, named, {}))
+    return found
+
+
+def parameter_settings(
+    source: Source,  # of the module
+    node: ast.FunctionDef,  # a function in it
+) -> list:  # of Setting
+    "The parameters of a function."
+    rules = RULES | own_rules(node)
+    args = [*node.args.posonlyargs, *node.args.args]
+    without = [None] * (len(args) - len(node.args.defaults))
+    placed = list(zip(args, [*without, *node.args.defaults]))
+    named = list(zip(node.args.kwonlyargs, node.args.kw_defaults))
+    found = []
+    for arg, default in placed + named:
+        by_name = arg in node.args.kwonlyargs
+        last = default or arg
+        found.append(make_setting(arg.arg, arg.annotation, default, source, last, by_name, rules))
+    return found
+
+
 def read_signature(
     source: Source,  # of the module
     node: ast.FunctionDef | ast.ClassDef,  # a function or a dataclass in it
 ) -> Signature:
     "What a definition takes."
-    if isinstance(node, ast.ClassDef):
-        found, named = [], False
-        for f in (f for f in node.body if isinstance(f, ast.AnnAssign)):
-            if f.target.id == "_":  # KW_ONLY
-                named = True
-                continue
-            last = f.value or f.annotation
-            found.append(make_setting(f.target.id, f.annotation, f.value, source, last, named, rules={}))
-    elif settings_class(node):
-        name = settings_class(node)
-        live = (source.live or {}).get(name)
-        found = (signature_of(live) if live else read_signature(*source.find(name))).settings
-    else:
-        rules = RULES | own_rules(node)
-        args = [*node.args.posonlyargs, *node.args.args]
-        without = [None] * (len(args) - len(node.args.defaults))
-        placed = zip(args, [*without, *node.args.defaults])
-        named = zip(node.args.kwonlyargs, node.args.kw_defaults)
-        found = [
-            make_setting(a.arg, a.annotation, default, source, default or a, by_name, rules)
-            for pairs, by_name in ((placed, False), (named, True))
-            for a, default in pairs
-        ]
+    place = f"{source.module}:{node.name}"
     summary = (ast.get_docstring(node) or "").split("\n")[0]
-    return Signature(f"{source.module}:{node.name}", summary, tuple(found))
+    if isinstance(node, ast.ClassDef):
+        return Signature(place, summary, tuple(field_settings(source, node)))
+    config = config_of(source, node)
+    if config:
+        return Signature(place, summary, config.settings, config.place)
+    return Signature(place, summary, tuple(parameter_settings(source, node)))
 
 
 def signature_of(
