@@ -8,10 +8,14 @@ __all__ = ['METAVARS', 'reader_of', 'flag_of', 'flags_of', 'as_flags', 'Function
 # %% ../../nbs/api/cli/grammar.ipynb #d14a99a9
 import inspect
 import os
+from functools import cached_property
+from typing import Annotated, Any
 
-from fastcore.test import test_eq, test_fail
-from ..core.settings import RULES
-from typer.testing import CliRunner
+import typer
+from typer.core import TyperCommand
+
+from ..core.errors import InputError, MissingError
+from ..core.signatures import REQUIRED, Setting, Signature, expected_type, fit_value, signature_of
 
 # %% ../../nbs/api/cli/grammar.ipynb #907ead6b
 def reader_of(
