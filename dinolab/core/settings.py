@@ -28,6 +28,7 @@ class Number:
     below: bool = False  # `high` itself is not allowed
     whole: bool = False  # only whole numbers
     count: tuple = (1,)  # how many values may stand for it: (1, 3) is one number or three
+    rising: bool = False  # each of them above the one before
     unit: str = ""  # for the message
 
     def fits(
@@ -82,6 +83,8 @@ class Number:
         counted = len(values) in self.count if several else 1 in self.count
         if not counted or not all(map(self.fits, values)):
             raise InputError(f"{name}={value!r}: expected {self}")
+        if self.rising and any(b <= a for a, b in zip(values, values[1:])):
+            raise InputError(f"{name}={value!r}: expected low, high with low below high")
         if not self.whole:
             return value
         return type(plain)(map(int, plain)) if several else int(plain)
@@ -118,7 +121,7 @@ RULES = dict(
     holdout=PART,
     ignore=Number(whole=True),
     in_channels=COUNT,
-    intensity=Number(count=(2,)),
+    intensity=Number(count=(2,), rising=True),
     layer_decay=Number(0, 1, above=True),
     levels=Number(1, 8, whole=True),
     lsd_sigma=Number(0, unit="nm"),
@@ -152,10 +155,6 @@ def check_settings(
     for name, value in values.items():
         if name in rules and value is not None:
             rules[name].check(name, value)
-    if "intensity" in rules and values.get("intensity") is not None:
-        low, high = values["intensity"]
-        if not low < high:
-            raise InputError(f"intensity={(low, high)!r}: expected low, high with low below high")
 
 # %% ../../nbs/api/core/settings.ipynb #498ac67f
 def checked(
@@ -177,7 +176,6 @@ def checked(
         for name, value in given.arguments.items():
             if name in rules and not _left_out(value, signature.parameters[name]):
                 given.arguments[name] = rules[name].check(name, value)
-        check_settings(rules, intensity=given.arguments.get("intensity"))
         return function(*given.args, **given.kwargs)
 
     return wrapper
