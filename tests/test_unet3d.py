@@ -1,5 +1,6 @@
 "3D U-Nets on features: any size, half precision, learning, and weights that come back."
 
+import itertools
 import math
 
 import pytest
@@ -11,6 +12,7 @@ from dinolab.core.errors import InputError
 from dinolab.train.losses import make_loss
 from dinolab.models.unet3d import (
     DINOv3UNet3D,
+    ContextEncoder,
     UNet3D,
     VoxelLinear,
     feature_bytes,
@@ -243,6 +245,21 @@ def test_a_linear_probe_is_linear_and_the_mean_over_planes():
         / 3
     )
     torch.testing.assert_close(model(a), expected)
+
+
+def test_context_is_the_middle_of_the_view():
+    "What the crop covers, and not a corner: far from the middle nothing of the view matters."
+    torch.manual_seed(0)
+    encoder = ContextEncoder(1, 2, 4, (64, 64, 64), "batch").eval()
+    view = rand(0, 1, 1, 64, 64, 64)
+    corners, middle = view.clone(), view.clone()
+    for place in itertools.product((slice(0, 2), slice(62, 64)), repeat=3):
+        corners[(..., *place)] = 9
+    middle[..., 31:33, 31:33, 31:33] = 9
+    with torch.no_grad():
+        out, far, near = (encoder(x) for x in (view, corners, middle))
+    assert out.shape == (1, 2, 8, 8, 8)
+    assert torch.equal(far, out) and not torch.allclose(near, out)
 
 
 def test_errors_and_memory():
