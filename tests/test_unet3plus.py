@@ -197,6 +197,19 @@ def test_any_backbone_any_size(name, size):
         assert net.eval()(torch.rand(1, 3, *size)).shape == (1, 4, *size)
 
 
+@pytest.mark.parametrize("decoder", ["full", "simple"])
+def test_side_outputs_come_finest_first(decoder):
+    "Each node made to say its number: the first is what evaluation gives, the last that of the coarsest map."
+    net = UNet3Plus("resnet18", 2, cat_channels=4, deep_supervision=True, decoder=decoder)
+    for i, conv in enumerate(net.head.classify):
+        torch.nn.init.zeros_(conv.weight)
+        torch.nn.init.constant_(conv.bias, i)
+    with torch.no_grad():
+        said = [logits.unique().tolist() for logits in net(torch.rand(2, 3, 64, 96))]
+        assert said == [[i] for i in range(len(net.spec))]
+        assert net.eval()(torch.rand(1, 3, 64, 96)).unique().tolist() == [0]
+
+
 def test_hrnet_gives_its_branches():
     net = UNet3Plus("hrnet_w18_small", 2, cat_channels=4)
     theirs = timm.create_model("hrnet_w18_small", features_only=True, feature_location="").eval()
