@@ -633,7 +633,7 @@ def few_steps(monkeypatch, steps):
 @pytest.mark.parametrize("name", NAMES)
 def test_scale(phantom, noise, name, monkeypatch):
     if name == "qnet":
-        few_steps(monkeypatch, 20)
+        few_steps(monkeypatch, 6)
     a, b = (
         denoise(noise * np.float32(k), phantom.gradients.bvals, phantom.gradients.bvecs, name, phantom.mask)
         for k in (1, 1000)

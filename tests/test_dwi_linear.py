@@ -19,6 +19,7 @@ from dinolab.dwi.linear import (
     fit_spatial,
     fit_tissue,
     list_voxels,
+    nonlocal_means,
 )
 
 
@@ -280,3 +281,23 @@ def test_directions_are_made_unit_vectors_and_zeros_where_there_is_no_weighting(
     found = check_gradients(bvals, given.T if rows == 3 else given).bvecs
     np.testing.assert_allclose(found[2:], unit[2:], atol=1e-12)
     np.testing.assert_array_equal(found[:2], 0)
+
+
+@pytest.mark.parametrize("itself", [1.0, 0.0])
+def test_nonlocal_means_are_the_sum_over_the_ball(itself):
+    "Voxel by voxel, as the formula says: only voxels of the mask, at most 2 1/4 voxels away."
+    rng = np.random.default_rng(0)
+    mask = rng.random((6, 5, 4)) < 0.7
+    maps, guide = rng.standard_normal((2, 6, 5, 4)), 2 * rng.standard_normal((3, 6, 5, 4))
+    tensors = [torch.from_numpy(x) for x in (maps, mask[None].astype(float), guide)]
+    found = nonlocal_means(*tensors, radius=2, itself=itself).numpy()
+    at = np.argwhere(mask)
+    maps, guide, found = maps[:, mask].T, guide[:, mask].T, found[:, mask].T
+    for i in range(len(at)):
+        total, weight = itself * maps[i], itself
+        for j in range(len(at)):
+            if i != j and ((at[i] - at[j]) ** 2).sum() <= 2.25**2:
+                distance = ((guide[i] - guide[j]) ** 2).sum()
+                w = np.exp(-max(distance - 6, 0) / 3)
+                total, weight = total + w * maps[j], weight + w
+        np.testing.assert_allclose(found[i], total / max(weight, 1e-6), atol=1e-12)

@@ -42,11 +42,14 @@ class Gradients:
     def shells(self) -> np.ndarray:  # v, s/mm²
         "b-values rounded to 100, 0 for volumes without weighting."
         rounded = np.round(self.bvals / 100) * 100
-        return np.where(self.is_b0, 0, np.maximum(100, rounded)).astype(int)
+        weighted = np.maximum(100, rounded)
+        shells = np.where(self.is_b0, 0, weighted)
+        return shells.astype(int)
 
     def __getitem__(self, index) -> "Gradients":
         "The table of some volumes."
-        return Gradients(self.bvals[index], self.bvecs[index], self.b0_threshold)
+        b, g = self.bvals[index], self.bvecs[index]
+        return Gradients(b, g, self.b0_threshold)
 
 
 def check_bvals(
@@ -110,7 +113,8 @@ def check_gradients(
 ) -> Gradients:
     "A table that fits the image; `InputError` says what does not."
     b = check_bvals(bvals, volumes, b0_threshold)
-    return Gradients(b, check_bvecs(bvecs, b, b > b0_threshold), b0_threshold)
+    g = check_bvecs(bvecs, b, b > b0_threshold)
+    return Gradients(b, g, b0_threshold)
 
 # %% ../../nbs/api/dwi/data.ipynb #f1740e7e
 def read_numbers(
@@ -144,7 +148,10 @@ class Series:
     @property
     def inside(self) -> np.ndarray:  # x y z, boolean
         "The mask, everywhere where there is none."
-        return np.ones(self.data.shape[:3], bool) if self.mask is None else self.mask
+        if self.mask is not None:
+            return self.mask
+        grid = self.data.shape[:3]
+        return np.ones(grid, bool)
 
 
 def check_values(
@@ -231,7 +238,8 @@ def read_series(
     data, image = open_nifti(path)
     if data.ndim != 4:
         raise InputError(f"{path} has shape {data.shape}: expected four axes, x y z and volumes")
-    gradients = check_gradients(read_numbers(bval), read_numbers(bvec), data.shape[3], b0_threshold)
+    b, g = read_numbers(bval), read_numbers(bvec)
+    gradients = check_gradients(b, g, data.shape[3], b0_threshold)
     inside = None if mask is None else read_mask(mask, image, path)
     return check_series(data, gradients, inside, image)
 

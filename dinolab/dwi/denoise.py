@@ -73,7 +73,8 @@ def _localpca(s, o):
 
 
 def _blend(s, o):
-    return blend(estimates(s, o.sigma, o.folds, o.blind, o.threads), s)
+    found = estimates(s, o.sigma, o.folds, o.blind, o.threads)
+    return blend(found, s)
 
 
 def _qnet(s, o):
@@ -376,8 +377,12 @@ class Results:
         bvec: str,
     ) -> dict:  # source -> copy
         "The gradients that are copied, unless they are there by that name."
-        pairs = {bval: self.beside(".bval"), bvec: self.beside(".bvec")}
-        return {source: copy for source, copy in pairs.items() if Path(source).resolve() != copy.resolve()}
+        found = {}
+        for source, suffix in ((bval, ".bval"), (bvec, ".bvec")):
+            copy = self.beside(suffix)
+            if Path(source).resolve() != copy.resolve():
+                found[source] = copy
+        return found
 
 
 def write_result(
@@ -462,7 +467,9 @@ def full_path(
     path,  # may be None
 ) -> str:  # None for None
     "A path that holds from any folder."
-    return None if path is None else str(Path(path).absolute())
+    if path is None:
+        return None
+    return str(Path(path).absolute())
 
 # %% ../../nbs/api/dwi/denoise.ipynb #e4893120
 @checked
@@ -493,7 +500,9 @@ def score_against_truth(
 ) -> dict:
     "Scores of weighted volumes; tensor maps where the true FA is above 0.2."
     g, inside = denoised.gradients, denoised.inside
-    x, t = denoised.data[..., ~g.is_b0], truth[..., ~g.is_b0]
+    weighted = ~g.is_b0
+    x = denoised.data[..., weighted]
+    t = truth[..., weighted]
     return {
         "psnr_db": float(psnr(x, t, inside).mean()),
         "ssim": float(ssim3d(x, t, inside).mean()),

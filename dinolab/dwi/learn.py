@@ -283,7 +283,9 @@ def signal_scale(
     inside = series.data[series.inside]  # m v
     b0 = inside[:, series.gradients.is_b0]
     signal = b0[b0 > 0]
-    return float(np.median(signal)) if len(signal) else 1.0
+    if not len(signal):
+        return 1.0
+    return float(np.median(signal))
 
 
 def useful_share(
@@ -292,7 +294,8 @@ def useful_share(
 ) -> float:  # 0 to 1
     "The share of a correction that makes the error smallest: <y - x0, c> / <c, c>."
     square = (change * change).sum()
-    best = (change * left).sum() / max(square, 1e-12)
+    together = (change * left).sum()
+    best = together / max(square, 1e-12)
     return float(np.clip(best, 0, 1))
 
 
@@ -335,8 +338,11 @@ def patch_radius(
     shape: tuple,  # x y z, voxels, and more
 ) -> tuple:  # x y z
     "Radius of patches: 2 voxels, less along an axis of less than 5."
-    x, y, z = (min(2, (n - 1) // 2) for n in shape[:3])
-    return x, y, z
+    radius = []
+    for n in shape[:3]:
+        most = (n - 1) // 2
+        radius.append(min(2, most))
+    return tuple(radius)
 
 
 def scaled_tau(

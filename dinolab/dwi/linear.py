@@ -80,9 +80,11 @@ class Voxels:
 
     def chunks(self, size=8192) -> Iterator:
         "(part, slice of the list), none over two parts."
-        for part, (first, end) in enumerate(zip(self.ends, self.ends[1:])):
+        for part in range(self.parts):
+            first, end = self.ends[part], self.ends[part + 1]
             for start in range(first, end, size):
-                yield part, slice(start, min(start + size, end))
+                stop = min(start + size, end)
+                yield part, slice(start, stop)
 
 # %% ../../nbs/api/dwi/linear.ipynb #b5c12600
 STEPS27 = np.array(list(product((-1, 0, 1), repeat=3)))  # to a voxel and its neighbours; number 13 stays

@@ -33,7 +33,11 @@ def correlate3(
 ) -> Tensor:  # *s, the axis shorter by 2
     "Three taps along an axis, where they fit."
     length = x.shape[axis] - 2
-    return sum(tap * x.narrow(axis, k, length) for k, tap in enumerate(taps) if tap)
+    total = 0
+    for k, tap in enumerate(taps):
+        if tap:
+            total = total + tap * x.narrow(axis, k, length)
+    return total
 
 
 def pad_short(
@@ -92,8 +96,9 @@ def mean_where(
     mask: Tensor,  # any shape that broadcasts to it
 ) -> Tensor:  # scalar; 0 where the mask is empty
     "Mean over the mask."
+    total = (x * mask).sum()
     count = mask.expand_as(x).sum()
-    return (x * mask).sum() / count.clamp_min(1)
+    return total / count.clamp_min(1)
 
 
 def masked_mse(
@@ -103,7 +108,8 @@ def masked_mse(
 ) -> Tensor:  # scalar
     "Mean squared error over the mask."
     p, t, m = check_pair(pred, target, mask)
-    return mean_where((p - t).square(), m)
+    error = p - t
+    return mean_where(error.square(), m)
 
 # %% ../../nbs/api/dwi/nets.ipynb #2653bf8f
 def gradient_length(
@@ -121,7 +127,8 @@ def vector_difference(
     eps: float,  # not used
 ) -> Tensor:  # b c z y x, where the filter fits
     "Squared length of the difference of gradients."
-    return sobel_gradient(p - t).square().sum(2)
+    gradient = sobel_gradient(p - t)  # b c 3 z y x
+    return gradient.square().sum(2)
 
 
 def magnitude_difference(
@@ -175,7 +182,8 @@ class EdgeAwareLoss(nn.Module):
     ) -> Tensor:  # scalar
         "Loss of a batch."
         edges = edge_loss(pred, target, mask, self.form, self.eps)
-        return masked_mse(pred, target, mask) + self.alpha * edges
+        error = masked_mse(pred, target, mask)
+        return error + self.alpha * edges
 
 # %% ../../nbs/api/dwi/nets.ipynb #a61f176c
 def factorised_conv(
@@ -208,7 +216,8 @@ class GatedBlock(nn.Module):
         self.conv = factorised_conv(channels, 2 * channels, kernel)
 
     def forward(self, x: Tensor) -> Tensor:  # b c z y x -> b c z y x
-        h, g = self.conv(x).chunk(2, 1)
+        both = self.conv(x)
+        h, g = both.chunk(2, 1)
         return x + h * g.sigmoid()
 
 # %% ../../nbs/api/dwi/nets.ipynb #8be20aab
@@ -286,8 +295,9 @@ class AdaptiveSkipConnection(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:  # b c *s, b skip z y x -> b out z y x
         x = resize(x, skip.shape[2:])
-        gate = self.gate(torch.cat([x, skip], 1))  # b 1 z y x
-        return self.join(torch.cat([x, skip * gate], 1))
+        both = torch.cat([x, skip], 1)
+        gated = skip * self.gate(both)
+        return self.join(torch.cat([x, gated], 1))
 
 # %% ../../nbs/api/dwi/nets.ipynb #7ef8b8f4
 def downsample_by_two(
@@ -396,8 +406,10 @@ class MultiScaleDetailNet(ResidualNet):
     def forward(self, x: Tensor) -> Tensor:  # b c z y x -> b out z y x
         start = self.initial(x)
         full = self.full(x)
-        pooled = self.pooled(downsample_by_two(x))  # at half of z y x
-        both = torch.cat([full, upsample_by_two(pooled, x.shape[2:])], 1)
+        half = downsample_by_two(x)  # b c and half of z y x
+        pooled = self.pooled(half)
+        pooled = upsample_by_two(pooled, x.shape[2:])
+        both = torch.cat([full, pooled], 1)
         return start + self.fuse(both)
 
 # %% ../../nbs/api/dwi/nets.ipynb #0bc97933
@@ -405,7 +417,8 @@ def low_pass(
     x: Tensor,  # b c z y x
 ) -> Tensor:  # b c z y x
     "What is left of a volume at half the resolution."
-    return upsample_by_two(downsample_by_two(x), x.shape[2:])
+    half = downsample_by_two(x)
+    return upsample_by_two(half, x.shape[2:])
 
 
 class ProgressiveDetailNet(ResidualNet):
@@ -439,10 +452,12 @@ class ProgressiveDetailNet(ResidualNet):
     ) -> tuple:  # coarse and final result, b out z y x each
         "Results of both stages, for `progressive_loss`."
         start = self.initial(x)
-        coarse = self.coarse(downsample_by_two(x))  # at half of z y x
-        correction = upsample_by_two(coarse, x.shape[2:])
+        half = downsample_by_two(x)  # b c and half of z y x
+        correction = self.coarse(half)
+        correction = upsample_by_two(correction, x.shape[2:])
         smooth = low_pass(start) + correction
-        detail = self.detail(torch.cat([x, smooth.to(x.dtype)], 1))
+        both = torch.cat([x, smooth.to(x.dtype)], 1)
+        detail = self.detail(both)
         return smooth, start + correction + detail
 
     def forward(self, x: Tensor) -> Tensor:  # b c z y x -> b out z y x
@@ -460,7 +475,8 @@ def progressive_loss(
     c, t, m = check_pair(coarse, target, mask)
     outside = (~m).to(t.dtype)
     whole = low_pass(outside) == 0  # made of voxels in the mask only
-    error = mean_where((c - low_pass(t)).square(), whole)
+    difference = c - low_pass(t)
+    error = mean_where(difference.square(), whole)
     return masked_mse(final, target, mask) + weight * error
 
 # %% ../../nbs/api/dwi/nets.ipynb #4baa0001
@@ -470,10 +486,13 @@ def fft_low(
 ) -> Tensor:  # likewise
     "Low band by a radial mask on the spectrum: 1 up to 3/4 of the cutoff, then a cosine to 0."
     axes, sizes = (2, 3, 4), x.shape[2:]
-    grids = (torch.fft.fftfreq, torch.fft.fftfreq, torch.fft.rfftfreq)
-    z, y, x_ = (2 * f(n, device=x.device, dtype=x.dtype) / cutoff for f, n in zip(grids, sizes))
-    radius = (z[:, None, None] ** 2 + y[:, None] ** 2 + x_**2).sqrt()
-    fall = (4 * radius - 3).clamp(0, 1)
+    like = dict(device=x.device, dtype=x.dtype)
+    nz, ny, nx = sizes
+    fz = 2 * torch.fft.fftfreq(nz, **like) / cutoff  # share of the cutoff
+    fy = 2 * torch.fft.fftfreq(ny, **like) / cutoff
+    fx = 2 * torch.fft.rfftfreq(nx, **like) / cutoff
+    square = fz[:, None, None] ** 2 + fy[:, None] ** 2 + fx**2
+    fall = (4 * square.sqrt() - 3).clamp(0, 1)
     gain = (1 + torch.cos(math.pi * fall)) / 2
     spectrum = torch.fft.rfftn(x, dim=axes)
     return torch.fft.irfftn(spectrum * gain, s=sizes, dim=axes)
@@ -540,8 +559,10 @@ class FrequencyDomainNet(ResidualNet):
     def forward(self, x: Tensor) -> Tensor:  # b c z y x -> b out z y x
         start = self.initial(x)
         low, high = split_bands(x, self.cutoff, self.kind)
-        coarse = self.low(downsample_by_two(low))  # at half of z y x
-        both = torch.cat([upsample_by_two(coarse, x.shape[2:]), self.high(high)], 1)
+        half = downsample_by_two(low)  # b c and half of z y x
+        coarse = self.low(half)
+        coarse = upsample_by_two(coarse, x.shape[2:])
+        both = torch.cat([coarse, self.high(high)], 1)
         return start + self.fuse(both)
 
 # %% ../../nbs/api/dwi/nets.ipynb #472290cd
@@ -551,10 +572,12 @@ def sinusoids(
 ) -> Tensor:  # *n dim, float32
     "Sines and cosines of positions, with wavelengths from 2π to 10000 · 2π (Vaswani et al. 2017)."
     pair = torch.arange(0, dim, 2, device=ids.device, dtype=torch.float32)
-    rate = torch.exp(pair * (-math.log(1e4) / dim))
+    step = -math.log(1e4) / dim
+    rate = torch.exp(pair * step)
     angle = ids[..., None].float() * rate  # *n pairs
     waves = torch.stack([angle.sin(), angle.cos()], -1)
-    return waves.flatten(-2)[..., :dim]
+    waves = waves.flatten(-2)
+    return waves[..., :dim]
 
 
 class SinusoidalVolumeEncoder(nn.Module):
@@ -577,9 +600,10 @@ class SinusoidalVolumeEncoder(nn.Module):
         "Features that say of which volume they are."
         ids = torch.as_tensor(ids, device=x.device)
         self.check(x, ids)
-        waves = sinusoids(ids, self.dim).to(self.project.weight.dtype)
-        shift = self.project(waves)  # *n c
-        return x + shift[..., None, None, None].to(x.dtype)
+        waves = sinusoids(ids, self.dim)
+        waves = waves.to(self.project.weight.dtype)
+        shift = self.project(waves).to(x.dtype)  # *n c
+        return x + shift[..., None, None, None]
 
     def check(
         self,
@@ -662,9 +686,11 @@ class GroupedDetail(nn.Module):
         wanted = range(self.num_volumes) if ids is None else ids
         ids = torch.as_tensor(wanted, device=x.device)
         self.check(x, ids)
-        weight, bias = self.own(self.detail.weight, ids), self.own(self.detail.bias, ids)
+        weight = self.own(self.detail.weight, ids)
+        bias = self.own(self.detail.bias, ids)
         x = F.conv3d(x, weight, bias, padding=1, groups=len(ids))  # b v*filters z y x
-        return F.conv3d(self.act(x), self.own(self.fuse.weight, ids, 1), self.fuse.bias)
+        fuse = self.own(self.fuse.weight, ids, 1)
+        return F.conv3d(self.act(x), fuse, self.fuse.bias)
 
     def own(
         self,
@@ -673,8 +699,10 @@ class GroupedDetail(nn.Module):
         axis: int = 0,
     ) -> Tensor:  # *s, the axis shorter
         "The part of a parameter that belongs to some volumes."
-        by_volume = parameter.unflatten(axis, (self.num_volumes, self.filters))
-        return by_volume.index_select(axis, ids).flatten(axis, axis + 1)
+        sizes = (self.num_volumes, self.filters)
+        by_volume = parameter.unflatten(axis, sizes)
+        some = by_volume.index_select(axis, ids)
+        return some.flatten(axis, axis + 1)
 
     def check(
         self,
@@ -719,11 +747,14 @@ class ConditionedDetail(nn.Module):
                 f"encodings {got} for an input {tuple(x.shape)}: "
                 f"expected {v} {self.encoding}, as from gradient_encoding"
             )
-        told = self.condition(encoding.to(x.device, self.filter.weight.dtype))  # v 2f or b v 2f
+        encoding = encoding.to(x.device, self.filter.weight.dtype)
+        told = self.condition(encoding)  # v 2f or b v 2f
         scale, shift = told[..., None, None, None].chunk(2, -4)
-        x = self.filter(x.flatten(0, 1)[:, None])  # b*v f z y x
+        single = x.flatten(0, 1)[:, None]  # b*v 1 z y x
+        x = self.filter(single)  # b*v f z y x
         x = x.unflatten(0, (b, v)) * (1 + scale) + shift
-        x = self.act(x.flatten(0, 1)).unflatten(0, (b, v))
+        x = self.act(x.flatten(0, 1))
+        x = x.unflatten(0, (b, v))
         return self.fuse(x.mean(1))
 
 # %% ../../nbs/api/dwi/nets.ipynb #6ddf7b1b
@@ -762,4 +793,5 @@ def create_net(
     **options,  # of the network, such as base_filters and residual
 ) -> nn.Module:  # b c z y x -> b out z y x
     "A network by its name."
-    return pick(NETS, name, "network")(in_channels, out_channels, **options)
+    network = pick(NETS, name, "network")
+    return network(in_channels, out_channels, **options)

@@ -6,10 +6,10 @@
 __all__ = ['SCHEMES', 'TISSUES', 'FLUID', 'CORTEX', 'DEEP', 'WHITE', 'LESION', 'DARK', 'BRIGHT', 'S0', 'FAMILIES', 'MOST_SAMPLES',
            'PHANTOM_FILES', 'even_directions', 'make_scheme', 'Compartment', 'decay', 'at_voxels', 'compartment_signal',
            'FineGrid', 'Head', 'make_head', 'beyond', 'random_wave', 'radius', 'cortex_distance', 'brain_labels',
-           'vessel_curves', 'Bundle', 'bundle_curves', 'wavy', 'nearest_tangents', 'bend_gradient', 'fibres',
-           'fill_image', 'cone_directions', 'Varied', 'white_compartments', 'brain_compartments', 'Anatomy', 'brain',
-           'helix', 'blob_labels', 'shapes', 'Phantom', 'check_grid', 'make_phantom', 'add_rician', 'noisy',
-           'fsl_affine', 'number_rows', 'about_phantom', 'write_phantom']
+           'draw_lesions', 'draw_vessels', 'vessel_curves', 'Bundle', 'bundle_curves', 'wavy', 'nearest_tangents',
+           'bend_gradient', 'fibres', 'fill_image', 'cone_directions', 'Varied', 'white_compartments',
+           'brain_compartments', 'Anatomy', 'brain', 'helix', 'blob_labels', 'shapes', 'Phantom', 'check_grid',
+           'make_phantom', 'add_rician', 'noisy', 'fsl_affine', 'number_rows', 'about_phantom', 'write_phantom']
 
 # %% ../../nbs/api/dwi/phantoms.ipynb #616ffc2b
 import math
@@ -103,7 +103,8 @@ def at_voxels(
     on: np.ndarray,  # x y z, boolean, m voxels
 ) -> np.ndarray:  # m 1, float32
     "A property in some voxels."
-    everywhere = np.broadcast_to(np.asarray(d, np.float32), on.shape)
+    value = np.asarray(d, np.float32)
+    everywhere = np.broadcast_to(value, on.shape)
     return everywhere[on][:, None]
 
 
@@ -288,25 +289,45 @@ def brain_labels(
     labels = np.where(fluid < 0, FLUID, tissue).astype(np.uint8)
     w = rng.uniform(0.8, 1.25, 3)
 
-    deep = np.argwhere((labels == WHITE) & (fluid > thick + 2) & (depth > 4))
-    if len(deep):
-        for at in deep[rng.integers(len(deep), size=rng.integers(3, 6))]:
-            centre = [q[tuple(at)] for q in p]
-            sick = _ellipsoid(p, centre, rng.uniform(2, 6, 3))
-            labels[sick & (labels == WHITE)] = LESION
-
+    draw_lesions(labels, rng, p, (fluid > thick + 2) & (depth > 4))
     side = np.abs(x)  # both halves at once
     labels[_ellipsoid((side, y, z), (10, -8, -5), (6.5, 9, 6))] = DEEP
     labels[_ellipsoid((side, y, z), (21, 6, -3), (4.5 * w[1], 11, 8))] = DEEP
     bent = side - 6 - y**2 / 110
     labels[_ellipsoid((bent, y, z), (0, 0, 2), (4 * w[0], 19 * w[2], 5.5))] = FLUID  # ventricles
     labels[_ellipsoid(p, (0, -4, -5), (1.4, 8, 6))] = FLUID
-
-    for i, path in enumerate(vessel_curves(seed, head)):
-        at = np.floor((path + grid.half) / grid.voxel_size * grid.fine).astype(int)  # n 3
-        at = at[((at >= 0) & (at < labels.shape)).all(1)]
-        labels[tuple(at.T)] = BRIGHT if i % 2 else DARK
+    draw_vessels(labels, grid, vessel_curves(seed, head))
     return np.where(depth > 0, labels, 0).astype(np.uint8)
+
+
+def draw_lesions(
+    labels: np.ndarray,  # x y z of samples: changed
+    rng: np.random.Generator,
+    p: tuple,  # three arrays x y z, mm
+    deep: np.ndarray,  # x y z, boolean: where one may begin
+):
+    "Three to five lesions in white matter."
+    places = np.argwhere(deep & (labels == WHITE))
+    if not len(places):
+        return
+    drawn = rng.integers(len(places), size=rng.integers(3, 6))
+    for at in places[drawn]:
+        centre = [q[tuple(at)] for q in p]
+        sick = _ellipsoid(p, centre, rng.uniform(2, 6, 3))
+        labels[sick & (labels == WHITE)] = LESION
+
+
+def draw_vessels(
+    labels: np.ndarray,  # x y z of samples: changed
+    grid: FineGrid,
+    curves: list,  # of points x y z, mm
+):
+    "Vessels, dark and bright in turn."
+    for i, path in enumerate(curves):
+        at = np.floor((path + grid.half) / grid.voxel_size * grid.fine).astype(int)  # n 3
+        inside = (at >= 0) & (at < labels.shape)
+        at = at[inside.all(1)]
+        labels[tuple(at.T)] = BRIGHT if i % 2 else DARK
 
 
 def vessel_curves(
@@ -348,26 +369,35 @@ def bundle_curves(
     h, w, s, f = 10 * vary(), 27 * vary(), 23 * vary(), vary()
 
     arches = []
-    for y in np.linspace(-22, 22, 10):
-        height = h + 12 * t**2 - 7 * t**4 + 1.5 * (1 - (y / 22) ** 2)
-        arches.append(np.stack([w * np.sin(1.5 * t), y + 2 * t**2 * np.sign(y), height], 1))
+    for middle in np.linspace(-22, 22, 10):
+        x = w * np.sin(1.5 * t)
+        y = middle + 2 * t**2 * np.sign(middle)
+        z = h + 12 * t**2 - 7 * t**4 + 1.5 * (1 - (middle / 22) ** 2)
+        arches.append(np.stack([x, y, z], 1))
     found = {"callosum": Bundle(arches, 3.2 * vary())}
 
     for name, side in (("left", -1), ("right", 1)):
         fan = []
         for a, c in product((0, 0.5, 1), (-1, 0, 1)):
             x = side * (9 * f + 5 * u + a * 13 * u**2)
-            fan.append(np.stack([x, c * (2 + 8 * u**2) - 2, -36 + 68 * u], 1))
+            y = c * (2 + 8 * u**2) - 2
+            z = -36 + 68 * u
+            fan.append(np.stack([x, y, z], 1))
         found[f"corticospinal {name}"] = Bundle(fan, 3.5 * vary())
 
         strands = []
         for a, b in ((-2, 0), (2, 2), (0, -3)):
             x = side * (s + a + 3 * np.cos(2.5 * t))
-            strands.append(np.stack([x, 31 * t, 10 * f + b - 9 * t**2 + 4 * t], 1))
+            y = 31 * t
+            z = 10 * f + b - 9 * t**2 + 4 * t
+            strands.append(np.stack([x, y, z], 1))
         found[f"association {name}"] = Bundle(strands, 3.5 * vary())
 
-        girdle = [side * 6 + 0 * t, 27 * np.sin(1.4 * t), h + 7 - 17 * np.abs(t) ** 3]
-        found[f"cingulum {name}"] = Bundle([np.stack(girdle, 1)], 2.6 * vary())
+        x = side * 6 + 0 * t
+        y = 27 * np.sin(1.4 * t)
+        z = h + 7 - 17 * np.abs(t) ** 3
+        girdle = np.stack([x, y, z], 1)
+        found[f"cingulum {name}"] = Bundle([girdle], 2.6 * vary())
 
     return {name: wavy(bundle, rng, scale) for name, bundle in found.items()}
 
