@@ -278,7 +278,7 @@ class Checkpointer:
         facts: dict,  # what must be the same when the run goes on: world, length of the data set
         ema: nn.Module = None,  # averaged weights
         writes: bool = True,  # whether this process writes
-        saved: Callable = None,  # called after a checkpoint was written, in that process, with its name, the state, and all weights
+        saved: Callable = None,  # called after a checkpoint: its name, the state, all weights
     ):
         self.run, self.model, self.optimiser, self.args = run, model, optimiser, args
         self.ema, self.writes, self.saved = ema, writes, saved

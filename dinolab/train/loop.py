@@ -195,7 +195,7 @@ def validate(
     accelerator: Accelerator,
     batch_size: int = 1,  # of a data set
 ) -> dict:  # name -> number
-    "Values of one validation: what a callable says, or means of the loss and logs over a data set, shared out over the processes."
+    "Values of one validation: what a callable says, or means over a data set that all processes share."
     was = model.training
     model.eval()
     with torch.no_grad(), accelerator.autocast():
@@ -478,7 +478,7 @@ class StopSignals:
 
 @contextmanager
 def _loading(at):
-    "A worker that dies is reported in one line: torch says so in the middle of whatever runs, or the connection to it breaks."
+    "A worker that dies is reported in one line: torch says so anywhere, or the connection to it breaks."
     try:
         yield
     except (RuntimeError, ConnectionError, EOFError) as e:
@@ -512,7 +512,7 @@ def fit(
     args: TrainArgs = TrainArgs(),  # settings
     run: Run = None,  # where checkpoints and log go; a run that has checkpoints goes on
     scales: dict = None,  # parameter name -> factor of the learning rate
-    saved: Callable = None,  # called in the first process after a checkpoint was written, and when a run goes on from it: (last or best, TrainState, all weights by name)
+    saved: Callable = None,  # in the first process, after a checkpoint: (last or best, TrainState, all weights by name)
 ) -> Fit:
     "Train a model; a run that was killed goes on from its last checkpoint and ends with the same bytes."
     locked = run.lock() if run is not None and launched().rank == 0 else nullcontext()
@@ -609,12 +609,17 @@ def _is_number(value):
     return isinstance(value, (int, float))
 
 
+def _column(history, name):
+    "Values of one name, None where a line has none."
+    return [line.get(name) for line in history]
+
+
 def training_curves(
     history: list,  # lines of the log
 ):  # figure
     "Loss, validation values and learning rate over optimiser steps."
-    names = dict.fromkeys(name for line in history for name in line)
-    shown = [n for n in names if n not in APART and any(_is_number(line.get(n)) for line in history)]
+    names = dict.fromkeys(itertools.chain(*history))
+    shown = [n for n in names if n not in APART and any(map(_is_number, _column(history, n)))]
     losses = ["loss", "valid/loss"] if "valid/loss" in shown else ["loss"]
     others = [[n] for n in shown if n not in ("loss", "valid/loss")]
     panels = [losses, *others[:4], ["lr"]]

@@ -100,16 +100,19 @@ def tversky_loss(
 ) -> Tensor:  # scalar in 0..1
     "One minus the Tversky index, averaged over the classes that occur; for one channel over class 1 alone."
     x, y, on = _prepare(logits, target, mask)
-    p, t = x.softmax(1), y[:, None] == torch.arange(x.shape[1], device=x.device).view(-1, *[1] * (y.ndim - 1))
+    classes = torch.arange(x.shape[1], device=x.device).view(-1, *[1] * (y.ndim - 1))
+    p, t = x.softmax(1), y[:, None] == classes
     if on is not None:
         p, t = p * on[:, None], t & on[:, None]
     hit, guessed, true = (v.transpose(0, 1).flatten(1).sum(1) for v in (p * t, p, t))
-    index = (hit + smooth) / (hit + alpha * (guessed - hit) + beta * (true - hit) + smooth)
+    wrong, missed = guessed - hit, true - hit
+    index = (hit + smooth) / (hit + alpha * wrong + beta * missed + smooth)
     weight = _on(weight, x)
     share = (true > 0).float() * (1 if weight is None else weight)
     if logits.shape[1] == 1:
         share = share.new_tensor([0.0, 1.0])  # of the two classes only one has a channel
-    return ((1 - index).clamp_min(0) ** gamma * share).sum() / share.sum().clamp_min(1e-12)
+    each = (1 - index).clamp_min(0) ** gamma
+    return (each * share).sum() / share.sum().clamp_min(1e-12)
 
 
 def dice_loss(
@@ -210,10 +213,12 @@ def smooth_window(
     window: Tensor,  # k
 ) -> Tensor:  # b n *s, each side shorter by k - 1
     "Weighted mean under a separable window, where it fits."
-    conv, n = (F.conv1d, F.conv2d, F.conv3d)[x.ndim - 3], x.shape[1]
+    conv = (F.conv1d, F.conv2d, F.conv3d)[x.ndim - 3]
+    n = x.shape[1]
     for axis in range(2, x.ndim):
         shape = [len(window) if a == axis else 1 for a in range(2, x.ndim)]
-        x = conv(x, window.view(1, 1, *shape).expand(n, 1, *shape), groups=n)
+        weight = window.view(1, 1, *shape).expand(n, 1, *shape)
+        x = conv(x, weight, groups=n)
     return x
 
 
@@ -222,11 +227,18 @@ def similarity(
     y: Tensor,  # likewise
 ) -> tuple:  # structural similarity, and its contrast and structure term: b n each
     "Means over an image of SSIM (Wang et al. 2004): window of 11, sigma 1.5, or as much of it as fits."
-    k = min(11, min(x.shape[2:]) - 1 | 1)
-    window = torch.exp(-0.5 * ((torch.arange(k, device=x.device, dtype=x.dtype) - k // 2) / 1.5) ** 2)
-    mx, my, xx, yy, xy = (smooth_window(v, window / window.sum()) for v in (x, y, x * x, y * y, x * y))
-    contrast = (2 * (xy - mx * my) + 0.03**2) / (xx - mx**2 + yy - my**2 + 0.03**2)
-    both = (2 * mx * my + 0.01**2) / (mx**2 + my**2 + 0.01**2) * contrast
+    side = min(11, min(x.shape[2:]) - 1 | 1)
+    place = torch.arange(side, device=x.device, dtype=x.dtype) - side // 2
+    window = torch.exp(-0.5 * (place / 1.5) ** 2)
+    window = window / window.sum()
+    mx, my = smooth_window(x, window), smooth_window(y, window)
+    xx, yy = smooth_window(x * x, window), smooth_window(y * y, window)
+    xy = smooth_window(x * y, window)
+    covariance = xy - mx * my
+    variances = xx - mx**2 + yy - my**2
+    contrast = (2 * covariance + 0.03**2) / (variances + 0.03**2)
+    brightness = (2 * mx * my + 0.01**2) / (mx**2 + my**2 + 0.01**2)
+    both = brightness * contrast
     return both.flatten(2).mean(2), contrast.flatten(2).mean(2)
 
 
@@ -240,15 +252,19 @@ def ms_ssim_loss(
     mask = check_target(logits, target, mask)[:, None]
     x = torch.cat([torch.zeros_like(logits), logits], 1) if logits.shape[1] == 1 else logits
     x = x.float().softmax(1) * mask
-    y = F.one_hot(torch.where(mask[:, 0], target, 0).long(), x.shape[1]).movedim(-1, 1).float() * mask
+    labels = torch.where(mask[:, 0], target, 0).long()
+    y = F.one_hot(labels, x.shape[1]).movedim(-1, 1).float() * mask
     scales = next(n for n in (5, 4, 3, 2, 1) if min(x.shape[2:]) >= 11 * 2 ** (n - 1) or n == 1)
-    product, pool = 1.0, (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[x.ndim - 3]
-    for i, share in enumerate(SCALES[:scales]):
+    weights = SCALES[:scales]
+    pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[x.ndim - 3]
+    product = 1.0
+    for i, share in enumerate(weights):
         both, contrast = similarity(x, y)
-        product = product * (both if i == scales - 1 else contrast).clamp_min(1e-4) ** (
-            share / sum(SCALES[:scales])
-        )
-        x, y = pool(x, 2) if i < scales - 1 else x, pool(y, 2) if i < scales - 1 else y
+        last = i == scales - 1
+        term = (both if last else contrast).clamp_min(1e-4)
+        product = product * term ** (share / sum(weights))
+        if not last:
+            x, y = pool(x, 2), pool(y, 2)
     share = torch.ones_like(product) if weight is None else _on(weight, product).expand_as(product)
     return 1 - (product * share).sum() / share.sum()
 
@@ -278,31 +294,34 @@ def make_loss(
     name: str = "ce+dice",  # names in LOSSES joined by +
     weight=None,  # per class
     *,
-    side_weight: float = None,  # of deep supervision: so much of the mean over all outputs but the finest is added to the finest; None: weights 1, 1/2, 1/4 ..., which sum to one
+    side_weight: float = None,  # of the mean over all outputs but the finest; None: 1, 1/2, 1/4 ..., scaled to sum to one
     **options,  # of these losses, such as gamma or label_smoothing
 ) -> Callable:  # (logits, target, mask=None) -> scalar; logits may be a list, finest first
     "A sum of losses; a list of logits (deep supervision) is weighted, each compared with the labels at its own size."
     chosen = [pick(LOSSES, part.strip(), "loss") for part in name.split("+")]
+    taken = [set(loss.__kwdefaults__ or ()) for loss in chosen]
+    known = set().union(*taken)
     for key in options:
-        if not any(key in (f.__kwdefaults__ or ()) for f in chosen):
-            raise InputError(
-                f"loss {name}: no option {key!r}: expected one of {', '.join(sorted({k for f in chosen for k in f.__kwdefaults__ or ()} - {'voxel_weight'}))}"
-            )
-    parts = [
-        partial(f, weight=weight, **{k: v for k, v in options.items() if k in (f.__kwdefaults__ or ())})
-        for f in chosen
-    ]
+        if key not in known:
+            choices = ", ".join(sorted(known - {"voxel_weight"}))
+            raise InputError(f"loss {name}: no option {key!r}: expected one of {choices}")
+    parts = []
+    for loss, its in zip(chosen, taken):
+        own = {key: value for key, value in options.items() if key in its}
+        parts.append(partial(loss, weight=weight, **own))
     return partial(_weighted_sum, parts, side_weight)
 
 
 def _weighted_sum(parts, side_weight, logits, target, mask=None):
     "Sum over losses and outputs."
     levels = list(logits) if isinstance(logits, (list, tuple)) else [logits]
-    share, total = output_weights(len(levels), side_weight), 0
-    for w, x in zip(share, levels):
+    shares = output_weights(len(levels), side_weight)
+    total = 0
+    for share, x in zip(shares, levels):
         y, m = resize_labels(target, mask, x.shape[2:])
         if m is None or len(levels) == 1 or m.any():
-            total = total + w * sum(f(x, y, m) for f in parts)
+            found = sum(loss(x, y, m) for loss in parts)
+            total = total + share * found
     return total
 
 
@@ -388,4 +407,5 @@ def descriptor_loss(
 ) -> Tensor:  # scalar
     "Masked mean squared error of local shape descriptors."
     mask = _float_mask(values, target, mask)
-    return ((values.float() - target.float()) ** 2 * mask).sum() / mask.sum()
+    squares = (values.float() - target.float()) ** 2
+    return (squares * mask).sum() / mask.sum()

@@ -53,7 +53,8 @@ def count_pairs(
             raise InputError(
                 f"{what} from {x.min()} to {x.max()}, {n} classes: expected 0 to {n - 1}; mask the others"
             )
-    return np.bincount(target.ravel().astype(np.int64) * n + pred.ravel(), minlength=n * n).reshape(n, n)
+    pairs = target.ravel().astype(np.int64) * n + pred.ravel()
+    return np.bincount(pairs, minlength=n * n).reshape(n, n)
 
 # %% ../../nbs/api/train/metrics.ipynb #61c0f13b
 def class_scores(
@@ -116,14 +117,14 @@ class ConfusionMatrix(ClassCounts):
     "Counts of labels against predictions, and what follows from them."
 
     def metrics(self) -> dict:
-        "`iou/<class>`, `dice/<class>`, `precision/<class>`, `recall/<class>`, their means, and the share of right voxels."
+        "`iou/<class>`, and so `dice`, `precision` and `recall`, their means, and the share of right voxels."
         scores, total = class_scores(self.matrix), int(self.matrix.sum())
-        flat = {f"{name}/{c}": v for name, values in scores.items() for c, v in zip(self.classes, values)}
-        return (
-            flat
-            | {f"mean_{name}": mean_of(values) for name, values in scores.items()}
-            | dict(accuracy=float(np.trace(self.matrix) / total) if total else None)
-        )
+        flat, means = {}, {}
+        for name, values in scores.items():
+            flat |= {f"{name}/{c}": value for c, value in zip(self.classes, values)}
+            means[f"mean_{name}"] = mean_of(values)
+        accuracy = float(np.trace(self.matrix) / total) if total else None
+        return flat | means | dict(accuracy=accuracy)
 
     def table(self) -> str:
         "Scores of each class as text."
@@ -222,8 +223,10 @@ class BoundaryF:
         on = np.ones(target.shape, bool) if mask is None else np.asarray(mask) != 0
         size = np.broadcast_to(np.asarray(self.voxel_size, float), target.ndim)
         for c in range(len(self.classes)):
-            p, t = border(pred == c) & on, border(target == c) & on
-            self.counts[c] += [self._near(p, t, size), p.sum(), self._near(t, p, size), t.sum()]
+            p = border(pred == c) & on
+            t = border(target == c) & on
+            right, found = self._near(p, t, size), self._near(t, p, size)
+            self.counts[c] += [right, p.sum(), found, t.sum()]
         return self
 
     def _near(self, a, b, size):
@@ -242,9 +245,8 @@ class BoundaryF:
             return float(2 * p * r / (p + r)) if p + r else 0.0
 
         values = [score(*map(int, row)) for row in self.counts]
-        return {f"boundary_f/{c}": v for c, v in zip(self.classes, values)} | dict(
-            mean_boundary_f=mean_of(values)
-        )
+        each = {f"boundary_f/{c}": value for c, value in zip(self.classes, values)}
+        return each | dict(mean_boundary_f=mean_of(values))
 
 # %% ../../nbs/api/train/metrics.ipynb #81a7aa0f
 def overlaps(
@@ -259,19 +261,18 @@ def overlaps(
     on = (target != 0) if mask is None else (target != 0) & (np.asarray(mask) != 0)
     if not on.any():
         raise InputError("no object in the labels: expected at least one voxel that is not 0")
-    joint = coo_matrix((np.ones(on.sum()), (_positions(target[on]), _positions(pred[on])))).tocsr()
+    places = _positions(target[on]), _positions(pred[on])
+    joint = coo_matrix((np.ones(on.sum()), places)).tocsr()
     sums = (np.asarray(joint.sum(a)).ravel() for a in (1, 0))
     return joint.data, *(s[s > 0] for s in sums)
 
 
 def _positions(x):
-    "Numbers of objects as small indices: less their lowest, or their rank where they are far apart (sorting takes longer)."
+    "Numbers of objects as small indices: less their lowest; their rank, which takes longer, where they are far apart."
     low, high = x.min(), x.max()
-    return (
-        (x - low).astype(np.intp)
-        if high - low <= 4 * x.size
-        else np.unique(x, return_inverse=True)[1].ravel()
-    )
+    if high - low <= 4 * x.size:
+        return (x - low).astype(np.intp)
+    return np.unique(x, return_inverse=True)[1].ravel()
 
 # %% ../../nbs/api/train/metrics.ipynb #1ff03fdb
 def adapted_rand(
@@ -281,12 +282,12 @@ def adapted_rand(
 ) -> dict:  # error, precision, recall
     "Adapted Rand error: one minus the F-score of pairs of voxels that belong together."
     joint, true, got = (np.square(x.astype(float)).sum() - x.sum() for x in overlaps(pred, target, mask))
-    precision, recall = joint / got if got else 1.0, joint / true if true else 1.0
-    return dict(
-        error=float(1 - 2 * precision * recall / (precision + recall)) if precision + recall else 1.0,
-        precision=float(precision),
-        recall=float(recall),
-    )
+    precision = joint / got if got else 1.0
+    recall = joint / true if true else 1.0
+    error = 1.0
+    if precision + recall:
+        error = float(1 - 2 * precision * recall / (precision + recall))
+    return dict(error=error, precision=float(precision), recall=float(recall))
 
 # %% ../../nbs/api/train/metrics.ipynb #641912e4
 def variation_of_information(
@@ -295,6 +296,11 @@ def variation_of_information(
     mask=None,
 ) -> dict:  # split and merge, bits
     "Conditional entropies: of the prediction given the labels (split), of the labels given the prediction (merge)."
-    joint, true, got = overlaps(pred, target, mask)
-    entropy = lambda n: float(-(n / n.sum() * np.log2(n / n.sum())).sum())
-    return dict(split=max(0.0, entropy(joint) - entropy(true)), merge=max(0.0, entropy(joint) - entropy(got)))
+    joint, true, got = (_entropy(counts) for counts in overlaps(pred, target, mask))
+    return dict(split=max(0.0, joint - true), merge=max(0.0, joint - got))
+
+
+def _entropy(counts):
+    "Bits per voxel."
+    share = counts / counts.sum()
+    return float(-(share * np.log2(share)).sum())

@@ -598,10 +598,18 @@ def varying(
     "Leave out parameters that do not tell these runs apart."
     if len(rows) < 2:
         return rows
-    names = {name for row in rows for name in row if name.startswith("params/")}
+    names = {name for name in set().union(*rows) if name.startswith("params/")}
     first = rows[0]
-    same = {name for name in names if all(name in row and row[name] == first.get(name) for row in rows)}
-    return [{name: value for name, value in row.items() if name not in same} for row in rows]
+    same = set()
+    for name in names:
+        if all(name in row and row[name] == first.get(name) for row in rows):
+            same.add(name)
+    return [_without(row, same) for row in rows]
+
+
+def _without(row, names):
+    "A row with some columns left out."
+    return {name: value for name, value in row.items() if name not in names}
 
 # %% ../../nbs/api/train/runs.ipynb #03a752d2
 def _markdown(cells):
@@ -624,7 +632,7 @@ def gather_table(
         return format_table(varying(rows))
     if format == "markdown":
         rows = varying(rows)
-    heads = list(dict.fromkeys(name for row in rows for name in row))
+    heads = list(dict.fromkeys(itertools.chain(*rows)))
     cells = [heads]
     for row in rows:
         cells.append(["" if row.get(head) is None else str(row[head]) for head in heads])
