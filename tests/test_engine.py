@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from dinolab.core.errors import InputError
+from dinolab.core.machine import process_start
 from dinolab.train.checkpoints import TrainState, load_checkpoint, save_checkpoint
 from dinolab.train.loop import fit, fit_run, keyed_batches, keyed_loader
 from dinolab.train.runs import Run
@@ -422,18 +423,28 @@ def test_two_trainings_in_one_folder(tmp_path):
     assert len(seen) == 1 and not (run.path / ".lock").exists()
 
 
+def dies_holding(path):
+    "Locks a run, starts a worker, and is gone without a word."
+    with Run.open(path).lock():
+        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        worker.start()
+        (path / "worker").write_text(str(worker.pid))
+        os._exit(0)
+
+
 def test_forked_workers_hold_no_lock(tmp_path):
+    "A worker that outlives its killed training keeps nobody out."
     run, _ = small_run(tmp_path)
-    context = multiprocessing.get_context("fork")
-    with run.lock():
-        process = context.Process(target=time.sleep, args=(60,))
-        process.start()
+    process = multiprocessing.get_context("fork").Process(target=dies_holding, args=(run.path,))
+    process.start()
+    process.join(60)
+    worker = int((run.path / "worker").read_text())
     try:
+        assert process_start(worker) is not None and (run.path / ".lock").exists()
         with Run.open(run.path).lock():
             pass
     finally:
-        process.kill()
-        process.join()
+        os.kill(worker, signal.SIGKILL)
 
 
 def test_what_follows_the_last_checkpoint_is_done_again(tmp_path):

@@ -248,6 +248,7 @@ GONE = {
     "spark.MAY_CHANGE": "train.runs compares all settings",
     "spark.wait_for_run": "tasks.common opens runs",
     "spark.open_training": "tasks.common opens runs",
+    "cli.find_device": "train.device.find_device",
     "cli.Flags": "cli.grammar.FunctionCommand makes the commands of a function",
     "cli.run_flags": "cli.grammar.FunctionCommand makes the commands of a function",
     "engine.check_facts": "core.settings.check_same compares all settings",
