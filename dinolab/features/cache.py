@@ -16,8 +16,9 @@ from torch import nn
 from ..core.errors import InputError
 from ..core.files import settings_hash
 from ..core.identity import identity_key
+from ..core.settings import check_settings
 from .compute import Compute, model_identity, pack_network, unpack_network
-from .extract import extract_block
+from .extract import check_features, extract_block
 from .layout import Layout, feature_roi, inside, make_layout, pad_end
 from .plan import check_planes, make_plan, raw_region
 from .store import extract_to_zarr
@@ -81,6 +82,8 @@ class Extraction:
 
     def __post_init__(self):
         object.__setattr__(self, "planes", check_planes(self.planes))
+        check_settings(pixel_size=self.pixel_size, halo=self.halo, block=self.block)
+        Compute(self.batch_size, self.precision)  # says what is wrong with them
         if len(set(self.backbone.spec.strides)) != 1:
             raise InputError(
                 f"backbone with maps of strides {self.backbone.spec.strides}: expected one stride; choose layers of equal stride"
@@ -234,7 +237,9 @@ class LiveFeatures:
                 e.backbone.eval(),
                 Compute(e.batch_size, e.precision),
             )
-            return pad_end(x.permute(3, 0, 1, 2).half().cpu(), missing)
+            x = x.permute(3, 0, 1, 2).half().cpu()
+            check_features(x, self.near.name)
+            return pad_end(x, missing)
 
         return {p: one(p) for p in self.layout.factors}
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 import numpy as np
 
 from ..core.errors import InputError
+from ..core.settings import checked
 from .intensity import intensity_range
 from ..volumes.grid import Grid
 from ..volumes.sources import open_levels
@@ -63,6 +64,7 @@ def on_grid(
     return Volume((finer[-1] if finer else levels.levels[0]).sample(grid, "majority"), grid, levels.name)
 
 # %% ../../nbs/api/features/cases.ipynb #e9760f22
+@checked
 def open_case(
     name: str,  # for messages
     raw,  # path, array, Volume or Multiscale

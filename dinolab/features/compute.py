@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..core.errors import InputError
 from ..core.identity import state_hash
+from ..core.settings import check_settings
 from ..models.backbones import FeatureSpec
 from ..train.device import auto_precision
 
@@ -41,16 +42,11 @@ def auto_batch(
 def _available():
     "Free memory of the machine, bytes."
     try:
-        return (
-            next(
-                int(l.split()[1])
-                for l in Path("/proc/meminfo").read_text().splitlines()
-                if l.startswith("MemAvailable")
-            )
-            * 1024
-        )
-    except (OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
         return 4 * 2**30
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable")]
+    return int(found[0]) * 1024 if found else 4 * 2**30
 
 # %% ../../nbs/api/features/compute.ipynb #d9caa022
 @dataclass(frozen=True)
@@ -63,8 +59,7 @@ class Compute:
     def __post_init__(self):
         if self.precision not in ("auto", "fp32", "bf16"):
             raise InputError(f"precision {self.precision!r}: expected auto, fp32 or bf16")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise InputError(f"batch size {self.batch_size}: expected 1 or more")
+        check_settings(batch_size=self.batch_size)
 
 # %% ../../nbs/api/features/compute.ipynb #a29d2c10
 def run_backbone(

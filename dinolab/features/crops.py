@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ..core.errors import InputError
+from ..core.settings import COUNT, FROM_ZERO, SHARE, Number, checked
 from ..data.augment import Augment
 from .cases import Case, LabelScan, kept_image, scan_labels
 from .layout import Layout, inside, pad_end
@@ -161,6 +162,7 @@ def draw_crop(
 class CropDataset:
     "Random crops with augmentation, reproducible by key."
 
+    @checked(length=COUNT, min_labelled=SHARE, context_scale=FROM_ZERO, memory=Number(0))
     def __init__(
         self,
         cases: list,  # of Case, with features and labels
@@ -224,6 +226,7 @@ class CropDataset:
 class GridDataset:
     "Crops that cover volumes, without augmentation; each voxel counts once."
 
+    @checked(context_scale=FROM_ZERO)
     def __init__(
         self,
         cases: list,  # of Case, with features and labels
