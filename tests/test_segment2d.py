@@ -15,6 +15,7 @@ from PIL import Image
 
 from dinolab.models.backbones import create_backbone
 from dinolab.models.specs import LoraSpec
+from dinolab.train.runs import Run
 from dinolab.core.errors import InputError
 from dinolab.train.settings import TrainArgs
 from dinolab.data.images import read_image
@@ -224,6 +225,17 @@ def test_a_training_goes_on_with_what_it_was_begun_with(data, weights, trained, 
         assert message in str(e.value) and "\n" not in str(e.value), (name, str(e.value))
         assert contents(run.path) == before, name
     assert run.status == "done"
+
+
+def test_two_trainings_of_one_run(trained):
+    "The second is refused while the first is at work."
+    run, given = trained
+    before = contents(run.path)
+    with Run.open(run.path).lock():
+        with pytest.raises(InputError) as e:
+            train_segmenter(**given, run=run.path)
+    assert "\n" not in str(e.value)
+    assert {k: v for k, v in contents(run.path).items() if k != ".lock"} == before
 
 
 def test_data_that_moved_are_the_same(data, trained, tmp_path):

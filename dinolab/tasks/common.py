@@ -75,8 +75,10 @@ def files_stamp(
     files: Sequence,  # paths, thousands of them
 ) -> str:  # 12 hexadecimal digits
     "Changes when one of the files is written, or lies elsewhere."
+    places = [os.path.abspath(f) for f in files]
     with ThreadPoolExecutor() as pool:
-        return settings_hash(dict(files=[*map(os.path.abspath, files), *pool.map(stamp_of, files)]))
+        stamps = list(pool.map(stamp_of, places))
+    return settings_hash(dict(places=places, stamps=stamps))
 
 
 def files_content(
@@ -435,7 +437,8 @@ class ClassScores:
     ):
         self.names, self.keep = list(names), keep
         self.counts = ConfusionMatrix(self.names)
-        self.borders = BoundaryF(self.names, tolerance, *([voxel_size] if voxel_size else []))
+        spacing = dict(voxel_size=voxel_size) if voxel_size else {}
+        self.borders = BoundaryF(self.names, tolerance, **spacing)
         self.each, self.worst = [], []
 
     def compare(

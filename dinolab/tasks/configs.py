@@ -157,7 +157,7 @@ def with_settings(
     return decorate
 
 # %% ../../nbs/api/tasks/configs.ipynb #230c2061
-PLAIN = (str, int, float, bool, list, tuple, dict, Path, type(None))
+PLAIN = (str, int, float, bool, list, tuple, dict, type(None))
 
 
 def plain_settings(
@@ -165,9 +165,16 @@ def plain_settings(
     leave_out: tuple = (),  # names
 ) -> dict:  # name -> plain value
     "The settings that can be written down."
-    values = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in leave_out}
-    values = {name: asdict(v) if is_dataclass(v) else v for name, v in values.items()}
-    return {name: str(v) if isinstance(v, Path) else v for name, v in values.items() if isinstance(v, PLAIN)}
+    found = {}
+    for f in fields(settings):
+        value = getattr(settings, f.name)
+        if is_dataclass(value):
+            value = asdict(value)
+        if isinstance(value, Path):
+            value = str(value)
+        if f.name not in leave_out and isinstance(value, PLAIN):
+            found[f.name] = value
+    return found
 
 # %% ../../nbs/api/tasks/configs.ipynb #1772b3a8
 class Training(Settings):
@@ -539,5 +546,9 @@ def numbers_of(
     job: type,  # settings of a job
 ) -> list:  # names
     "The fields that hold numbers."
-    hints = get_type_hints(job)
-    return [f.name for f in fields(job) if {int, float, tuple} & set(kinds_of(hints[f.name]))]
+    hints, names = get_type_hints(job), []
+    for f in fields(job):
+        kinds = set(kinds_of(hints[f.name]))
+        if kinds & {int, float, tuple}:
+            names.append(f.name)
+    return names

@@ -410,9 +410,9 @@ def write_prediction(
     if probabilities is not None:
         with atomic_write(place.with_name(f"{place.name}.npz"), "wb") as f:
             np.savez_compressed(f, probabilities=probabilities, classes=list(classes.names))
-    plain_values = classes.values == tuple(range(len(classes)))
     values = np.array(classes.values, np.uint8)[labels]
-    write_mask(place.with_name(f"{place.name}.png"), values, classes.colours if plain_values else None)
+    counted = classes.values == tuple(range(len(classes)))
+    write_mask(place.with_name(f"{place.name}.png"), values, classes.colours if counted else None)
 
 
 def check_names(

@@ -229,7 +229,9 @@ def arguments(
     given,  # from with_overrides, or a mapping of values
 ) -> dict:  # name -> value
     "The settings of a job by name, as its function takes them."
-    settings = make_settings(job, given if isinstance(given, Given) else Given(given))
+    if not isinstance(given, Given):
+        given = Given(given)
+    settings = make_settings(job, given)
     return {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
 
 # %% ../../nbs/api/tasks/recipes.ipynb #5d07a2f0
