@@ -24,7 +24,7 @@ RETINA_CLASSES = {
 
 
 class Retina(NamedTuple):
-    "A picture and its truth."
+    "An image and its truth."
 
     image: np.ndarray  # h w 3, uint8
     labels: np.ndarray  # h w, uint8, keys of RETINA_CLASSES
