@@ -296,6 +296,18 @@ def test_wrong_arguments(wrong, kind, message):
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("widths, taken", [((8, 12), (0, 0, 0, 1)), ((8, 12, 16, 20, 24, 28), (2, 3, 4, 5))])
+def test_pyramid_takes_the_last_four_maps(widths, taken):
+    "Of fewer the first several times; the third level is the map itself."
+    neck = FeaturePyramid(FeatureSpec(widths, (16,) * len(widths)))
+    first, second, third, fourth = (widths[i] for i in taken)
+    assert neck.spec.channels == (first // 4, second // 2, third, fourth)
+    given = [rand(i, 1, c, 3, 4) for i, c in enumerate(widths)]
+    levels = neck(given)
+    assert torch.equal(levels[2], given[taken[2]])
+    assert [m.shape[1] for m in levels] == list(neck.spec.channels)
+
+
 NOT_NUMBERS = (float("nan"), float("inf"), "3", True, [3, 3, 3, 3])
 COUNT = (0, -1, 1.5, *NOT_NUMBERS)  # what is not a number of things
 FROM_ZERO = COUNT[1:]  # nor 0 of them
