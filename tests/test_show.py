@@ -258,6 +258,7 @@ def test_a_number_of_classes_is_enough():
     assert [text.get_text() for text in fig.legends[0].get_texts()] == ["1", "2"]
     named = show_planes(labels, classes=["background", "1", "2"])
     assert fig.get_figheight() == named.get_figheight()
+    assert fig.get_figheight() > show_planes(labels).get_figheight() + 0.2  # inches, a row of the legend
 
 
 def test_images_of_several_sizes():
