@@ -5,6 +5,7 @@ import contextlib
 import io
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -170,7 +171,6 @@ def other_calls():
 
 
 CALLS = list(dict.fromkeys([*other_calls(), *flag_calls(), *key_calls()]))
-IMPORTS_FIRST = {"gather", "keep"}  # nothing heavy, but what a call before it in the same process has loaded
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +233,35 @@ def test_the_catalogue_is_large():
     assert call(("nnunet", "path"))[0] == 0 and call(("train", "--keys"))[0] == 0
 
 
-@pytest.mark.parametrize("args", CALLS, ids=lambda a: " ".join(a)[:80])
+QUICK = CALLS[::7]
+LONG = [args for args in CALLS if args not in set(QUICK)]
+
+
+def named(calls):
+    "Parameters of a test, with readable ids."
+    return pytest.mark.parametrize("args", calls, ids=lambda args: " ".join(args)[:80])
+
+
+@named(QUICK)
 def test_refused(args, folder, monkeypatch):
     monkeypatch.chdir(folder)
     assert faults(args, folder) == ""
+
+
+@pytest.mark.long
+@named(LONG)
+def test_all_are_refused(args, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert faults(args, folder) == ""
+
+
+def test_refusals_load_nothing_heavy(folder):
+    "In a process of its own, since tests have loaded torch before."
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import test_wrong_calls as t\n"
+        "found = {' '.join(a): t.faults(a, '.') for a in t.CALLS[::9]}\n"
+        "sys.exit(str({a: f for a, f in found.items() if f}) if any(found.values()) else 0)"
+    )
+    here = str(Path(__file__).parent)
+    done = subprocess.run([sys.executable, "-c", code, here], capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr

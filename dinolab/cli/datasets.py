@@ -51,10 +51,12 @@ def data_list(folder: Folder = "data_manifests", root: Root = "data"):
 @data.command("check")
 def data_check(manifest: Manifest, folder: Folder = "data_manifests", root: Root = "data"):
     "Compare the files of a data set with its manifest; exit code 2 where one is missing or wrong."
-    from dinolab.data.fetch import check_data
     from dinolab.data.manifest import load_manifest
 
-    rows = check_data(load_manifest(manifest, folder), root)
+    found = load_manifest(manifest, folder)
+    from dinolab.data.fetch import check_data
+
+    rows = check_data(found, root)
     print(format_table(rows))
     bad = sum(r["state"] in ("missing", "wrong") for r in rows)
     if bad:
@@ -66,10 +68,12 @@ def data_check(manifest: Manifest, folder: Folder = "data_manifests", root: Root
 @data.command("get")
 def data_get(manifest: Manifest, folder: Folder = "data_manifests", root: Root = "data"):
     "Fetch or generate the files of a data set; what is here and right stays."
-    from dinolab.data.fetch import get_data
     from dinolab.data.manifest import load_manifest
 
-    files = get_data(load_manifest(manifest, folder), root).files
+    found = load_manifest(manifest, folder)
+    from dinolab.data.fetch import get_data
+
+    files = get_data(found, root).files
     print(
         format_table(
             dict(case=case, role=role, path=path)
