@@ -30,7 +30,8 @@ def touched_chunks(
 ):  # yields the chunk's place in the grid of chunks, and slices of the data read
     "Storage chunks that `index` touches."
     sizes = getattr(array, "shards", None) or array.chunks
-    read = Box.of(slice(i, i + 1) if isinstance(i, int) else i for i in index)
+    slices = [slice(i, i + 1) if isinstance(i, int) else i for i in index]
+    read = Box.of(slices)
     kept = [axis for axis, i in enumerate(index) if not isinstance(i, int)]
     for whole in divide(read.align(sizes), sizes):
         inside = whole.intersect(read).relative_to(read)
@@ -39,8 +40,8 @@ def touched_chunks(
 
 # %% ../../nbs/api/volumes/arrays.ipynb #9e8a5865
 def _exists(array, chunk):
-    key = array.metadata.encode_chunk_key(chunk)
-    return sync((array.store_path / key).store.exists(str((array.store_path / key).path)))
+    place = array.store_path / array.metadata.encode_chunk_key(chunk)
+    return sync(place.store.exists(place.path))
 
 
 def check_present(
@@ -51,14 +52,14 @@ def check_present(
 ):
     "Raise `InputError` when a chunk of the data is not in the store."
     fill = array.metadata.fill_value
-    blank = (
-        np.isnan if fill != fill else partial(np.equal, 0 if fill is None else fill)
-    )  # zarr reads null as 0
+    fill = 0 if fill is None else fill  # as zarr reads it
+    blank = np.isnan if fill != fill else partial(np.equal, fill)
     for chunk, inside in touched_chunks(array, index):
         part = data[inside]
         if part.size and blank(part.flat[0]) and blank(part).all() and not _exists(array, chunk):
             raise InputError(
-                f"{name}: chunk {chunk} is missing; restore it, or read with missing='fill' if blank chunks were never written"
+                f"{name}: chunk {chunk} is missing; restore it, "
+                "or read with missing='fill' if blank chunks were never written"
             )
 
 # %% ../../nbs/api/volumes/arrays.ipynb #fb54dd2f
@@ -78,7 +79,8 @@ def decoding_error(
             array[Box.sized([k * n for k, n in zip(chunk, sizes)], sizes).slices]
         except Exception:
             return InputError(
-                f"{name}: chunk {chunk} cannot be decoded ({reason}): it is truncated or corrupted; restore or rewrite it"
+                f"{name}: chunk {chunk} cannot be decoded ({reason}): "
+                "it is truncated or corrupted; restore or rewrite it"
             )
     return error
 
@@ -94,13 +96,8 @@ class StoredArray:
         name: str = "array",  # for messages
         missing: str = "error",  # "error" or "fill": what an absent chunk is
     ):
-        self.array, self.axes, self.fixed, self.name, self.missing = (
-            array,
-            axes,
-            dict(fixed or {}),
-            name,
-            missing,
-        )
+        self.array, self.axes, self.fixed = array, axes, dict(fixed or {})
+        self.name, self.missing = name, missing
         self.shape = tuple(array.shape[axes.index(a)] for a in "zyx")
         self.dtype = np.dtype(array.dtype)
 
@@ -159,7 +156,8 @@ def open_group(
         ) from None
     except (zarr.errors.GroupNotFoundError, FileNotFoundError):
         raise MissingError(
-            f"no zarr group at {where!r}: expected an OME-Zarr folder (with zarr.json or .zgroup), or a .zip, .nii, .nii.gz, .tif or .npy file"
+            f"no zarr group at {where!r}: expected an OME-Zarr folder (with zarr.json or .zgroup), "
+            "or a .zip, .nii, .nii.gz, .tif or .npy file"
         ) from None
     except Exception as e:
         raise InputError(
@@ -334,7 +332,7 @@ def writable(
     group: zarr.Group,  # where
     name: str,  # of an array in it
 ) -> zarr.Array:
-    "An existing array for writing blank chunks too; zarr forgets that wish when an array is opened again, and `open_array` ignores it."
+    "An existing array for writing blank chunks too, a wish that zarr forgets when an array is opened again."
     with zarr.config.set({"array.write_empty_chunks": True}):
         return group[name]
 

@@ -77,25 +77,27 @@ class Grid:
     ) -> "Grid":
         "The grid of a region of interest, which may reach beyond the grid."
         roi = Box.of(roi)
-        origin = tuple(o + a * v for o, a, v in zip(self.origin, roi.start, self.voxel_size))
+        away = [a * v for a, v in zip(roi.start, self.voxel_size)]
+        origin = tuple(o + d for o, d in zip(self.origin, away))
         return replace(self, shape=roi.shape, origin=origin)
 
     def with_voxel_size(
         self,
         voxel_size,  # nm, one number or z, y, x
     ) -> "Grid":
-        "Same corner, voxels of another size; the last voxel of an axis may reach beyond this grid by less than a voxel."
+        "Same corner, other voxels; the last of an axis may reach beyond this grid by less than a voxel."
         size = triple(voxel_size, "voxel size (nm)")
-        shape = tuple(max(1, math.ceil(e / v - 1e-6)) for e, v in zip(self.extent, size))
-        return Grid(shape, size, tuple(c + v / 2 for c, v in zip(self.corner, size)))
+        count = [extent / v for extent, v in zip(self.extent, size)]
+        shape = tuple(max(1, math.ceil(n - 1e-6)) for n in count)
+        return Grid(shape, size, _first_centre(self.corner, size))
 
     def with_shape(
         self,
         shape: tuple,  # voxels
     ) -> "Grid":
         "Same box, divided into another number of voxels."
-        size = tuple(e / n for e, n in zip(self.extent, shape))
-        return Grid(shape, size, tuple(c + v / 2 for c, v in zip(self.corner, size)))
+        size = tuple(extent / n for extent, n in zip(self.extent, shape))
+        return Grid(shape, size, _first_centre(self.corner, size))
 
     def roi_of(
         self,
@@ -103,11 +105,16 @@ class Grid:
         margin: int = 0,  # voxels of this grid added on every side
     ) -> Box:  # not clipped
         "The voxels of this grid that touch the box of `other`."
-        axes = list(zip(self.corner, self.voxel_size, other.corner, other.extent))
-        first = [(start - corner) / size for corner, size, start, _ in axes]
-        last = [(start + extent - corner) / size for corner, size, start, extent in axes]
-        touched = Box([math.floor(a + 1e-6) for a in first], [math.ceil(b - 1e-6) for b in last])
-        return touched.grow(margin)
+        first, last = [], []
+        for corner, size, begin, extent in zip(self.corner, self.voxel_size, other.corner, other.extent):
+            first.append(math.floor((begin - corner) / size + 1e-6))
+            last.append(math.ceil((begin + extent - corner) / size - 1e-6))
+        return Box(first, last).grow(margin)
+
+
+def _first_centre(corner, size):
+    "Centre of the first voxel of a grid."
+    return tuple(c + v / 2 for c, v in zip(corner, size))
 
 
 MANY = 2**24  # pieces; a list of more would fill the memory before anything begins
@@ -118,24 +125,27 @@ def divide(
     size: tuple,  # voxels of a piece, per axis
 ) -> list:  # of Box, in C order; the last of an axis may be smaller
     "Cut a box into pieces, from its start on."
-    count = math.prod(-(-n // k) for n, k in zip(box.shape, size))
+    starts = [range(a, b, n) for a, b, n in zip(box.start, box.stop, size)]
+    count = math.prod(map(len, starts))
     if count > MANY:
         raise InputError(
             f"{'×'.join(map(str, box.shape))} voxels in pieces of {tuple(size)} are {count:.3g} pieces: "
             f"expected at most {MANY:.3g}; use larger ones, or correct the shape"
         )
-    starts = [range(a, b, n) for a, b, n in zip(box.start, box.stop, size)]
-    return [Box.sized(at, size).intersect(box) for at in itertools.product(*starts)]
+    pieces = [Box.sized(at, size) for at in itertools.product(*starts)]
+    return [piece.intersect(box) for piece in pieces]
 
 # %% ../../nbs/api/volumes/grid.ipynb #3d850212
 def size_text(
     size: tuple,  # nm, z y x
 ) -> str:  # such as 40 × 8 × 8 nm, or 2.2 × 2 × 2 mm
     "A size in the unit that suits it."
-    unit, name = next(
-        (u, n) for u, n in ((1e6, "mm"), (1e3, "µm"), (1, "nm")) if min(size) >= 0.1 * u or u == 1
-    )
-    return " × ".join(f"{v / unit:.5g}" for v in size) + f" {name}"
+    unit, name = 1, "nm"
+    for larger, its_name in ((1e3, "µm"), (1e6, "mm")):
+        if min(size) >= 0.1 * larger:
+            unit, name = larger, its_name
+    numbers = [f"{v / unit:.5g}" for v in size]
+    return " × ".join(numbers) + f" {name}"
 
 # %% ../../nbs/api/volumes/grid.ipynb #b302d06e
 def check_same_box(
@@ -143,19 +153,28 @@ def check_same_box(
     b: Grid,  # the other
     names: tuple = ("raw", "target"),  # what they are, for the error
 ):
-    "Raise `InputError` unless both grids cover the same box: within half a voxel of the coarser one at the corner, and one at the end, where a last voxel may be cut."
+    "Raise `InputError` unless both grids cover the same box, up to cut voxels."
     slack = [max(v, w) / 2 + 1e-6 for v, w in zip(a.voxel_size, b.voxel_size)]
-    ends = [[c + e for c, e in zip(g.corner, g.extent)] for g in (a, b)]
-    if all(
-        abs(p - q) <= s and abs(u - v) <= 2 * s for p, q, u, v, s in zip(a.corner, b.corner, *ends, slack)
-    ):
-        return
-    show = lambda g: (
-        f"{tuple(round(c) for c in g.corner)} to {tuple(round(c + e) for c, e in zip(g.corner, g.extent))} nm"
-    )
-    raise InputError(
-        f"{names[0]} covers {show(a)}, {names[1]} {show(b)}: expected the same box; crop one of them, or correct its voxel size"
-    )
+    starts = zip(a.corner, b.corner, slack)
+    ends = zip(_end(a), _end(b), slack)
+    same_start = all(abs(p - q) <= s for p, q, s in starts)
+    same_end = all(abs(p - q) <= 2 * s for p, q, s in ends)  # where a last voxel may be cut
+    if not (same_start and same_end):
+        raise InputError(
+            f"{names[0]} covers {_span(a)}, {names[1]} {_span(b)}: "
+            "expected the same box; crop one of them, or correct its voxel size"
+        )
+
+
+def _end(grid):
+    "The far corner, nm."
+    return tuple(c + e for c, e in zip(grid.corner, grid.extent))
+
+
+def _span(grid):
+    "Both corners, for a message."
+    start, end = (tuple(round(c) for c in corner) for corner in (grid.corner, _end(grid)))
+    return f"{start} to {end} nm"
 
 # %% ../../nbs/api/volumes/grid.ipynb #08e670f7
 def mirror(
@@ -164,7 +183,8 @@ def mirror(
 ):  # indices in 0..n-1
     "Reflect indices at the edges of an axis: -1 becomes 0, n becomes n-1."
     i = np.mod(i, 2 * n)
-    return np.where(i < n, i, 2 * n - 1 - i)
+    turned = 2 * n - 1 - i
+    return np.where(i < n, i, turned)
 
 # %% ../../nbs/api/volumes/grid.ipynb #d2f692a4
 def resample_matrix(
@@ -177,24 +197,31 @@ def resample_matrix(
 ) -> np.ndarray:  # n_out x n_in, float32, rows sum to 1
     "Weights of the input samples in each output sample: mean where coarser, linear where finer, mirrored outside."
     ratio = step_out / step_in
-    low = np.round(
-        (corner_out - corner_in) / step_in + np.arange(n_out) * ratio, 6
-    )  # in input samples, edges are integers
+    start = (corner_out - corner_in) / step_in
+    low = np.round(start + np.arange(n_out) * ratio, 6)  # in input samples, edges are integers
     if ratio <= 1 + 1e-6:
-        centre = np.round(low + ratio / 2 - 0.5, 6)
-        first = np.floor(centre)
-        index = first[:, None] + np.arange(2)
-        weight = np.stack([first + 1 - centre, centre - first], 1)
+        index, weight = _linear_weights(np.round(low + ratio / 2 - 0.5, 6))
     else:
-        high = np.round(low + ratio, 6)
-        index = np.floor(low)[:, None] + np.arange(math.ceil(ratio) + 1)
-        weight = (
-            np.clip(np.minimum(high[:, None], index + 1) - np.maximum(low[:, None], index), 0, None)
-            / (high - low)[:, None]
-        )
+        index, weight = _mean_weights(low, np.round(low + ratio, 6), math.ceil(ratio) + 1)
     matrix = np.zeros((n_out, n_in), np.float32)
-    np.add.at(matrix, (np.arange(n_out)[:, None], mirror(index.astype(np.int64), n_in)), weight)
+    rows = np.arange(n_out)[:, None]
+    np.add.at(matrix, (rows, mirror(index.astype(np.int64), n_in)), weight)
     return matrix
+
+
+def _linear_weights(centre):
+    "The two samples around each centre, and their shares."
+    first = np.floor(centre)
+    index = first[:, None] + np.arange(2)
+    return index, np.stack([first + 1 - centre, centre - first], 1)
+
+
+def _mean_weights(low, high, count):
+    "The samples between two edges, and the share that lies between them."
+    index = np.floor(low)[:, None] + np.arange(count)
+    begin = np.maximum(low[:, None], index)
+    end = np.minimum(high[:, None], index + 1)
+    return index, np.clip(end - begin, 0, None) / (high - low)[:, None]
 
 # %% ../../nbs/api/volumes/grid.ipynb #f21f58d9
 def axis_matrices(
@@ -213,7 +240,9 @@ def with_mirror(
     n: int,  # length of the axis
 ) -> slice:  # within the axis
     "The part of `s` inside the axis, and where the parts outside are mirrored to."
-    return slice(max(0, min(s.start, 2 * n - s.stop)), min(n, max(s.stop, -s.start)))
+    start = min(s.start, 2 * n - s.stop)
+    stop = max(s.stop, -s.start)
+    return slice(max(0, start), min(n, stop))
 
 # %% ../../nbs/api/volumes/grid.ipynb #2c5bd052
 def is_identity(
@@ -229,14 +258,16 @@ def apply_matrices(
     offset: float = 0.0,  # is taken from all values
 ) -> np.ndarray:  # z y x, float32
     "Multiply each axis of `x` with its matrix, the one that shrinks most first."
-    x, exact = np.asarray(x), np.can_cast(np.asarray(x).dtype, np.float32)
+    x = np.asarray(x)
+    exact = np.can_cast(x.dtype, np.float32)
     if offset and not exact:
         x = x.astype(np.float64) - offset
     x = x.astype(np.float32, copy=False)
-    order = sorted(range(3), key=lambda a: len(matrices[a]) / matrices[a].shape[1])
-    for a in order:
-        if not is_identity(matrices[a]):
-            x = np.moveaxis(np.tensordot(matrices[a], x, (1, a)), 0, a)
+    growth = [m.shape[0] / m.shape[1] for m in matrices]
+    for axis in sorted(range(3), key=growth.__getitem__):
+        if not is_identity(matrices[axis]):
+            x = np.tensordot(matrices[axis], x, (1, axis))
+            x = np.moveaxis(x, 0, axis)
     if offset and exact:
         x = x - offset
     return np.ascontiguousarray(x)
@@ -246,8 +277,9 @@ def majority(
     x: np.ndarray,  # ... b, integers
 ) -> np.ndarray:  # ...
     "The most frequent value along the last axis; the smaller one in a tie."
-    s = np.sort(x, axis=-1)
-    place = np.arange(s.shape[-1])
-    start = np.where(np.diff(s, axis=-1, prepend=s[..., :1]) != 0, place, 0)
-    run = place - np.maximum.accumulate(start, axis=-1)
-    return np.take_along_axis(s, run.argmax(-1)[..., None], -1)[..., 0]
+    ordered = np.sort(x, axis=-1)
+    place = np.arange(ordered.shape[-1])
+    begins = np.diff(ordered, axis=-1, prepend=ordered[..., :1]) != 0
+    first = np.maximum.accumulate(np.where(begins, place, 0), axis=-1)  # of the same value
+    longest = (place - first).argmax(-1)
+    return np.take_along_axis(ordered, longest[..., None], -1)[..., 0]

@@ -68,8 +68,10 @@ def check_fits(
 # %% ../../nbs/api/volumes/volume.ipynb #effac0ab
 def _nearest_index(src, dst, a):
     "Index of the source voxel that holds each target centre; a centre on an edge takes the lower voxel."
-    pos = (dst.origin[a] + np.arange(dst.shape[a]) * dst.voxel_size[a] - src.corner[a]) / src.voxel_size[a]
-    return np.clip(np.ceil(np.round(pos, 6)).astype(int) - 1, 0, src.shape[a] - 1)
+    centre = dst.origin[a] + np.arange(dst.shape[a]) * dst.voxel_size[a]
+    position = (centre - src.corner[a]) / src.voxel_size[a]
+    voxel = np.ceil(np.round(position, 6)).astype(int) - 1
+    return np.clip(voxel, 0, src.shape[a] - 1)
 
 
 def _majority_sample(data, matrices):
@@ -109,7 +111,8 @@ class Volume:
     dtype = property(lambda self: np.dtype(self.array.dtype))
 
     def __repr__(self):
-        return f"Volume({'/'.join(Path(self.name).parts[-2:])!r}, {self.shape}, {self.dtype}, {size_text(self.voxel_size)})"
+        short = "/".join(Path(self.name).parts[-2:])
+        return f"Volume({short!r}, {self.shape}, {self.dtype}, {size_text(self.voxel_size)})"
 
     def read(
         self,
@@ -126,7 +129,10 @@ class Volume:
     ) -> "Volume":
         "A part of the volume, still on disk."
         box = check_roi(roi, self.shape, self.name)
-        part = self.array[box.slices] if isinstance(self.array, np.ndarray) else _Window(self.array, box)
+        if isinstance(self.array, np.ndarray):
+            part = self.array[box.slices]
+        else:
+            part = _Window(self.array, box)
         return Volume(part, self.grid.crop(box), self.name, self.path)
 
     def sample(
@@ -187,9 +193,11 @@ def _hash_of_values(volume):
     if isinstance(volume.array, np.ndarray):
         return array_hash(volume.array)
     h = hashlib.sha256(f"{volume.dtype.str} {volume.shape}".encode())
-    depth = max(1, 2**24 // max(1, math.prod(volume.shape[1:])))
-    for slab in divide(Box.whole(volume.shape), (depth, *volume.shape[1:])):
-        h.update(np.ascontiguousarray(volume.read(slab)).reshape(-1).view(np.uint8).data)
+    plane = volume.shape[1:]
+    depth = max(1, 2**24 // math.prod(plane))
+    for slab in divide(Box.whole(volume.shape), (depth, *plane)):
+        values = np.ascontiguousarray(volume.read(slab))
+        h.update(values.reshape(-1).view(np.uint8).data)
     return h.hexdigest()
 
 
@@ -247,14 +255,16 @@ def check_inside(
     box: Grid,  # where there are values
     name: str = "volume",  # for the error
 ):
-    "Raise `InputError` when `grid` reaches out of `box`: half a voxel of the coarser of the two at its corner, or a whole one at its end, where a last voxel may be cut."
-    for axis, c, e, v, c2, e2, v2 in zip(
-        "zyx", grid.corner, grid.extent, grid.voxel_size, box.corner, box.extent, box.voxel_size
-    ):
-        slack = max(v, v2) / 2 + 1e-6
-        if c < c2 - slack or c + e > c2 + e2 + 2 * slack:
+    "Raise `InputError` when `grid` reaches out of `box`, up to the rounding that differing grids bring."
+    for axis in range(3):
+        size = max(grid.voxel_size[axis], box.voxel_size[axis])
+        start, low = grid.corner[axis], box.corner[axis]
+        end, high = start + grid.extent[axis], low + box.extent[axis]
+        slack = size / 2 + 1e-6
+        if start < low - slack or end > high + 2 * slack:
             raise InputError(
-                f"{name}: {axis} from {c:g} to {c + e:g} nm asked, {c2:g} to {c2 + e2:g} nm there: expected a box inside the volume"
+                f"{name}: {'zyx'[axis]} from {start:g} to {end:g} nm asked, {low:g} to {high:g} nm there: "
+                "expected a box inside the volume"
             )
 
 # %% ../../nbs/api/volumes/volume.ipynb #d48b5a56
@@ -275,8 +285,12 @@ class Multiscale:
     ) -> Volume:
         "The level whose voxel size is nearest in ratio, over all three axes."
         want = np.log(triple(voxel_size, "voxel size (nm)"))
+
+        def distance(volume):
+            return float(np.square(np.log(volume.voxel_size) - want).sum())
+
         allowed = self.levels if finest is None else self._not_finer(finest)
-        return min(allowed, key=lambda v: float(np.square(np.log(v.voxel_size) - want).sum()))
+        return min(allowed, key=distance)
 
     def _not_finer(self, finest):
         "Levels with no axis finer than that; the coarsest where there is none."
