@@ -181,7 +181,8 @@ def _processes(task, blocks, done, workers, restarts=3):
         yield (
             b,
             RuntimeError(
-                "its worker was killed again and again; is there enough memory, and is the task in a module that workers can import?"
+                "its worker was killed again and again; is there enough memory, "
+                "and is the task in a module that workers can import?"
             ),
         )
 
@@ -230,9 +231,9 @@ def run_blocks(
 # %% ../../nbs/api/volumes/blocks.ipynb #505ee442
 def _raise(failed, total):
     block, error = failed[0]
-    kind = (
-        InputError if all(isinstance(e, (InputError, OSError)) for _, e in failed) else RuntimeError
-    )  # OSError: disk full, read-only, connection lost
+    ours = (InputError, OSError)  # OSError: disk full, read-only, connection lost
+    kind = InputError if all(isinstance(e, ours) for _, e in failed) else RuntimeError
     raise kind(
-        f"{len(failed)} of {total} blocks failed, the first at {block.index}: {error}; what is done is kept, run again to go on"
+        f"{len(failed)} of {total} blocks failed, the first at {block.index}: {error}; "
+        "what is done is kept, run again to go on"
     ) from error

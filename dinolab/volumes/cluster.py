@@ -33,12 +33,17 @@ def duration(
     what: str = "walltime",  # for the error
 ) -> int:  # seconds
     "A length of time."
-    if found := re.fullmatch(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)", str(text).strip()):
-        return sum(int(n or 0) * s for n, s in zip(found.groups(), (86400, 3600, 60, 1)))
-    if found := re.fullmatch(r"(\d+(?:\.\d+)?) ?([smhd])", str(text).strip()):
-        return round(float(found[1]) * dict(s=1, m=60, h=3600, d=86400)[found[2]])
+    clock = re.fullmatch(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)", str(text).strip())
+    if clock:
+        days, hours, minutes, seconds = (int(n or 0) for n in clock.groups())
+        return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    short = re.fullmatch(r"(\d+(?:\.\d+)?) ?([smhd])", str(text).strip())
+    if short:
+        number, unit = short.groups()
+        return round(float(number) * dict(s=1, m=60, h=3600, d=86400)[unit])
     raise InputError(
-        f"{what} {text!r}: expected h:mm:ss, d-hh:mm:ss, or a number with s, m, h or d, such as 4:00:00 or 90m"
+        f"{what} {text!r}: expected h:mm:ss, d-hh:mm:ss, "
+        "or a number with s, m, h or d, such as 4:00:00 or 90m"
     )
 
 # %% ../../nbs/api/volumes/cluster.ipynb #f7f10020
@@ -49,7 +54,9 @@ def bytes_of(
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B?", str(text).strip(), re.I)
     if not found or not float(found[1]):
         raise InputError(f"memory {text!r}: expected a number with KB, MB, GB or TB, such as 16GB")
-    return round(float(found[1]) * (1024 if found[3] else 1000) ** ("KMGT".index(found[2].upper()) + 1))
+    number, prefix, binary = found.groups()
+    power = "KMGT".index(prefix.upper()) + 1
+    return round(float(number) * (1024 if binary else 1000) ** power)
 
 # %% ../../nbs/api/volumes/cluster.ipynb #63ffa8d7
 @dataclass(frozen=True)
@@ -113,8 +120,12 @@ def thread_variables(
 
 def _share(cluster):
     "Threads of a worker of this machine."
-    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return cluster.cores or int(os.environ.get("OMP_NUM_THREADS") or max(1, mine // cluster.workers))
+    asked = cluster.cores or os.environ.get("OMP_NUM_THREADS")
+    if asked:
+        return int(asked)
+    usable = getattr(os, "sched_getaffinity", None)
+    cores = len(usable(0)) if usable else os.cpu_count()
+    return max(1, cores // cluster.workers)
 
 # %% ../../nbs/api/volumes/cluster.ipynb #ceb4ba6f
 MEMORY = {f"distributed.worker.memory.{k}": False for k in ("target", "spill", "pause")}
@@ -128,8 +139,9 @@ def _need(module):
     try:
         return importlib.import_module(module)
     except ImportError:
+        package = module.split(".")[0].replace("_", "-")
         raise ImportError(
-            f"a cluster needs {module.split('.')[0].replace('_', '-')}; install the extra: pip install 'dinolab[cluster]'"
+            f"a cluster needs {package}; install the extra: pip install 'dinolab[cluster]'"
         ) from None
     finally:
         if signal.getsignal(signal.SIGINT) is not before:
@@ -139,11 +151,9 @@ def _need(module):
 def _gpus():
     "What CUDA_VISIBLE_DEVICES may hold here, one by one."
     seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return (
-        [g for g in seen.split(",") if g]
-        if seen is not None
-        else [str(i) for i in range(len(machine()["gpus"]))]
-    )
+    if seen is not None:
+        return [gpu for gpu in seen.split(",") if gpu]
+    return [str(i) for i in range(len(machine()["gpus"]))]
 
 
 def start_local(
@@ -153,9 +163,9 @@ def start_local(
     distributed, dask, gpus = _need("distributed"), _need("dask"), _gpus()
 
     def worker(i):
-        env = thread_variables(_share(cluster)) | (
-            dict(CUDA_VISIBLE_DEVICES=gpus[i % len(gpus)]) if gpus else {}
-        )
+        env = thread_variables(_share(cluster))
+        if gpus:
+            env["CUDA_VISIBLE_DEVICES"] = gpus[i % len(gpus)]
         options = dict(
             nthreads=1,
             env=env,
@@ -170,10 +180,9 @@ def start_local(
         cls=distributed.Scheduler,
         options=dict(host="127.0.0.1", port=0, dashboard=False, dashboard_address=":0"),
     )
+    workers = {i: worker(i) for i in range(cluster.workers)}
     with dask.config.set(MEMORY):
-        return distributed.SpecCluster(
-            {i: worker(i) for i in range(cluster.workers)}, scheduler, silence_logs=logging.ERROR
-        )
+        return distributed.SpecCluster(workers, scheduler, silence_logs=logging.ERROR)
 
 # %% ../../nbs/api/volumes/cluster.ipynb #a97e1994
 def lifetime(
@@ -187,9 +196,14 @@ def lifetime(
 def _job_options(cluster, log):
     "Arguments of dask-jobqueue for both queues."
     end, vary = lifetime(duration(cluster.walltime or "4h"))
-    site = lambda key: list(_need("dask").config.get(f"jobqueue.{cluster.kind}.{key}", None) or [])
     quiet = {"DASK_" + k.upper().replace(".", "__"): "False" for k in MEMORY}
-    exports = [f"export {k}={v}" for k, v in (thread_variables(cluster.cores or 4) | quiet).items()]
+    variables = thread_variables(cluster.cores or 4) | quiet
+    exports = [f"export {name}={value}" for name, value in variables.items()]
+
+    def site(key):
+        "What this site has configured for its jobs."
+        return list(_need("dask").config.get(f"jobqueue.{cluster.kind}.{key}", None) or [])
+
     return dict(
         cores=1,
         processes=1,
@@ -246,10 +260,9 @@ def _noting(job):
             try:
                 await super().start()
             except Exception as e:
-                self.refused, self.status = (
-                    " ".join(str(e).split("stderr:")[-1].split()) or type(e).__name__,
-                    _need("distributed").Status.failed,
-                )
+                said = str(e).split("stderr:")[-1]
+                self.refused = " ".join(said.split()) or type(e).__name__
+                self.status = _need("distributed").Status.failed
                 raise
 
     return Job
@@ -262,13 +275,15 @@ def start_jobs(
     job, options = QUEUES[cluster.kind](cluster)
     if not shutil.which(job.submit_command):
         raise InputError(
-            f"no command {job.submit_command} here: expected a machine that may submit to {cluster.kind}; --cluster local needs none"
+            f"no command {job.submit_command} here: "
+            f"expected a machine that may submit to {cluster.kind}; --cluster local needs none"
         )
     try:
         _logs(cluster).mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise InputError(
-            f"logs {_logs(cluster)} cannot be written ({e.strerror}): expected a folder that jobs may write to"
+            f"logs {_logs(cluster)} cannot be written ({e.strerror}): "
+            "expected a folder that jobs may write to"
         ) from None
     made = _need("dask_jobqueue.core").JobQueueCluster(
         job_cls=_noting(job),
@@ -307,21 +322,26 @@ def _wait(made, cluster):
         )
     end = time.monotonic() + duration(cluster.wait or ("1d" if jobs else "2m"), "wait")
     while not made.scheduler.workers:
-        refused = [w.refused for w in made.workers.values() if getattr(w, "refused", None)]
-        if len(refused) == cluster.workers:
-            raise InputError(
-                f"{cluster.kind} refused the jobs: {refused[0][:300]}; dinolab ... --job-script shows what was submitted"
-            )
+        _check_refusals(made, cluster)
         if time.monotonic() > end:
-            raise InputError(
-                f"no worker after {cluster.wait or 'the time to wait'}: "
-                + (
-                    f"expected a job to start; see {_logs(cluster)}, and whether jobs reach this machine (interface)"
-                    if jobs
-                    else "expected processes to start"
+            hint = "expected processes to start"
+            if jobs:
+                hint = (
+                    f"expected a job to start; see {_logs(cluster)}, "
+                    "and whether jobs reach this machine (interface)"
                 )
-            )
+            raise InputError(f"no worker after {cluster.wait or 'the time to wait'}: {hint}")
         time.sleep(0.2)
+
+
+def _check_refusals(made, cluster):
+    "An error when the queue has refused every job."
+    refused = [w.refused for w in made.workers.values() if getattr(w, "refused", None)]
+    if len(refused) == cluster.workers:
+        raise InputError(
+            f"{cluster.kind} refused the jobs: {refused[0][:300]}; "
+            "dinolab ... --job-script shows what was submitted"
+        )
 
 # %% ../../nbs/api/volumes/cluster.ipynb #d2a39f04
 def _keep_jobs(made, cluster, ended):

@@ -9,6 +9,7 @@ __all__ = ['METHODS', 'check_offsets', 'shifted', 'affinities', 'local_shape_des
 # %% ../../nbs/api/volumes/instances.ipynb #32a59ab8
 from importlib.util import find_spec
 from inspect import signature
+from itertools import combinations
 
 import numpy as np
 from scipy.ndimage import distance_transform_edt, find_objects, gaussian_filter, label, maximum_filter
@@ -22,21 +23,25 @@ def check_offsets(
     dims: int,  # axes of the labels
 ) -> list:
     "Offsets as tuples of integers, checked."
-    offsets = [tuple(int(v) for v in o) for o in offsets]
-    if not offsets or any(len(o) != dims or not any(o) for o in offsets) or len(set(offsets)) < len(offsets):
+    steps = [tuple(int(v) for v in o) for o in offsets]
+    good = steps and len(set(steps)) == len(steps)
+    if not good or any(len(o) != dims or not any(o) for o in steps):
         raise InputError(
-            f"offsets {offsets}: expected one or more different steps of {dims} numbers, none of them zero"
+            f"offsets {steps}: expected one or more different steps of {dims} numbers, none of them zero"
         )
-    return offsets
+    return steps
 
 
 def shifted(
     offset: tuple,  # voxels
 ) -> tuple:  # slices of i, slices of i + offset
     "Where both ends of an offset are inside."
-    here = tuple(slice(max(0, -o), -o if o > 0 else None) for o in offset)
-    there = tuple(slice(max(0, o), o if o < 0 else None) for o in offset)
-    return here, there
+    here, there = [], []
+    for o in offset:
+        inner, outer = slice(0, -abs(o) or None), slice(abs(o), None)
+        here.append(inner if o >= 0 else outer)
+        there.append(outer if o >= 0 else inner)
+    return tuple(here), tuple(there)
 
 
 def affinities(
@@ -46,11 +51,13 @@ def affinities(
     "Whether each voxel belongs to the same object as the one an offset away."
     labels = np.asarray(labels)
     offsets = check_offsets(offsets, labels.ndim)
-    same, known = np.zeros((2, len(offsets), *labels.shape), bool)
-    for k, o in enumerate(offsets):
-        here, there = shifted(o)
+    same = np.zeros((len(offsets), *labels.shape), bool)
+    known = np.zeros_like(same)
+    for k, offset in enumerate(offsets):
+        here, there = shifted(offset)
         a, b = labels[here], labels[there]
-        same[k][here], known[k][here] = (a == b) & (a != 0), True
+        same[k][here] = (a == b) & (a != 0)
+        known[k][here] = True
     return same, known
 
 # %% ../../nbs/api/volumes/instances.ipynb #440d2e03
@@ -61,44 +68,55 @@ def local_shape_descriptors(
 ) -> np.ndarray:  # 10 z y x (6 y x), float32 in 0..1: offset, variance, correlation, size
     "Shape of the object around each voxel (Sheridan et al. 2022, eq. 1-3)."
     labels = np.asarray(labels)
-    size = np.broadcast_to(np.asarray(voxel_size, float), labels.ndim)
-    if sigma <= 0:
-        raise InputError(f"sigma {sigma} nm: expected a positive length")
     n = labels.ndim
-    out = np.zeros((n + n + n * (n - 1) // 2 + 1, *labels.shape), np.float32)
-    _, dense = np.unique(labels, return_inverse=True)
-    dense = dense.reshape(labels.shape) + (
-        0 if (labels == 0).any() else 1
-    )  # background, if any, is 0 because it sorts first
+    size = np.broadcast_to(np.asarray(voxel_size, float), n)
+    if not (np.isfinite(sigma) and sigma > 0):
+        raise InputError(f"sigma {sigma} nm: expected a positive length")
     if labels.min() < 0:
         raise InputError(
             f"labels from {labels.min()}: expected 0 for background and positive numbers for objects"
         )
+    _, dense = np.unique(labels, return_inverse=True)
+    dense = dense.reshape(labels.shape)
+    if (labels != 0).all():
+        dense = dense + 1  # background, if any, is 0 because it sorts first
+    channels = n + n + n * (n - 1) // 2 + 1  # offset, variance, correlation, size
+    out = np.zeros((channels, *labels.shape), np.float32)
     for i, box in enumerate(find_objects(dense)):
         on = dense[box] == i + 1
-        out[(slice(None), *box)][:, on] = _descriptors(on, sigma / size, size / sigma)[:, on]
+        described = _descriptors(on, sigma / size, size / sigma)
+        out[(slice(None), *box)][:, on] = described[:, on]
     return out
 
 
 def _descriptors(on, sigma, scale):
     "Moments of one object within its box; lengths in units of the window."
     n, weight = on.ndim, on.astype(float)
-    blur = lambda x: gaussian_filter(x, sigma, mode="constant", truncate=3)
-    where = [
-        (np.arange(k) - k / 2).reshape([-1 if b == a else 1 for b in range(n)]) * scale[a]
-        for a, k in enumerate(on.shape)
-    ]
+
+    def blur(x):
+        return gaussian_filter(x, sigma, mode="constant", truncate=3)
+
     count = np.maximum(blur(weight), 1e-12)
+    where = [_positions(k, axis, n) * scale[axis] for axis, k in enumerate(on.shape)]
     mean = [blur(weight * x) / count for x in where]
-    pairs = [(a, a) for a in range(n)] + [(a, b) for a in range(n) for b in range(a + 1, n)]
-    cov = {(a, b): blur(weight * where[a] * where[b]) / count - mean[a] * mean[b] for a, b in pairs}
+
+    def covariance(a, b):
+        return blur(weight * where[a] * where[b]) / count - mean[a] * mean[b]
+
+    variance = [covariance(a, a) for a in range(n)]
     offset = [np.clip((m - x) / 2 + 0.5, 0, 1) for m, x in zip(mean, where)]
-    variance = [np.clip(cov[a, a], 0, 1) for a in range(n)]
-    correlation = [
-        np.clip(cov[a, b] / np.sqrt(np.maximum(cov[a, a] * cov[b, b], 1e-12)) / 2 + 0.5, 0, 1)
-        for a, b in pairs[n:]
-    ]
+    correlation = []
+    for a, b in combinations(range(n), 2):
+        deviations = np.sqrt(np.maximum(variance[a] * variance[b], 1e-12))
+        correlation.append(np.clip(covariance(a, b) / deviations / 2 + 0.5, 0, 1))
+    variance = [np.clip(v, 0, 1) for v in variance]
     return np.stack([*offset, *variance, *correlation, np.clip(count, 0, 1)])
+
+
+def _positions(length, axis, rank):
+    "Places along an axis, counted from the middle, as an array of that rank."
+    line = np.arange(length) - length / 2
+    return line.reshape([-1 if a == axis else 1 for a in range(rank)])
 
 # %% ../../nbs/api/volumes/instances.ipynb #df769b36
 def mutex_watershed(
@@ -116,11 +134,10 @@ def mutex_watershed(
     offsets = check_offsets(offsets, affs.ndim - 1)
     if bias is None:
         bias = [-0.2 if sum(map(abs, o)) == 1 else -0.8 for o in offsets]
-    inside = [
-        k for k, o in enumerate(offsets) if all(abs(v) < n for v, n in zip(o, affs.shape[1:]))
-    ]  # longer steps end outside everywhere
-    shifted_affs = [affs[k].astype(np.float64) + bias[k] for k in inside]
-    return mwatershed.agglom(np.stack(shifted_affs), [offsets[k] for k in inside]).astype(np.int64)
+    shape = np.array(affs.shape[1:])
+    inside = [k for k, o in enumerate(offsets) if (np.abs(o) < shape).all()]  # others end outside everywhere
+    biased = np.stack([affs[k].astype(np.float64) + bias[k] for k in inside])
+    return mwatershed.agglom(biased, [offsets[k] for k in inside]).astype(np.int64)
 
 # %% ../../nbs/api/volumes/instances.ipynb #a902589a
 def seeded_watershed(
@@ -133,25 +150,23 @@ def seeded_watershed(
     near = [k for k, o in enumerate(offsets) if sum(map(abs, o)) == 1]
     if not near:
         raise InputError(f"offsets {offsets}: expected the nearest neighbours among them")
-    inner = np.minimum.reduce([_both_sides(affs[k], offsets[k]) for k in near])
+    inner = np.minimum.reduce([_both_sides(affs[k], offsets[k], np.minimum) for k in near])
+    outer = np.maximum.reduce([_both_sides(affs[k], offsets[k], np.maximum) for k in near])
     inside = inner > threshold
-    distance = distance_transform_edt(np.pad(inside, 1))[(slice(1, -1),) * inside.ndim]
+    distance = distance_transform_edt(np.pad(inside, 1))
+    distance = distance[(slice(1, -1),) * inside.ndim]
     smooth = gaussian_filter(distance, 1)
     seeds, _ = label((smooth == maximum_filter(smooth, 5)) & inside)
-    return watershed(
-        -distance,
-        seeds,
-        mask=np.maximum.reduce([_both_sides(affs[k], offsets[k], np.maximum) for k in near]) > threshold,
-    ).astype(np.int64)
+    return watershed(-distance, seeds, mask=outer > threshold).astype(np.int64)
 
 
-def _both_sides(a, offset, combine=np.minimum):
+def _both_sides(a, offset, combine):
     "The affinity of each voxel to its neighbours on both sides of it."
     here, there = shifted(offset)
-    other = np.ones_like(a) if combine is np.minimum else np.zeros_like(a)
-    other[there] = a[here]
-    own = other * 0 + (1 if combine is np.minimum else 0)
+    outside = 1 if combine is np.minimum else 0  # where there is no neighbour
+    own, other = np.full_like(a, outside), np.full_like(a, outside)
     own[here] = a[here]
+    other[there] = a[here]
     return combine(own, other)
 
 # %% ../../nbs/api/volumes/instances.ipynb #fe80d331
@@ -179,8 +194,9 @@ def segment_affinities(
     if method == "auto":
         method = "mutex" if find_spec("mwatershed") else "watershed"
     segment = pick(METHODS, method, "method")
+    known = dict.fromkeys(list(signature(segment).parameters)[2:])
     for key in options:
-        pick({k: 0 for k in list(signature(segment).parameters)[2:]}, key, f"option of method {method}")
+        pick(known, key, f"option of method {method}")
     found = segment(affs, offsets, **options)
     if mask is not None:
         found = np.where(mask, found, 0)

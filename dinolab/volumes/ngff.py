@@ -25,7 +25,9 @@ KINDS = {dict: "an object", list: "a list", str: "a text", Real: "a number"}
 def _short(value):
     "A value for a message, in one line."
     text = " ".join(repr(value).split())
-    return text if len(text) <= 60 else f"{text[:40]}...{text[-10:]}"
+    if len(text) <= 60:
+        return text
+    return f"{text[:40]}...{text[-10:]}"
 
 
 def need(
@@ -299,8 +301,9 @@ def pyramid_grids(
     "Grids with voxel sizes doubling per level on every axis that is longer than one voxel."
     grids = [grid]
     while len(grids) < levels and max(grids[-1].shape) > 1:
-        g = grids[-1]
-        grids.append(g.with_voxel_size(tuple(v * 2 if n > 1 else v for v, n in zip(g.voxel_size, g.shape))))
+        grid = grids[-1]
+        size = [v * 2 if n > 1 else v for v, n in zip(grid.voxel_size, grid.shape)]
+        grids.append(grid.with_voxel_size(size))
     return grids
 
 # %% ../../nbs/api/volumes/ngff.ipynb #c1d70995
@@ -315,9 +318,9 @@ def _dataset(i, grid, rgb):
 
 def _rgb_channels():
     "How viewers are to show three channels."
-    window = dict(min=0, max=255, start=0, end=255)
+    shown = dict(active=True, window=dict(min=0, max=255, start=0, end=255))
     colours = dict(red="FF0000", green="00FF00", blue="0000FF")
-    return [dict(label=n, color=c, active=True, window=window) for n, c in colours.items()]
+    return [dict(label=name, color=colour, **shown) for name, colour in colours.items()]
 
 
 def ngff_attributes(

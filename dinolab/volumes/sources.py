@@ -138,7 +138,7 @@ def open_levels(
     missing: str = None,  # an absent chunk is an "error" (the default), or "fill" for the fill value
     storage_options: dict = None,  # for fsspec
 ) -> Multiscale:
-    "Open anything as a pyramid, lazily where the format allows it; a single volume is a pyramid of one level. An option that the source has no use for is an `InputError`."
+    "Open anything as a pyramid, maybe of one level; an option that has no use for it is an `InputError`."
     given = dict(
         voxel_size=voxel_size,
         origin=origin,

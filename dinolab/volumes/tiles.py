@@ -36,7 +36,7 @@ def tile_starts(
     overlap: float,  # share of a tile that the next one covers, at least
     step: int = 1,  # starts are multiples of this, except the last, which ends with the axis
 ) -> list:
-    "Where tiles begin along an axis: as few as the overlap allows, evenly spread, so that no tile ends near the edge of the volume, where its neighbour's weight is small too."
+    "Where tiles begin along an axis: as few as the overlap allows, evenly spread."
     if not 0 <= overlap < 1:
         raise InputError(f"overlap {overlap}: expected a share from 0 to less than 1")
     if tile < 1 or length < 1:
@@ -78,7 +78,7 @@ def tile_weight(
     shape: tuple,  # voxels of the volume
     sigma: float = 0.125,  # standard deviation, shares of the tile
 ) -> np.ndarray:  # *s, float32, the product of one factor per axis
-    "Importance of the voxels of a tile. The floor is on each axis, not on the product, which keeps its shape in corners."
+    "Importance of the voxels of a tile; its floor is on each axis, so that corners keep their shape."
     rank, weight = len(shape), np.float32(1)
     for axis, (place, length) in enumerate(zip(tile, shape)):
         one = axis_weight(place, length, sigma).astype(np.float32)
@@ -155,21 +155,18 @@ def _wants_grad(*tensors):
 
 def _conv3d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     "torch.conv3d, for one image by oneDNN."
-    one_image = (
-        input.ndim == 5
-        and len(input) == 1
-        and groups == 1
-        and weight[0, 0].numel() > 1
-        and not isinstance(padding, str)
-    )  # kernels of one voxel, and groups, torch does well
-    if not (one_image and _on_cpu(input) and _on_cpu(weight) and _has_onednn()) or _wants_grad(
-        input, weight, bias
-    ):
+    plain = input.ndim == 5 and len(input) == 1 and not isinstance(padding, str)
+    slow = groups == 1 and weight[0, 0].numel() > 1  # kernels of one voxel, and groups, torch does well
+    possible = _has_onednn() and _on_cpu(input) and _on_cpu(weight)
+    if not (plain and slow and possible) or _wants_grad(input, weight, bias):
         return torch.conv3d(input, weight, bias, stride, padding, dilation, groups)
-    three = lambda n: (n,) * 3 if isinstance(n, int) else tuple(n)
     return torch.mkldnn_convolution(
-        input, weight, bias, three(padding), three(stride), three(dilation), groups
+        input, weight, bias, _three(padding), _three(stride), _three(dilation), groups
     )
+
+
+def _three(n):
+    return (n,) * 3 if isinstance(n, int) else tuple(n)
 
 # %% ../../nbs/api/volumes/tiles.ipynb #fda7cfe9
 @torch.inference_mode()
@@ -231,7 +228,9 @@ def default_block(
     chunk: int,  # voxels per storage chunk
 ) -> tuple:
     "Voxels per block: about three tiles per axis, whole chunks."
-    return tuple(min(-(-3 * t // chunk) * chunk, -(-n // chunk) * chunk) for n, t in zip(shape, tile))
+    whole = Box.whole(shape).align(chunk).shape
+    three = Box.whole([3 * t for t in tile]).align(chunk).shape
+    return tuple(min(a, b) for a, b in zip(three, whole))
 
 
 def predict_to_zarr(
@@ -274,21 +273,16 @@ def predict_to_zarr(
     )
     with build_store(store, KIND, kept, sources=sources, resume=resume, what="prediction") as made:
         if not made.complete:
-            shape = (len(classes), *grid.shape)
             task = _Prediction(
-                predict,
-                tiles,
-                len(classes),
-                _labels(made.path, grid, chunk, classes, colours),
-                made.array("probabilities", shape, "u1", (1, *[chunk] * 3), dimension_names=tuple("czyx"))
-                if probabilities
-                else None,
-                skip,
+                predict, tiles, len(classes), _labels(made.path, grid, chunk, classes, colours), skip=skip
             )
-            record = f"done_{'x'.join(map(str, block))}"
-            made.run(
-                task, make_blocks(grid.shape, block), record, workers=workers, client=client, desc="predict"
-            )
+            if probabilities:
+                shape, chunks = (len(classes), *grid.shape), (1, *[chunk] * 3)
+                task.probabilities = made.array(
+                    "probabilities", shape, "u1", chunks, dimension_names=tuple("czyx")
+                )
+            blocks, record = make_blocks(grid.shape, block), f"done_{'x'.join(map(str, block))}"
+            made.run(task, blocks, record, workers=workers, client=client, desc="predict")
             fill_pyramid(open_or_create_group(f"{made.path}/labels"), "labels")
             made.finish()
     return open_prediction(store)
@@ -309,13 +303,11 @@ def _labels(path, grid, chunk, classes, colours):
 def _describe(group, classes, colours):
     "Names and colours of the classes, as OME-Zarr keeps them."
     values = [1] if len(classes) == 1 else range(len(classes))
-    label = dict(
-        version="0.5", properties=[{"label-value": v, "class": name} for v, name in zip(values, classes)]
-    )
+    properties = [{"label-value": v, "class": name} for v, name in zip(values, classes)]
+    label = dict(version="0.5", properties=properties)
     if colours:
-        label["colors"] = [
-            {"label-value": v, "rgba": [*rgb, 255]} for v, rgb in zip(values, rgb_table(colours).tolist())
-        ]
+        table = rgb_table(colours).tolist()
+        label["colors"] = [{"label-value": v, "rgba": [*rgb, 255]} for v, rgb in zip(values, table)]
     group.attrs["ome"] = {**group.attrs["ome"], "image-label": label}
 
 

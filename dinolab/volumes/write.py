@@ -36,7 +36,7 @@ def create_multiscale(
     rgb: bool = False,  # a leading axis of three channels
     name: str = None,  # of the image; the folder's by default
 ):  # zarr group
-    "Create an empty pyramid, to be filled through `writable`: blank chunks are written too, so that a missing chunk is a fault."
+    "Create an empty pyramid, to be filled through `writable`, which makes a missing chunk a fault."
     _check_layout(version, chunk, shard)
     grids = pyramid_grids(grid, levels)
     group = create_group(path, zarr_format=2 if version == "0.4" else 3)
@@ -125,7 +125,8 @@ def _voxel_sizes(group):
 
 
 def _reduced(src, roi, factor, kind):
-    "One block of a coarser level, in pieces that need about 128³ voxels of `src` each: a 64³ chunk of labels at 1/16 stands for 1024³ voxels."
+    "One block of a coarser level, in pieces that need about 128³ voxels of `src` each."
+    # a 64³ chunk of labels at 1/16 stands for 1024³ voxels
     out = np.empty((*src.shape[:-3], *roi.shape), src.dtype)
     side = [max(1, max(128, n) // f) for f, n in zip(factor, src.chunks[-3:])]
     for piece in divide(roi, side):
