@@ -271,6 +271,8 @@ def test_a_store_goes_on_where_it_stopped(tmp_path):
     with pytest.raises(InputError, match="is unfinished"):
         open_store(tmp_path / "s.zarr", "dinolab powers")
     assert kept_attributes(tmp_path / "s.zarr")["mean"] == RAW.mean()
+    with build_store(tmp_path / "b.zarr", "dinolab powers", {}) as store:
+        assert [store.keep("draw", lambda: n) for n in (1, 2)] == [1, 1]  # once, whatever comes later
     (tmp_path / "s.zarr" / ("zarr.json." + "0a" * 16 + ".partial")).write_text("{")  # zarr was writing it
     assert powers(tmp_path / "s.zarr") == [(1, 0, 0), (1, 1, 0)]
     found = [bytes_below(tmp_path / name) for name in ("whole.zarr", "s.zarr")]

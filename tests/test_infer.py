@@ -14,6 +14,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from dinolab.core.errors import InputError
+from dinolab.core.region import Box
 from dinolab.volumes.tiles import (
     DirectConvolution,
     all_tiles,
@@ -26,6 +27,7 @@ from dinolab.volumes.tiles import (
     tile_weight,
 )
 from dinolab.volumes.grid import Grid
+from dinolab.volumes.volume import Volume
 
 SHAPE, TILE = (20, 24, 28), (12, 12, 16)
 GRID = Grid(SHAPE, (8, 4, 4))
@@ -317,3 +319,80 @@ def test_errors(tmp_path):
     for wrong in ((10, 4, 1.0), (10, 0, 0.5), (0, 4, 0.5), (10, 4, -0.1)):
         with pytest.raises(InputError, match="expected"):
             tile_starts(*wrong)
+
+
+# ---- what a prediction is made of
+
+
+class Brightness:
+    "Probabilities that depend on the raw volume; NaN at one place on request."
+
+    def __init__(self, raw, spoilt=None):
+        self.raw, self.spoilt = raw, spoilt
+
+    def __call__(self, region):
+        p = self.raw[region.slices].astype(np.float32) / 255
+        if self.spoilt is not None and Box.sized(self.spoilt, 1).intersect(region):
+            at = Box.sized(self.spoilt, 1).relative_to(region)
+            p[at.slices] = np.nan
+        return np.stack([1 - p, p])
+
+
+def bright(store, raw, spoilt=None, **options):
+    arguments = dict(classes=["dark", "bright"], tile=TILE, chunk=8, block=(8, 16, 16), probabilities=True)
+    source = Volume(raw, GRID)
+    return predict_to_zarr(
+        Brightness(raw, spoilt), GRID, store, sources=dict(raw=source), **arguments | options
+    )
+
+
+def test_a_prediction_of_one_volume_is_not_returned_for_another(tmp_path):
+    a, b = np.random.default_rng(0).integers(0, 255, (2, *SHAPE)).astype(np.uint8)
+    first = bright(tmp_path / "p.zarr", a).labels.levels[0].read()
+    before = content(tmp_path / "p.zarr")
+    with pytest.raises(InputError, match="raw of .* is not what it was"):
+        bright(tmp_path / "p.zarr", b)
+    assert content(tmp_path / "p.zarr") == before
+    np.testing.assert_array_equal(bright(tmp_path / "p.zarr", a.copy()).labels.levels[0].read(), first)
+    assert (bright(tmp_path / "q.zarr", b).labels.levels[0].read() != first).any()
+
+
+def test_a_finished_prediction_is_not_computed_in_other_blocks(reference, tmp_path):
+    again = Predict()
+    predict(tmp_path / "p.zarr")
+    predict(tmp_path / "p.zarr", predict=again, block=(16, 24, 32))
+    assert again.calls == 0 and content(tmp_path / "p.zarr") == content(reference)
+
+
+def test_probabilities_that_are_none_are_an_error(tmp_path):
+    raw = np.full(SHAPE, 200, np.uint8)
+    with pytest.raises(InputError, match=r"blocks failed.*probabilities of Box\(.*NaN or infinite") as e:
+        bright(tmp_path / "p.zarr", raw, spoilt=(2, 3, 4))
+    assert "\n" not in str(e.value)
+    with pytest.raises(InputError, match="unfinished"):
+        open_prediction(tmp_path / "p.zarr")
+    found = bright(tmp_path / "p.zarr", raw)
+    assert (found.labels.levels[0].read() == 1).all()
+
+
+@pytest.mark.parametrize(
+    "wrong", (dict(block=(9, 16, 16)), dict(overlap=1.5), dict(classes=0), dict(tile=(0, 8, 8)))
+)
+def test_wrong_requests_leave_nothing(tmp_path, wrong):
+    with pytest.raises(InputError):
+        predict(tmp_path / "p.zarr", **wrong)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("writes", (0, 1, 3, 5, 9, 20))
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch, writes, reference):
+    from test_volume import full_disk
+
+    with monkeypatch.context() as patch:
+        full_disk(patch, writes)
+        with pytest.raises(InputError, match="No space left on device"):
+            predict(tmp_path / "p.zarr")
+    with pytest.raises(InputError):
+        open_prediction(tmp_path / "p.zarr")
+    predict(tmp_path / "p.zarr")
+    assert content(tmp_path / "p.zarr") == content(reference)

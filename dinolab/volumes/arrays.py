@@ -170,7 +170,8 @@ def first_line(
     error: Exception,  # of another library
 ) -> str:
     "What it says, in one line of at most 200 characters."
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0][:200]
 
 
 def usable_array(
@@ -341,4 +342,5 @@ def storage_blocks(
     array: zarr.Array,  # ... z y x
 ) -> list:  # of Box
     "The regions of whole storage chunks (shards where there are any), over the last three axes, in C order."
-    return divide(Box.whole(array.shape[-3:]), (array.shards or array.chunks)[-3:])
+    whole = array.shards or array.chunks
+    return divide(Box.whole(array.shape[-3:]), whole[-3:])

@@ -37,7 +37,7 @@ class Block:
 def make_blocks(
     shape: tuple,  # voxels of the output, z y x
     size: tuple,  # voxels per block, z y x
-    halo: tuple = (0, 0, 0),  # voxels of context on both sides, z y x
+    halo=0,  # voxels of context on both sides, one number or one per axis
 ) -> list:  # of Block, in C order
     "Cut a volume into blocks; the last of an axis may write less but reads as much."
     blocks = []

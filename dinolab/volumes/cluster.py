@@ -202,7 +202,8 @@ def _job_options(cluster, log):
 
     def site(key):
         "What this site has configured for its jobs."
-        return list(_need("dask").config.get(f"jobqueue.{cluster.kind}.{key}", None) or [])
+        found = _need("dask").config.get(f"jobqueue.{cluster.kind}.{key}", None)
+        return list(found or [])
 
     return dict(
         cores=1,

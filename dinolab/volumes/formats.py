@@ -482,7 +482,8 @@ def natural(
     path: Path,
 ) -> list:  # sorts as a person would
     "Sort key that compares the numbers in a name as numbers."
-    return [int(part) if part.isdigit() else part.lower() for part in re.split(r"(\d+)", path.name)]
+    parts = re.split(r"(\d+)", path.name)
+    return [int(part) if part.isdigit() else part.lower() for part in parts]
 
 
 class TiffFolder:

@@ -64,12 +64,14 @@ class Grid:
     @property
     def corner(self):
         "Edge of voxel (0, 0, 0), nm."
-        return tuple(o - v / 2 for o, v in zip(self.origin, self.voxel_size))
+        (z, y, x), (dz, dy, dx) = self.origin, self.voxel_size
+        return z - dz / 2, y - dy / 2, x - dx / 2
 
     @property
     def extent(self):
         "Size of the box, nm."
-        return tuple(n * v for n, v in zip(self.shape, self.voxel_size))
+        (z, y, x), (dz, dy, dx) = self.shape, self.voxel_size
+        return z * dz, y * dy, x * dx
 
     def crop(
         self,
@@ -114,7 +116,8 @@ class Grid:
 
 def _first_centre(corner, size):
     "Centre of the first voxel of a grid."
-    return tuple(c + v / 2 for c, v in zip(corner, size))
+    (z, y, x), (dz, dy, dx) = corner, size
+    return z + dz / 2, y + dy / 2, x + dx / 2
 
 
 MANY = 2**24  # pieces; a list of more would fill the memory before anything begins
@@ -168,12 +171,14 @@ def check_same_box(
 
 def _end(grid):
     "The far corner, nm."
-    return tuple(c + e for c, e in zip(grid.corner, grid.extent))
+    (z, y, x), (depth, height, width) = grid.corner, grid.extent
+    return z + depth, y + height, x + width
 
 
 def _span(grid):
     "Both corners, for a message."
-    start, end = (tuple(round(c) for c in corner) for corner in (grid.corner, _end(grid)))
+    start = tuple(round(c) for c in grid.corner)
+    end = tuple(round(c) for c in _end(grid))
     return f"{start} to {end} nm"
 
 # %% ../../nbs/api/volumes/grid.ipynb #08e670f7
@@ -218,10 +223,12 @@ def _linear_weights(centre):
 
 def _mean_weights(low, high, count):
     "The samples between two edges, and the share that lies between them."
-    index = np.floor(low)[:, None] + np.arange(count)
-    begin = np.maximum(low[:, None], index)
-    end = np.minimum(high[:, None], index + 1)
-    return index, np.clip(end - begin, 0, None) / (high - low)[:, None]
+    low, high = low[:, None], high[:, None]
+    index = np.floor(low) + np.arange(count)
+    begin = np.maximum(low, index)
+    end = np.minimum(high, index + 1)
+    inside = np.clip(end - begin, 0, None)
+    return index, inside / (high - low)
 
 # %% ../../nbs/api/volumes/grid.ipynb #f21f58d9
 def axis_matrices(
@@ -249,7 +256,10 @@ def is_identity(
     matrix: np.ndarray,  # n_out x n_in, from resample_matrix
 ) -> bool:
     "Whether a resampling changes nothing, so that it can be left out."
-    return matrix.shape[0] == matrix.shape[1] and bool((np.diagonal(matrix) == 1).all())
+    rows, columns = matrix.shape
+    if rows != columns:
+        return False
+    return bool((np.diagonal(matrix) == 1).all())
 
 # %% ../../nbs/api/volumes/grid.ipynb #db92b375
 def apply_matrices(

@@ -101,7 +101,8 @@ def _descriptors(on, sigma, scale):
     mean = [blur(weight * x) / count for x in where]
 
     def covariance(a, b):
-        return blur(weight * where[a] * where[b]) / count - mean[a] * mean[b]
+        product = blur(weight * where[a] * where[b]) / count
+        return product - mean[a] * mean[b]
 
     variance = [covariance(a, a) for a in range(n)]
     offset = [np.clip((m - x) / 2 + 0.5, 0, 1) for m, x in zip(mean, where)]
@@ -116,7 +117,8 @@ def _descriptors(on, sigma, scale):
 def _positions(length, axis, rank):
     "Places along an axis, counted from the middle, as an array of that rank."
     line = np.arange(length) - length / 2
-    return line.reshape([-1 if a == axis else 1 for a in range(rank)])
+    others = [a for a in range(rank) if a != axis]
+    return np.expand_dims(line, others)
 
 # %% ../../nbs/api/volumes/instances.ipynb #df769b36
 def mutex_watershed(

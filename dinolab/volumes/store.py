@@ -45,7 +45,8 @@ def kept_attributes(
 
 def _is_left_over(path):
     "Whether a file may lie in a store that was not begun."
-    return path.name in (".lock", "zarr.json") or path.match(PARTIAL)
+    own = (".lock", "zarr.json")
+    return path.name in own or path.match(PARTIAL)
 
 
 def _is_occupied(path):

@@ -142,7 +142,9 @@ class DirectConvolution(TorchFunctionMode):
 
 
 def _on_cpu(x):
-    return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if torch.is_autocast_enabled("cpu"):
+        return False
+    return x.device.type == "cpu" and x.dtype == torch.float32
 
 
 def _has_onednn():
@@ -150,7 +152,9 @@ def _has_onednn():
 
 
 def _wants_grad(*tensors):
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if not torch.is_grad_enabled():
+        return False
+    return any(t.requires_grad for t in tensors if t is not None)
 
 
 def _conv3d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):

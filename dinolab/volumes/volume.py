@@ -68,9 +68,11 @@ def check_fits(
 # %% ../../nbs/api/volumes/volume.ipynb #effac0ab
 def _nearest_index(src, dst, a):
     "Index of the source voxel that holds each target centre; a centre on an edge takes the lower voxel."
-    centre = dst.origin[a] + np.arange(dst.shape[a]) * dst.voxel_size[a]
+    places = np.arange(dst.shape[a])
+    centre = dst.origin[a] + places * dst.voxel_size[a]
     position = (centre - src.corner[a]) / src.voxel_size[a]
-    voxel = np.ceil(np.round(position, 6)).astype(int) - 1
+    edge = np.ceil(np.round(position, 6))
+    voxel = edge.astype(int) - 1
     return np.clip(voxel, 0, src.shape[a] - 1)
 
 
@@ -112,7 +114,8 @@ class Volume:
 
     def __repr__(self):
         short = "/".join(Path(self.name).parts[-2:])
-        return f"Volume({short!r}, {self.shape}, {self.dtype}, {size_text(self.voxel_size)})"
+        size = size_text(self.voxel_size)
+        return f"Volume({short!r}, {self.shape}, {self.dtype}, {size})"
 
     def read(
         self,
@@ -247,7 +250,8 @@ class _Window:
     fixed = property(lambda self: getattr(self.array, "fixed", {}))
 
     def __getitem__(self, roi):
-        return self.array[Box.of(roi).shift(self.box.start).slices]
+        there = Box.of(roi).shift(self.box.start)
+        return self.array[there.slices]
 
 # %% ../../nbs/api/volumes/volume.ipynb #9d423da6
 def check_inside(
@@ -276,7 +280,8 @@ class Multiscale:
         levels: list,  # of Volume
         name: str = "",  # of the image
     ):
-        self.levels, self.name = sorted(levels, key=lambda v: np.prod(v.voxel_size)), name
+        self.levels = sorted(levels, key=lambda v: np.prod(v.voxel_size))
+        self.name = name
 
     def level_for(
         self,
@@ -287,7 +292,8 @@ class Multiscale:
         want = np.log(triple(voxel_size, "voxel size (nm)"))
 
         def distance(volume):
-            return float(np.square(np.log(volume.voxel_size) - want).sum())
+            ratio = np.log(volume.voxel_size) - want
+            return float(np.square(ratio).sum())
 
         allowed = self.levels if finest is None else self._not_finer(finest)
         return min(allowed, key=distance)
@@ -315,4 +321,5 @@ class Multiscale:
         )
 
     def __repr__(self):
-        return f"Multiscale({self.name!r})\n" + "\n".join(f"  {v!r}" for v in self.levels)
+        lines = [f"Multiscale({self.name!r})", *(f"  {v!r}" for v in self.levels)]
+        return "\n".join(lines)
