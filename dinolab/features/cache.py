@@ -16,6 +16,7 @@ from torch import nn
 from ..core.errors import InputError
 from ..core.files import settings_hash
 from ..core.identity import identity_key
+from ..core.region import Box
 from ..core.settings import check_settings
 from .compute import Compute, model_identity, pack_network, unpack_network
 from .extract import check_features, extract_block
@@ -251,10 +252,11 @@ def cell_part(
     factors: tuple,  # three fractions, of a plane
 ) -> tuple:  # slices of the cell's features, slices of the region's features
     "What of a cell lies in a region, and where it belongs there."
-    begin = [max(s.start, i * c) for s, i, c in zip(roi, index, cell)]
-    end = [min(s.stop, (i + 1) * c) for s, i, c in zip(roi, index, cell)]
-    take = feature_roi([slice(b - i * c, e - i * c) for b, e, i, c in zip(begin, end, index, cell)], factors)
-    return take, feature_roi([slice(b - s.start, e - s.start) for b, e, s in zip(begin, end, roi)], factors)
+    whole = Box.sized([i * c for i, c in zip(index, cell)], cell)
+    wanted = Box.of(roi)
+    common = whole.intersect(wanted)
+    take = feature_roi(common.relative_to(whole), factors)
+    return take, feature_roi(common.relative_to(wanted), factors)
 
 # %% ../../nbs/api/features/cache.ipynb #e086254b
 class CellFeatures:

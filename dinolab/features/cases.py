@@ -158,4 +158,6 @@ def kept_image(
 ) -> Case:
     "The case with its image in memory, where there is room for it."
     need = 4 * (math.prod(case.grid.shape) + math.prod(case.raw.shape))
-    return KeptImage(**{f.name: getattr(case, f.name) for f in fields(Case)}) if need <= memory else case
+    if need > memory:
+        return case
+    return KeptImage(**{f.name: getattr(case, f.name) for f in fields(Case)})

@@ -46,8 +46,11 @@ def _image_shapes(plan):
 
 def _raw_counts(plan, rows):
     "Raw voxels that all blocks read, and that the largest reads."
-    lengths = [[(r := raw_region(plan, g)[a]).stop - r.start for g in row] for a, row in enumerate(rows)]
-    return math.prod(map(sum, lengths)), math.prod(map(max, lengths))
+    total = largest = 1
+    for axis, row in enumerate(rows):
+        lengths = [raw_region(plan, grid).shape[axis] for grid in row]
+        total, largest = total * sum(lengths), largest * max(lengths)
+    return total, largest
 
 # %% ../../nbs/api/features/estimate.ipynb #e5af62f6
 def estimate_extraction(
