@@ -38,13 +38,16 @@ Root = Annotated[str, typer.Option(help="Folder of all data sets.")]
 @data.command("list")
 def data_list(folder: Folder = "data_manifests", root: Root = "data"):
     "List the data sets: what they are, their size in MB, and whether they are here."
+    from dinolab.data.manifest import find_manifests
+
+    if not find_manifests(folder):
+        raise InputError(
+            f"no manifests in {folder!r}: expected a folder with .yaml files; "
+            "go to the repository, or give one with --folder"
+        )
     from dinolab.data.fetch import list_data
 
     rows = list_data(folder, root)
-    if not rows:
-        raise InputError(
-            f"no manifests in {folder!r}: expected a folder with .yaml files; go to the repository, or give one with --folder"
-        )
     print(format_table(rows))
 
 # %% ../../nbs/api/cli/datasets.ipynb #e307cc04
