@@ -550,13 +550,19 @@ def test_a_stalled_server_is_left_after_a_time(tmp_path, web, monkeypatch, drip)
                 request.wfile.write(b"x")
                 request.wfile.flush()
 
-    one = web(stall)
+    one, limits, urlopen = web(stall), [], transfer.urlopen
+    monkeypatch.setattr(
+        transfer,
+        "urlopen",
+        lambda request, timeout: limits.append(timeout) or urlopen(request, timeout=timeout),
+    )
     try:
         with pytest.raises(InputError, match="nothing came for 0.2 s|fewer than 1000 bytes per second") as e:
             get_data(manifest(one.url), tmp_path)
     finally:
         done.set()
     assert "\n" not in str(e.value) and one.url in str(e.value) and len(one.asked) == 2
+    assert limits == [0.2, 0.2]
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,8 @@ class Number:
         plain = value.tolist() if hasattr(value, "tolist") else value
         several = isinstance(plain, (list, tuple))
         values = plain if several else [plain]
-        counted = len(values) in self.count if several else 1 in self.count
+        listed = len(values) in self.count and self.count != (1,)
+        counted = listed if several else 1 in self.count
         if not counted or not all(map(self.fits, values)):
             raise InputError(f"{name}={value!r}: expected {self}")
         if self.rising and any(b <= a for a, b in zip(values, values[1:])):
