@@ -1,5 +1,7 @@
 "Pictures as they come: depths, channels, palettes, and what is wrong with them."
 
+from pathlib import Path
+
 import imagecodecs
 import numpy as np
 import pytest
@@ -369,3 +371,71 @@ def test_wrong_numbers_of_a_dataset(tmp_path, name, value):
     with pytest.raises(InputError, match=name) as e:
         ImageDataset([ImagePair("x", "i.png", "m.png")], TWO, **given)
     assert "\n" not in str(e.value)
+
+
+def written(path, text, encoding="utf-8"):
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+@pytest.mark.parametrize(
+    "text,encoding,said",
+    [
+        ("image,mask\na.png,a.png\n", "utf-16", "is UTF-16 or no text at all"),
+        ("image,mask\na.png,a.png\n", "utf-16-le", "is UTF-16 or no text at all"),
+        ("image,mask\na.png,a.png\né.png,b.png\n", "latin-1", "line 3: the byte 0xe9 is not UTF-8"),
+        ("image,mask\na.png,a.png\nb.png\n", "utf-8", "line 3: got 1 fields, expected 2 .image, mask."),
+        ("image,mask\na.png,a.png,train\n", "utf-8", "line 2: got 3 fields, expected 2"),
+        ("image,mask\na.png,a.png\n\n\n,b.png\n", "utf-8", "line 5: image is empty"),
+        ("image,mask\n  ,b.png\n", "utf-8", "line 2: image is empty"),
+        ("image;mask\na.png;b.png\n", "utf-8", "separate the fields by commas"),
+        ("image,image\na.png,b.png\n", "utf-8", "the column 'image' twice"),
+        ('image,mask\n"a.png,b.png\n', "utf-8", "line 2: unexpected end of data"),
+        ('image,mask\n"a"b,c\n', "utf-8", "line 2: .*expected fields separated by commas"),
+        ("image,mask\n%s,b\n" % ("x" * 200_000), "utf-8", "line 2: field larger than field limit"),
+        ("image,mask\n", "utf-8", "has no rows"),
+        ("", "utf-8", "has no rows"),
+        ("\n\n", "utf-8", "has no rows"),
+    ],
+)
+def test_tables_that_cannot_be_read(tmp_path, text, encoding, said):
+    path = written(tmp_path / "t.csv", text, encoding)
+    with pytest.raises(InputError, match=said) as e:
+        table_pairs(path)
+    assert "\n" not in str(e.value) and "t.csv" in str(e.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_tables_as_spreadsheets_save_them(tmp_path, encoding, end):
+    lines = ["image,mask,split", '"a, b/é.png",m/é.png,train', "", "c/2024_01.png,,test"]
+    path = written(tmp_path / "t.csv", end.join(lines), encoding)
+    pairs = table_pairs(path)
+    assert [(p.name, Path(p.image).relative_to(tmp_path).as_posix()) for p in pairs] == [
+        ("é", "a, b/é.png"),
+        ("2024_01", "c/2024_01.png"),
+    ]
+    assert pairs[1].mask is None and [p.name for p in table_pairs(path, "test")] == ["2024_01"]
+
+
+def test_equal_names_in_two_folders_stay_apart(tmp_path):
+    path = written(tmp_path / "t.csv", "image\na/1.png\nb/1.png\nb/2.png\n")
+    assert [p.name for p in table_pairs(path)] == ["a/1", "b/1", "b/2"]
+
+
+@pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), "x", True, [1], {}])
+def test_wrong_numbers_of_reading(tmp_path, value):
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "i.png")
+    pair = ImagePair("x", str(tmp_path / "i.png"), str(tmp_path / "i.png"))
+    calls = dict(
+        channels=lambda: read_image(pair.image, channels=value),
+        white=lambda: read_image(pair.image, white=value),
+        workers=lambda: check_pairs([pair], TWO, workers=value),
+        ignore=lambda: Classes(("a", "b"), ignore=value),
+    )
+    for name, call in calls.items():
+        if name == "ignore" and value in (0, -1) and value is not True:
+            continue  # labels that mean nothing
+        with pytest.raises(InputError, match=f"{name}=") as e:
+            call()
+        assert "\n" not in str(e.value)

@@ -28,7 +28,7 @@ from ..core.files import atomic_write, plain, settings_hash
 from ..core.identity import stamp_of
 from ..core.progress import progress
 from ..core.region import Box
-from ..core.settings import COUNT, Number, checked
+from ..core.settings import COUNT, Number, check_settings, checked
 from ..core.show import rgb_table
 from .augment import Augment
 from .manifest import load_manifest
@@ -211,6 +211,7 @@ class Classes:
     ignore: int = 255  # value of pixels that do not count, unless it is a class
 
     def __post_init__(self):
+        check_settings(ignore=self.ignore)
         pick(dict.fromkeys(KINDS), self.kind, "kind of masks")
         values = range(len(self.names)) if self.values is None else self.values
         object.__setattr__(self, "names", tuple(self.names))
