@@ -1,6 +1,7 @@
 "Pictures as they come: depths, channels, palettes, and what is wrong with them."
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import imagecodecs
 import numpy as np
@@ -439,3 +440,16 @@ def test_wrong_numbers_of_reading(tmp_path, value):
         with pytest.raises(InputError, match=f"{name}=") as e:
             call()
         assert "\n" not in str(e.value)
+
+
+def test_a_training_that_is_queued_again_reads_no_pair_twice(tmp_path, monkeypatch):
+    import dinolab.tasks.images as tasks
+
+    some = pairs(tmp_path, 4)
+    s = SimpleNamespace(out=str(tmp_path / "runs"), in_channels=1, white=None)
+    first = tasks.check_training_pairs(s, some[:3], some[3:], TWO)
+    assert first.shape == (3, 2) and not (tmp_path / "runs").exists()  # a few are read again
+    monkeypatch.setattr(tasks, "MANY", 4)
+    tasks.check_training_pairs(s, some[:3], some[3:], TWO)
+    seen = reads(monkeypatch)
+    assert (tasks.check_training_pairs(s, some[:3], some[3:], TWO) == first).all() and seen == []
