@@ -185,6 +185,12 @@ def _begin(path, attributes):
     return group
 
 
+def _remove_bare(path):
+    "A store that was begun for nothing: it holds no array."
+    if "://" not in path and all(map(_is_left_over, Path(path).iterdir())):
+        (Path(path) / "zarr.json").unlink(missing_ok=True)
+
+
 def _remove_left_overs(path):
     "Files that a killed process was writing."
     if "://" not in path:
@@ -223,7 +229,12 @@ def build_store(
             store = Store(path, open_or_create_group(path))
         if not store.complete:
             _remove_left_overs(path)
-        yield store
+        try:
+            yield store
+        except BaseException:
+            if there is None:
+                _remove_bare(path)
+            raise
 
 # %% ../../nbs/api/volumes/store.ipynb #e0843bb3
 def check_finite(
