@@ -8,7 +8,8 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from examples import examples
+from hypothesis import given, strategies as st
 from skimage.measure import label
 
 from dinolab.core.keys import key_seed, keyed_rng
@@ -62,7 +63,7 @@ def test_seeds_stay_what_they_are():
     assert out == ["8565203715178055703", str(keyed_rng(1, "x").integers(10**9))]
 
 
-@settings(deadline=None, max_examples=50)
+@examples(50)
 @given(st.lists(st.tuples(st.integers(), st.text(max_size=4)), min_size=2, max_size=8, unique=True))
 def test_different_keys_have_different_seeds(keys):
     seeds = [key_seed(*k) for k in keys]
@@ -71,7 +72,7 @@ def test_different_keys_have_different_seeds(keys):
         torch.Generator().manual_seed(s)
 
 
-@settings(deadline=None, max_examples=50)
+@examples(50)
 @given(orientations, st.tuples(*[st.integers(1, 4)] * 3))
 def test_turns_by_brute_force_and_back(turn, shape):
     x = np.arange(2 * np.prod(shape)).reshape(2, *shape)
@@ -88,7 +89,7 @@ def test_turns_by_brute_force_and_back(turn, shape):
     assert turn.inverse().inverse() == turn and turn.inverse().permute(turn.permute((7, 8, 9))) == (7, 8, 9)
 
 
-@settings(deadline=None, max_examples=30)
+@examples(30)
 @given(st.integers(0, 999), st.sampled_from([(1, 1, 1), (2, 1, 1), (1, 2, 3), (1, 2, 1)]))
 def test_a_key_decides_and_image_and_labels_turn_together(seed, alike):
     x = np.random.default_rng(0).random((5, 6, 7)).astype(np.float32)
@@ -150,7 +151,7 @@ def test_the_random_numbers_stay_what_they_are():
 # ---- targets
 
 
-@settings(deadline=None, max_examples=40)
+@examples(40)
 @given(
     st.integers(2, 3).flatmap(
         lambda d: st.tuples(
@@ -203,7 +204,7 @@ def brute_descriptors(y, sigma, size):
     return out
 
 
-@settings(deadline=None, max_examples=12)
+@examples(12)
 @given(
     st.sampled_from(
         [
@@ -231,7 +232,7 @@ def test_descriptors_by_brute_force(case, sigma, seed, background):
 # ---- objects
 
 
-@settings(deadline=None, max_examples=40)
+@examples(40)
 @given(
     st.sampled_from([(7, 8), (12, 9), (4, 5, 6), (3, 8, 8), (6, 6, 6)]),
     st.integers(1, 4),
@@ -254,7 +255,7 @@ def test_perfect_affinities_give_perfect_objects(shape, kinds, seed, background,
     assert same_objects(segment_affinities(noisy, offsets), y)
 
 
-@settings(deadline=None, max_examples=25)
+@examples(25)
 @given(st.integers(0, 9999), st.integers(2, 12), st.integers(0, 40))
 def test_small_objects_and_what_is_masked_are_background(seed, kinds, least):
     pytest.importorskip("mwatershed")

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from hypothesis import given, settings, strategies as st
+from examples import examples
+from hypothesis import given, strategies as st
 
 from dinolab.volumes.blocks import Done, _processes, check_aligned, make_blocks, run_blocks
 from dinolab.core.errors import InputError
@@ -85,7 +86,7 @@ def kill_a_worker(tmp_path, after=4):
     return thread
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(
     shape=st.tuples(*[st.integers(1, 9)] * 3),
     size=st.tuples(*[st.integers(1, 5)] * 3),

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from hypothesis import given, settings, strategies as st
+from examples import examples
+from hypothesis import given, strategies as st
 
 import dinolab.data.fetch as data
 import dinolab.data.transfer as transfer
@@ -202,7 +203,7 @@ def test_check_reports_all_problems(tmp_path, server):
     )
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(st.binary(max_size=300), st.binary(max_size=300))
 def test_a_file_is_ok_exactly_when_its_bytes_are(tmp_path_factory, expected, there):
     path = tmp_path_factory.mktemp("f") / "x"

@@ -6,7 +6,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from examples import examples
+from hypothesis import given, strategies as st
 from numpy.linalg import lstsq
 
 from dinolab.core.errors import InputError
@@ -146,7 +147,7 @@ def test_scale_and_order_do_not_matter():
 
 
 @given(st.integers(1, 5), st.integers(6, 40), st.integers(1, 12), st.integers(0, 100))
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_folds_hold_every_volume_once(b0s, dirs, folds, seed):
     rng = np.random.default_rng(seed)
     bvals = rng.permutation(np.r_[np.zeros(b0s), rng.choice([700, 1500, 3000], dirs)])

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings, strategies as st
+from examples import examples
+from hypothesis import given, strategies as st
 from scipy import ndimage
 from torch.autograd import gradcheck
 
@@ -45,10 +46,6 @@ def rand(seed, *shape, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def many(n):
-    return settings(deadline=None, max_examples=n)
-
-
 def shaken(net, seed=0):
     "No parameter is zero: what the zero start would hide is seen."
     with torch.no_grad():
@@ -60,7 +57,7 @@ def shaken(net, seed=0):
 # the gradient and the losses
 
 
-@many(25)
+@examples(25)
 @given(sizes, channels, seeds)
 def test_gradient_is_that_of_scipy(size, c, seed):
     x = rand(seed, 2, c, *size)
@@ -87,7 +84,7 @@ def test_gradient_is_a_correlation_with_27_taps():
         )
 
 
-@many(20)
+@examples(20)
 @given(st.tuples(*[st.integers(2, 7)] * 3), st.tuples(*[st.floats(-3, 3)] * 3), st.floats(-100, 100))
 def test_unit_ramps(size, slope, offset):
     "Exactly the slope where the axis is long enough for a difference of two voxels."
@@ -129,7 +126,7 @@ def brute(p, t, m, form, eps):
     return total / max(1, count)
 
 
-@many(12)
+@examples(12)
 @given(st.tuples(*[st.integers(1, 4)] * 3), st.sampled_from(sorted(FORMS)), seeds, st.integers(0, 2))
 def test_edge_loss_is_the_sum_over_voxels(size, form, seed, holes):
     p, t = rand(seed, 2, 2, *size), rand(seed + 1, 2, 2, *size)
@@ -140,7 +137,7 @@ def test_edge_loss_is_the_sum_over_voxels(size, form, seed, holes):
     )
 
 
-@many(20)
+@examples(20)
 @given(sizes, channels, st.sampled_from(sorted(FORMS)), seeds)
 def test_outside_the_mask_nothing_counts(size, c, form, seed):
     p, t = rand(seed, 2, c, *size).requires_grad_(), rand(seed + 1, 2, c, *size)
@@ -222,7 +219,7 @@ def test_shapes_that_do_not_fit(p, t, m):
 # parts
 
 
-@many(15)
+@examples(15)
 @given(sizes, channels, channels, st.sampled_from([1, 3, 5]), seeds)
 def test_factorised_kernels_are_products(size, cin, cout, k, seed):
     torch.manual_seed(seed)
@@ -233,7 +230,7 @@ def test_factorised_kernels_are_products(size, cin, cout, k, seed):
     assert sum(p.numel() for p in conv.parameters()) == k * cout * (cin + 2 * cout) + cout
 
 
-@many(20)
+@examples(20)
 @given(sizes, st.sampled_from([1, 3, 5, 9]), seeds)
 def test_box_pooling_is_that_of_scipy(size, window, seed):
     x = rand(seed, 1, 1, *size)
@@ -248,7 +245,7 @@ def test_box_pooling_is_that_of_scipy(size, window, seed):
     )
 
 
-@many(12)
+@examples(12)
 @given(sizes, st.integers(1, 20), st.sampled_from([None, 3, 9]), seeds)
 def test_gates_keep_the_shape_and_only_attenuate(size, c, window, seed):
     torch.manual_seed(seed)
@@ -283,7 +280,7 @@ def test_local_gates_agree_between_tile_and_volume(start):
     ).abs().max() > 1e-3
 
 
-@many(15)
+@examples(15)
 @given(sizes, sizes, channels, channels, channels, seeds)
 def test_skip_of_any_size(size, skip_size, c, s, o, seed):
     torch.manual_seed(seed)
@@ -318,7 +315,7 @@ def cell(x, *at):
     return x
 
 
-@many(20)
+@examples(20)
 @given(sizes, channels, seeds)
 def test_half_resolution_and_back(size, c, seed):
     x = rand(seed, 2, c, *size)
@@ -343,7 +340,7 @@ def test_half_resolution_and_back(size, c, seed):
         ("frequency", dict(kind="fft", cutoff=0.9)),
     ],
 )
-@many(10)
+@examples(10)
 @given(size=sizes, c=channels, o=channels, f=st.integers(1, 5), seed=seeds)
 def test_networks_of_any_size(name, options, size, c, o, f, seed):
     torch.manual_seed(seed)
@@ -425,7 +422,7 @@ def test_wrong_networks():
         create_net("multiscale", 4, filters=3)
 
 
-@many(15)
+@examples(15)
 @given(sizes, channels, seeds)
 def test_progressive_loss(size, o, seed):
     c, f, t = (rand(seed + i, 2, o, *size) for i in range(3))
@@ -477,7 +474,7 @@ def test_each_path_sees_its_band():
 
 
 @pytest.mark.parametrize("kind", SPLITS)
-@many(20)
+@examples(20)
 @given(
     size=sizes,
     c=channels,
@@ -497,7 +494,7 @@ def test_bands_add_up(kind, size, c, cutoff, seed, dtype):
     torch.testing.assert_close(const, torch.full_like(const, 3))
 
 
-@many(20)
+@examples(20)
 @given(sizes, st.floats(0.1, 1), seeds)
 def test_fft_low_is_numpys(size, cutoff, seed):
     x = rand(seed, 1, 1, *size)
@@ -544,7 +541,7 @@ def test_gaussian_bands_of_a_tile():
 # volumes
 
 
-@many(20)
+@examples(20)
 @given(st.integers(1, 9), seeds)
 def test_gradient_encoding(n, seed):
     g, b = F.normalize(rand(seed, n, 3), dim=1), torch.arange(n) * 500.0
@@ -570,7 +567,7 @@ def test_directions_that_are_none():
             gradient_encoding(b, g)
 
 
-@many(15)
+@examples(15)
 @given(st.lists(st.integers(0, 500), min_size=1, max_size=6, unique=True), channels, sizes, seeds)
 def test_index_embedding_goes_with_the_volume(ids, c, size, seed):
     torch.manual_seed(seed)
@@ -600,7 +597,7 @@ def test_index_embedding_refuses_what_would_broadcast():
             encoder(torch.zeros(shape), ids)
 
 
-@many(15)
+@examples(15)
 @given(st.integers(1, 6), sizes, st.integers(1, 3), seeds)
 def test_own_filters_go_with_the_volume(n, size, o, seed):
     torch.manual_seed(seed)
@@ -621,7 +618,7 @@ def test_indices_that_are_none(ids):
         VolumeSpecificDetailEncoder(6)(torch.zeros(1, 3, 2, 2, 2), ids)
 
 
-@many(15)
+@examples(15)
 @given(st.integers(2, 6), sizes, st.integers(1, 3), seeds)
 def test_conditioned_filters_in_any_order(n, size, o, seed):
     torch.manual_seed(seed)

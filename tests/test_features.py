@@ -16,7 +16,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zarr
-from hypothesis import given, settings, strategies as st
+from examples import examples
+from hypothesis import given, strategies as st
 from scipy.ndimage import gaussian_filter
 
 from dinolab.models.backbones import FeatureSpec, create_backbone
@@ -138,7 +139,7 @@ def test_slice_stride_saves_and_stays_centred(blobs):
         np.testing.assert_allclose(f[0, :, 1, 1] * 64, 3.5 + 8 * np.arange(8), atol=1e-3)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(ratio=st.floats(1.01, 9), stride=st.integers(2, 5), n=st.integers(8, 60))
 def test_thinned_slices_keep_the_centre_of_their_plane(ratio, stride, n):
     src = Grid((n, 1, 1), (10, 1, 1))
@@ -292,7 +293,7 @@ class Everywhere(torch.nn.Module):
         ]
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(data=st.data())
 def test_the_region_that_is_read_is_all_that_matters(data):
     "A block from its raw region equals the block from the whole volume, its surroundings mirrored at the edge of the volume and nowhere else."
@@ -946,7 +947,7 @@ def test_full_disk(blobs, tmp_path):
         subprocess.run(["umount", str(mount)])
 
 
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(
     shape=st.tuples(*[st.integers(1, 20)] * 3),
     size=st.tuples(*[st.integers(1, 20)] * 3),

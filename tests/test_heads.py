@@ -5,7 +5,8 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from examples import examples
+from hypothesis import given, strategies as st
 from torch import nn
 from transformers import DPTConfig, SegformerConfig, UperNetConfig
 from transformers.models.dpt.modeling_dpt import DPTNeck, DPTSemanticSegmentationHead
@@ -89,7 +90,7 @@ def test_dpt_is_that_of_transformers():
     assert torch.equal(ours(maps(FLAT)), head(neck(tokens, 4, 6)))
 
 
-@settings(deadline=None, max_examples=25)
+@examples(25)
 @given(
     st.sampled_from(list(HEADS)),
     st.sampled_from(["auto", "none"]),

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import tifffile
 import torch.nn.functional as F
-from hypothesis import given, settings, strategies as st
+from examples import examples
+from hypothesis import given, strategies as st
 from PIL import Image
 
 from dinolab.data.augment import find_augment
@@ -95,7 +96,7 @@ def test_broken_and_missing_files(tmp_path):
         read_image(tmp_path / "rgb.png", 1)
 
 
-@settings(deadline=None, max_examples=40)
+@examples(40)
 @given(st.lists(st.integers(0, 254), min_size=1, max_size=6, unique=True), st.integers(0, 99))
 def test_values_of_classes(values, seed):
     known = Classes(tuple(f"c{v}" for v in values), tuple(values))
@@ -156,7 +157,7 @@ def test_pairs_and_tables(tmp_path):
         table_pairs(tmp_path / "t.csv")
 
 
-@settings(deadline=None, max_examples=30)
+@examples(30)
 @given(st.integers(-20, 20), st.integers(-20, 20), st.integers(1, 60), st.integers(1, 60))
 def test_cut_against_a_mirrored_plane(y, x, h, w):
     "The same as cutting from a plane that NumPy has mirrored on all sides."
@@ -189,7 +190,7 @@ def test_crops_follow_from_their_seed(tmp_path):
         )
 
 
-@settings(deadline=None, max_examples=30)
+@examples(30)
 @given(st.integers(0, 2**31), st.sampled_from([(0.5, 0.6), (1, 1), (1.6, 2)]))
 def test_image_and_mask_stay_together(tmp_path_factory, seed, scale):
     folder = test_image_and_mask_stay_together.__dict__.setdefault("folder", tmp_path_factory.mktemp("pairs"))
@@ -241,7 +242,7 @@ def test_blue_is_no_ignored_value():
         classes.index(np.array([[[0, 0, 255]]], np.uint8))
 
 
-@settings(deadline=None, max_examples=40)
+@examples(40)
 @given(st.integers(0, 10**6), st.integers(1, 6))
 def test_nearest_colour_is_the_least_distance(seed, n):
     "Squared distances one by one; the first of equal ones."
@@ -252,7 +253,7 @@ def test_nearest_colour_is_the_least_distance(seed, n):
     assert (nearest_colour(pixels, names, "mask") == np.argmin(distances, 0)).all()
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(
     st.sampled_from(["u1", "u2", "i2", "i8"]),
     st.dictionaries(st.integers(0, 200), st.integers(0, 9), min_size=1, max_size=8),

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from examples import examples
+from hypothesis import given, strategies as st
 from torch import nn
 
 from dinolab.core.errors import InputError
@@ -82,7 +83,7 @@ def content(store, part="*"):
 lengths = st.tuples(st.integers(1, 200), st.integers(1, 80), st.floats(0, 0.9))
 
 
-@settings(deadline=None, max_examples=200)
+@examples(200)
 @given(lengths)
 def test_tiles_cover_in_order_and_overlap(case):
     length, tile, overlap = case
@@ -102,7 +103,7 @@ def test_tiles_cover_in_order_and_overlap(case):
         assert steps.max() - steps.min() <= 1  # evenly spread
 
 
-@settings(deadline=None, max_examples=100)
+@examples(100)
 @given(lengths, st.integers(1, 16))
 def test_tiles_start_at_multiples_of_a_step(case, step):
     length, tile, overlap = case
@@ -116,7 +117,7 @@ def test_tiles_start_at_multiples_of_a_step(case, step):
     assert (gaps > 0).all() and (gaps <= max(step, tile * (1 - overlap))).all()
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(
     st.tuples(*[st.integers(1, 20)] * 3),
     st.tuples(*[st.integers(1, 12)] * 3),
@@ -204,7 +205,7 @@ def test_sliding_window_of_an_image_smaller_than_the_tile():
     channels=st.sampled_from([(1, 4), (3, 2)]),
     bias=st.booleans(),
 )
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_direct_convolution_is_that_of_torch(kernel, stride, padding, dilation, channels, bias):
     torch.manual_seed(0)
     net, x = (

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings, strategies as st
+from examples import examples
+from hypothesis import given, strategies as st
 from torch.autograd import gradcheck
 
 from dinolab.core.errors import InputError
@@ -41,7 +42,7 @@ def case(shape, classes, seed, batch=2, drop=0.3, scale=2.0):
     return x, y, m
 
 
-@settings(deadline=None, max_examples=25)
+@examples(25)
 @given(shapes, st.integers(2, 5), st.integers(0, 999), st.sampled_from([0.0, 0.1, 0.5]), st.booleans())
 def test_cross_entropy_is_that_of_torch(shape, classes, seed, smoothing, weighted):
     x, y, m = case(shape, classes, seed)
@@ -54,7 +55,7 @@ def test_cross_entropy_is_that_of_torch(shape, classes, seed, smoothing, weighte
     )
 
 
-@settings(deadline=None, max_examples=25)
+@examples(25)
 @given(shapes, st.integers(2, 4), st.integers(0, 999))
 def test_voxel_weights(shape, classes, seed):
     x, y, m = case(shape, classes, seed)
@@ -135,7 +136,7 @@ def test_gradcheck_of_affinity_and_descriptor(balanced, gamma):
     )
 
 
-@settings(deadline=None, max_examples=25)
+@examples(25)
 @given(shapes, st.integers(1, 4), st.integers(0, 999), st.sampled_from([*PLAIN, "ce+dice"]))
 def test_masked_voxels_change_nothing(shape, classes, seed, name):
     x, y, m = case(shape, classes, seed)
@@ -148,7 +149,7 @@ def test_masked_voxels_change_nothing(shape, classes, seed, name):
     torch.testing.assert_close(make_loss(name)(far, other, m), loss)
 
 
-@settings(deadline=None, max_examples=20)
+@examples(20)
 @given(shapes, st.integers(0, 999), st.booleans())
 def test_masked_affinities_change_nothing(shape, seed, balanced):
     g = torch.Generator().manual_seed(seed)
@@ -178,7 +179,7 @@ def test_balanced_affinities_weigh_zeros_and_ones_alike():
     torch.testing.assert_close(affinity_loss(x, y), (each[y > 0].mean() + each[y == 0].mean()) / 2)
 
 
-@settings(deadline=None, max_examples=20)
+@examples(20)
 @given(shapes, st.integers(0, 999), st.sampled_from(["ce", "focal"]), st.booleans())
 def test_one_channel_is_two(shape, seed, name, weighted):
     x, y, m = case(shape, 1, seed)
@@ -192,7 +193,7 @@ def test_one_channel_is_two(shape, seed, name, weighted):
         )
 
 
-@settings(deadline=None, max_examples=20)
+@examples(20)
 @given(shapes, st.integers(2, 4), st.integers(0, 999), st.sampled_from(list(PLAIN)))
 def test_half_precision_order_and_range(shape, classes, seed, name):
     x, y, m = case(shape, classes, seed, scale=50.0)
@@ -209,7 +210,7 @@ def test_half_precision_order_and_range(shape, classes, seed, name):
         assert loss <= 1 + 1e-6
 
 
-@settings(deadline=None, max_examples=20)
+@examples(20)
 @given(shapes, st.integers(0, 999), st.sampled_from([(1.0, 1.0, 1.0), (3.0, 1.0, 2.0)]))
 def test_boundary_weight_by_brute_force(shape, seed, size):
     size = size[: len(shape)]

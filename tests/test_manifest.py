@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings, strategies as st
+from examples import examples
+from hypothesis import given, strategies as st
 
 from dinolab.core.errors import InputError, MissingError
 from dinolab.data.manifest import Manifest, find_manifests, load_manifest, parse_manifest
@@ -233,7 +234,7 @@ def manifests(draw):
     )
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(manifests())
 def test_round_trip(data):
     m = parse_manifest(yaml.safe_dump(data, sort_keys=False))
@@ -241,7 +242,7 @@ def test_round_trip(data):
     assert parse_manifest(yaml.safe_dump(m.model_dump(exclude_unset=True), sort_keys=False)) == m
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(manifests(), st.data())
 def test_a_typo_anywhere_is_found_at_its_line(data, draw):
     lines = yaml.safe_dump(data, sort_keys=False).splitlines()

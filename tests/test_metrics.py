@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from examples import examples
+from hypothesis import given, strategies as st
 from skimage.metrics import adapted_rand_error, variation_of_information as skimage_voi
 
 from dinolab.core.errors import InputError
@@ -28,7 +29,7 @@ def pair(shape, n, seed, agree=0.5):
     return np.where(rng.random(shape) < agree, t, r), t, rng.random(shape) > 0.3
 
 
-@settings(deadline=None, max_examples=25)
+@examples(25)
 @given(shapes, st.integers(2, 5), st.integers(0, 999))
 def test_counts_and_scores_are_those_of_torchmetrics(shape, n, seed):
     tm = pytest.importorskip("torchmetrics.classification")
@@ -60,7 +61,7 @@ def test_counts_and_scores_are_those_of_torchmetrics(shape, n, seed):
     assert ConfusionMatrix(n).update(p, t).metrics()["accuracy"] == pytest.approx(float((p == t).mean()))
 
 
-@settings(deadline=None, max_examples=30)
+@examples(30)
 @given(shapes, st.integers(2, 5), st.integers(0, 999))
 def test_masks_and_brute_force(shape, n, seed):
     p, t, m = pair(shape, n, seed)
@@ -80,7 +81,7 @@ def test_masks_and_brute_force(shape, n, seed):
         )
 
 
-@settings(deadline=None, max_examples=20)
+@examples(20)
 @given(st.integers(2, 4), st.integers(0, 999), st.integers(0, 6))
 def test_merged_parts_are_the_whole(n, seed, cut):
     p, t, m = pair((6, 5, 4), n, seed)
@@ -147,7 +148,7 @@ def brute_boundary(p, t, tolerance, size, mask):
     return [sum(close(i, b) for i in a), len(a), sum(close(j, a) for j in b), len(b)]
 
 
-@settings(deadline=None, max_examples=30)
+@examples(30)
 @given(
     st.integers(2, 3).flatmap(lambda d: st.tuples(*[st.integers(1, 4)] * d)),
     st.integers(0, 999),
@@ -202,7 +203,7 @@ def test_border_is_erosion():
         np.testing.assert_array_equal(border(on), on & ~binary_erosion(on, border_value=1))
 
 
-@settings(deadline=None, max_examples=30)
+@examples(30)
 @given(
     st.integers(2, 3).flatmap(lambda d: st.tuples(*[st.integers(2, 6)] * d)),
     st.integers(1, 6),

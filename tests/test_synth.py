@@ -7,7 +7,8 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
 
@@ -20,7 +21,7 @@ voxels = st.tuples(*[st.sampled_from([1, 4, 5.5, 8, 16, 40, 200])] * 3)
 seeds = st.integers(0, 2**40)
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(sizes, voxels, seeds)
 def test_any_small_request(shape, voxel_size, seed):
     v = em_volume(shape, seed=seed, voxel_size=voxel_size)

@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings, strategies as st
+from examples import examples
+from hypothesis import given, strategies as st
 
 from dinolab.core.errors import InputError
 from dinolab.train.losses import make_loss
@@ -49,7 +50,7 @@ def inputs(model, seed=0, batch=1):
     return dict(features=planes(seed, batch), guide=torch.sigmoid(rand(seed + 9, batch, 1, 8, 8, 8)))
 
 
-@settings(deadline=None, max_examples=20)
+@examples(20)
 @given(
     st.tuples(*[st.integers(2, 13)] * 3),
     st.integers(2, 4),
@@ -69,7 +70,7 @@ def test_unet_of_any_size(size, levels, norm, training):
     assert all(p.grad is not None for p in model.parameters())
 
 
-@settings(deadline=None, max_examples=100)
+@examples(100)
 @given(st.tuples(*[st.integers(1, 300)] * 3))
 def test_halving_makes_sizes_alike_and_never_grows_anisotropy(size):
     k = pool_strides(size, 2)[0]
@@ -79,7 +80,7 @@ def test_halving_makes_sizes_alike_and_never_grows_anisotropy(size):
         assert k[size.index(max(size))] == 2 and max(after) < max(size)
 
 
-@settings(deadline=None, max_examples=12)
+@examples(12)
 @given(
     st.tuples(*[st.integers(1, 2)] * 3),
     st.sampled_from(["transpose", "interpolate", "joint_bilateral", "neighborhood"]),

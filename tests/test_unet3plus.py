@@ -6,7 +6,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings, strategies as st
+from examples import examples
+from hypothesis import given, strategies as st
 
 from dinolab.models.backbones import FeatureSpec
 from dinolab.core.errors import InputError, MissingError
@@ -27,7 +28,7 @@ def rand(*shape):
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(
     st.integers(1, 9),
     st.integers(1, 9),

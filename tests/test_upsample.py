@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings, strategies as st
+from examples import examples
+from hypothesis import given, strategies as st
 from torch.autograd import gradcheck
 
 from dinolab.core.errors import InputError
@@ -58,7 +59,7 @@ def brute_resize(x, size):
     return x
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(pairs(6, 9), st.integers(0, 99))
 def test_resize_by_brute_force(sizes, seed):
     small, size = sizes
@@ -74,7 +75,7 @@ def test_resize_by_brute_force(sizes, seed):
     assert got.min() >= x.min() - 1e-6 and got.max() <= x.max() + 1e-6
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(st.integers(1, 9), st.integers(0, 30))
 def test_every_fine_voxel_is_in_one_cell(n, more):
     size = n + more
@@ -127,7 +128,7 @@ def brute_bilateral(x, size, guide, spatial, intensity, window):
     return out
 
 
-@settings(deadline=None, max_examples=20)
+@examples(20)
 @given(
     st.sampled_from(
         [
@@ -161,7 +162,7 @@ def filters(d):
     return [JointBilateral(3), NeighborhoodFilter(1, d)]
 
 
-@settings(deadline=None, max_examples=25)
+@examples(25)
 @given(pairs(5, 11), st.integers(0, 99), st.booleans())
 def test_guided_means(sizes, seed, learned):
     small, size = sizes
@@ -214,7 +215,7 @@ def test_gradient_reaches_the_guide():
     )  # weights are computed in single precision
 
 
-@settings(deadline=None, max_examples=100)
+@examples(100)
 @given(pairs(40, 90))
 def test_stages(sizes):
     small, size = sizes
@@ -226,7 +227,7 @@ def test_stages(sizes):
     assert len(plan) == max(1, *(math.ceil(math.log2(s / n)) for n, s in zip(small, size) if s > n), 1)
 
 
-@settings(deadline=None, max_examples=25)
+@examples(25)
 @given(pairs(5, 12), st.integers(0, 99))
 def test_transpose_starts_as_interpolation_and_takes_other_sizes(sizes, seed):
     small, size = sizes
@@ -242,7 +243,7 @@ def test_transpose_starts_as_interpolation_and_takes_other_sizes(sizes, seed):
     assert up(x, other).shape == (1, 12, *other)
 
 
-@settings(deadline=None, max_examples=20)
+@examples(20)
 @given(pairs(5, 9), st.sampled_from(sorted(UPSAMPLERS)))
 def test_no_result_is_larger_than_the_target(sizes, name):
     small, size = sizes

@@ -18,7 +18,8 @@ import ome_zarr.writer
 import pytest
 import yaozarrs
 import zarr
-from hypothesis import given, settings, strategies as st
+from examples import examples
+from hypothesis import given, strategies as st
 
 import dinolab.volumes.volume
 import dinolab.volumes.write
@@ -407,7 +408,7 @@ def test_channels_are_selected_never_guessed(tmp_path):
         open_multiscale(tmp_path / "c.zarr", time=0, channel=3)
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(
     n_in=st.integers(1, 40),
     n_out=st.integers(1, 40),
@@ -421,7 +422,7 @@ def test_resampling_keeps_constants_and_stays_in_range(n_in, n_out, step, ratio,
     np.testing.assert_allclose(m.sum(1), 1, atol=1e-4)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(n=st.integers(1, 12), ratio=st.floats(1, 6), shift=st.floats(-0.5, 0.5))
 def test_coarser_samples_are_means_over_their_boxes(n, ratio, shift):
     "Against counting in steps of a thousandth of a voxel, mirrored at the ends."
@@ -434,7 +435,7 @@ def test_coarser_samples_are_means_over_their_boxes(n, ratio, shift):
             np.testing.assert_allclose(row, np.histogram(at, bins=n, range=(0, n))[0] / 2000, atol=3e-3)
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(data=st.data(), mode=st.sampled_from(("linear", "nearest", "majority")))
 def test_a_part_of_a_sample_is_the_sample_of_the_part(data, mode):
     "Whatever is read around a region is enough: nothing depends on where the reading stopped."
@@ -462,13 +463,13 @@ def test_nearest_takes_the_voxel_around_the_centre():
     np.testing.assert_array_equal(got, x[np.ix_([0, 0, 1, 1, 2, 2, 3, 3], range(4), [0, 0, 1, 2, 2, 3, 3])])
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=30))
 def test_majority(votes):
     assert majority(np.array(votes)[None])[0] == np.bincount(votes).argmax()
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(
     shape=st.tuples(*[st.integers(4, 24)] * 3),
     at=st.tuples(*[st.floats(0, 1)] * 3),
