@@ -141,8 +141,8 @@ def test_descriptors_count_inside_valid_objects():
 def test_validation_counts_every_valid_voxel_once(case):
     grid = GridDataset([case], ClassTarget(5), CROP)
     counted = np.zeros([n + 8 for n in SHAPE], int)
-    for (_, roi, _), item in zip(grid.places, grid):
-        counted[tuple(roi)] += item["mask"].numpy()
+    for place, item in zip(grid.places, grid):
+        counted[place.box.slices] += item["mask"].numpy()
     valid = case.mask.read()
     np.testing.assert_array_equal(counted[: SHAPE[0], : SHAPE[1], : SHAPE[2]], valid)
     assert counted.sum() == valid.sum()
