@@ -54,7 +54,11 @@ def class_histograms(
     volume: EMVolume,
 ) -> np.ndarray:  # k 256: voxel counts, a row per class
     "Histogram of the grey values of each class."
-    return np.stack([np.bincount(volume.raw[volume.labels == k], minlength=256) for k in EM_CLASSES])
+    histograms = []
+    for label in EM_CLASSES:
+        values = volume.raw[volume.labels == label]
+        histograms.append(np.bincount(values, minlength=256))
+    return np.stack(histograms)
 
 # %% ../../nbs/api/synth/em.ipynb #029b0256
 def threshold_baseline(
@@ -62,29 +66,38 @@ def threshold_baseline(
     test: EMVolume = None,  # where they are scored; the same volume if not given
 ) -> dict:  # class name -> IoU; classes absent from either volume are left out
     "IoU of the best single interval of grey values per class."
-    fit, scored = class_histograms(volume), class_histograms(test or volume)
+    fit = class_histograms(volume)
+    scored = class_histograms(test or volume)
     result = {}
     for value, (name, _) in EM_CLASSES.items():
-        if not fit[value].any() or not scored[value].any():
+        own = fit[value]
+        truth = scored[value]
+        if not own.any() or not truth.any():
             continue
-        low, high = _best_interval(fit[value], fit.sum(0))
-        inside, chosen = scored[value, low:high].sum(), scored[:, low:high].sum()
-        result[name] = float(_iou(inside, chosen, scored[value].sum()))
+        low, high = _best_interval(own, fit.sum(0))
+        inside = truth[low:high].sum()
+        chosen = scored[:, low:high].sum()
+        iou = _iou(inside, chosen, truth.sum())
+        result[name] = float(iou)
     return result
 
 
 def _best_interval(own, everything):
     "First grey value, and the one after the last, of the interval with the best IoU; from two histograms."
-    own, everything = np.r_[0, own.cumsum()], np.r_[0, everything.cumsum()]
-    inside = own - own[:, None]
+    own = np.r_[0, own.cumsum()]  # voxels below each grey value
+    everything = np.r_[0, everything.cumsum()]
+    inside = own - own[:, None]  # row: first grey value, column: the one after the last
     chosen = everything - everything[:, None]
-    scores = np.triu(_iou(inside, chosen, own[-1]))
-    return np.unravel_index(scores.argmax(), scores.shape)
+    scores = _iou(inside, chosen, own[-1])
+    scores = np.triu(scores)  # an interval ends after its beginning
+    best = scores.argmax()
+    return np.unravel_index(best, scores.shape)
 
 
 def _iou(inside, chosen, size):
     "Intersection over union from counts of voxels."
-    return inside / np.maximum(size + chosen - inside, 1)
+    union = size + chosen - inside
+    return inside / np.maximum(union, 1)
 
 # %% ../../nbs/api/synth/em.ipynb #951ec87c
 def keyed(
@@ -92,7 +105,11 @@ def keyed(
     *words,  # what is drawn: anything with a stable text
 ) -> np.random.Generator:
     "A random generator that depends on `seed` and `words` only."
-    return np.random.Generator(np.random.PCG64([seed, *(crc32(str(w).encode()) for w in words)]))
+    key = [seed]
+    for word in words:
+        text = str(word).encode()
+        key.append(crc32(text))
+    return np.random.Generator(np.random.PCG64(key))
 
 # %% ../../nbs/api/synth/em.ipynb #4f4a67f2
 def spline_weights(
@@ -102,14 +119,22 @@ def spline_weights(
     "Cubic B-spline weights from lattice points to coordinates."
     u = np.asarray(x) / spacing
     whole = np.floor(u).astype(int)
-    first = whole.min() - 1
-    f = u - whole
-    pieces = [(1 - f) ** 3, 3 * f**3 - 6 * f**2 + 4, -3 * f**3 + 3 * f**2 + 3 * f + 1, f**3]
+    f = u - whole  # from the lattice point below, 0..1
+    pieces = [  # of the B-spline, times 6, at the four lattice points around
+        (1 - f) ** 3,
+        3 * f**3 - 6 * f**2 + 4,
+        -3 * f**3 + 3 * f**2 + 3 * f + 1,
+        f**3,
+    ]
     weights = np.stack(pieces, 1) / 6
-    rows = np.repeat(np.arange(len(u)), 4)
-    columns = whole[:, None] - 1 - first + np.arange(4)
+    first = whole.min() - 1
+    leftmost = whole[:, None] - 1 - first
+    columns = leftmost + np.arange(4)
+    rows = np.arange(len(u))
+    rows = np.repeat(rows, 4)
     shape = (len(u), columns.max() + 1)
-    return first, sparse.csr_array((weights.ravel(), (rows, columns.ravel())), shape=shape)
+    entries = (weights.ravel(), (rows, columns.ravel()))
+    return first, sparse.csr_array(entries, shape=shape)
 
 # %% ../../nbs/api/synth/em.ipynb #19b4fc5e
 def smooth_noise(
@@ -120,21 +145,35 @@ def smooth_noise(
     half,  # nm, half the size of the box along z y x
 ) -> np.ndarray:  # z y x, float64 on the grid of the axes, mean 0, standard deviation about 1
     "A smooth random field, the same at a point whatever the sampling."
-    first, weights = zip(*(spline_weights(a, spacing) for a in axes))
+    splines = [spline_weights(a, spacing) for a in axes]
+    values = _lattice(seed, name, spacing, splines, half)
+    for axis in (2, 1, 0):
+        _, weights = splines[axis]
+        values = np.moveaxis(values, axis, 0)
+        columns = values.reshape(len(values), -1)
+        sampled = weights @ columns
+        values = sampled.reshape(-1, *values.shape[1:])
+        values = np.moveaxis(values, 0, axis)
+    return values / 0.33  # a cubic spline of unit normals has this standard deviation in 3D
+
+
+def _lattice(seed, name, spacing, splines, half):
+    "Standard normal numbers at the lattice points that the splines use; each plane has its own generator."
     low = [-int(np.ceil(h / spacing)) - 2 for h in half]  # first lattice point of the box
     used = []
-    for start, lowest, w in zip(first, low, weights):
-        used.append(slice(start - lowest, start - lowest + w.shape[1]))
-    plane = [1 - 2 * lowest for lowest in low[1:]]
-    lattice = []
-    for z in range(first[0], first[0] + weights[0].shape[1]):
-        lattice.append(keyed(seed, name, z).standard_normal(plane)[used[1], used[2]])
-    values = np.stack(lattice)
-    for axis in (2, 1, 0):
-        values = np.moveaxis(values, axis, 0)
-        flat = weights[axis] @ values.reshape(len(values), -1)
-        values = np.moveaxis(flat.reshape(-1, *values.shape[1:]), 0, axis)
-    return values / 0.33  # a cubic spline of unit normals has this standard deviation in 3D
+    for (first, weights), lowest in zip(splines, low):
+        begin = first - lowest
+        end = begin + weights.shape[1]
+        used.append(slice(begin, end))
+    _, rows, columns = used
+    plane = [1 - 2 * lowest for lowest in low[1:]]  # lattice points of the whole box along y and x
+    first, weights = splines[0]
+    end = first + weights.shape[1]
+    planes = []
+    for z in range(first, end):
+        normals = keyed(seed, name, z).standard_normal(plane)
+        planes.append(normals[rows, columns])
+    return np.stack(planes)
 
 # %% ../../nbs/api/synth/em.ipynb #84477428
 class Place(NamedTuple):
@@ -165,26 +204,47 @@ class Body:
     ) -> Place:
         "The points in the coordinates of the body."
         away = [q - m for q, m in zip(p, self.centre)]
-        along, across, flattened = (sum(f * q for f, q in zip(row, away)) for row in self.frame)
+        along, across, flattened = (_project(away, direction) for direction in self.frame)
         end = self.length / 2
-        nearest = np.clip(along, -end, end)
+        nearest = np.clip(along, -end, end)  # place on the axis
         across = across - self.bend * nearest**2
-        distance = np.sqrt((along - nearest) ** 2 + across**2 + (flattened / self.flat) ** 2) - self.radius
-        return Place(distance, along, across, flattened)
+        beyond = along - nearest  # not 0 at the caps
+        thick = flattened / self.flat
+        from_axis = np.sqrt(beyond**2 + across**2 + thick**2)
+        return Place(
+            distance=from_axis - self.radius,
+            along=along,
+            across=across,
+            flattened=flattened,
+        )
 
     def spine(self) -> np.ndarray:  # point, z y x; nm
         "Points on the axis, at most a radius apart."
         along = np.zeros(1)
         if self.length:
-            count = int(np.ceil(self.length / self.radius)) + 1
-            along = np.linspace(-0.5, 0.5, count) * self.length
+            sections = int(np.ceil(self.length / self.radius))
+            places = np.linspace(-0.5, 0.5, sections + 1)
+            along = places * self.length
         across = self.bend * along**2
-        return self.centre + along[:, None] * self.frame[0] + across[:, None] * self.frame[1]
+        axis, side, _ = self.frame
+        straight = along[:, None] * axis
+        bent = across[:, None] * side
+        return self.centre + straight + bent
 
     @property
     def reach(self) -> float:
         "Nothing of the body is farther from its centre, nm."
-        return self.length / 2 + self.radius + abs(self.bend) * (self.length / 2) ** 2
+        end = self.length / 2
+        rise = abs(self.bend) * end**2
+        return end + self.radius + rise
+
+
+def _project(points, direction):
+    "Coordinates z y x of points along a direction."
+    along = 0
+    for q, d in zip(points, direction):
+        along = along + d * q
+    return along
 
 # %% ../../nbs/api/synth/em.ipynb #af95f41b
 class Kind(NamedTuple):
@@ -214,12 +274,24 @@ def draw_body(
 ) -> Body:
     "A body of random orientation, size and bend."
     bounds = KINDS[kind]
-    frame, _ = np.linalg.qr(rng.standard_normal((3, 3)))
+    normals = rng.standard_normal((3, 3))
+    frame, _ = np.linalg.qr(normals)
     radius = rng.uniform(*bounds.radius) * size
     length = rng.uniform(*bounds.length) * size
-    bend = rng.uniform(-0.25, 0.25) * length / (length / 2 + 1) ** 2
+    end = length / 2 + 1
+    bend = rng.uniform(-0.25, 0.25) * length / end**2
     flat = rng.uniform(bounds.flat, 1)
-    return Body(kind, centre, frame, radius, length, flat, bend, key=int(rng.integers(2**31)))
+    key = int(rng.integers(2**31))
+    return Body(
+        kind=kind,
+        centre=centre,
+        frame=frame,
+        radius=radius,
+        length=length,
+        flat=flat,
+        bend=bend,
+        key=key,
+    )
 
 # %% ../../nbs/api/synth/em.ipynb #3accc304
 def distance_to(
@@ -227,7 +299,10 @@ def distance_to(
     points,  # three arrays or numbers z y x, nm
 ) -> np.ndarray:  # z y x, or a single number
     "Distance of points from a centre, nm."
-    return np.sqrt(sum((q - c) ** 2 for q, c in zip(points, centre)))
+    squared = 0
+    for q, c in zip(points, centre):
+        squared = squared + (q - c) ** 2
+    return np.sqrt(squared)
 
 
 @dataclass
@@ -247,11 +322,13 @@ class Scene:
 
     def nucleus(self, p):
         "Distance to the inner surface of the nuclear envelope, negative inside; `p` is three arrays or a point."
-        return distance_to(self.nucleus_centre, p) - self.nucleus_radius
+        from_centre = distance_to(self.nucleus_centre, p)
+        return from_centre - self.nucleus_radius
 
     def cell(self, p):
         "Distance to the plasma membrane, negative inside the cell."
-        return distance_to(self.cell_centre, p) - self.cell_radius
+        from_centre = distance_to(self.cell_centre, p)
+        return from_centre - self.cell_radius
 
 # %% ../../nbs/api/synth/em.ipynb #471fb227
 def empty_scene(
@@ -263,23 +340,41 @@ def empty_scene(
     rng = keyed(seed, "layout")
 
     def direction():
-        d = rng.standard_normal(3) * half
+        d = rng.standard_normal(3)
+        d = d * half
         return d / np.linalg.norm(d)
 
     def half_width(d):
-        return np.sqrt(((d * half) ** 2).sum() / 3)
+        squares = (d * half) ** 2
+        return np.sqrt(squares.sum() / 3)
 
     inward = direction()
-    others = [direction() for _ in range(12)]
-    outward = min([*others, *(-d for d in others)], key=lambda d: abs(d @ inward - 0.5))
-    size = float(np.clip(np.median(extent) / 900, 0.25, 1))
-    scene = Scene(seed, half, size, nucleus_centre=None, cell_centre=None, nucleolus=None, bodies=[])
-    scene.nucleus_centre = -inward * (scene.nucleus_radius + 0.75 * half_width(inward))
-    scene.cell_centre = -outward * (scene.cell_radius - 1.15 * half_width(outward))
+    candidates = [direction() for _ in range(12)]
+    candidates += [-d for d in candidates]
+
+    def off_angle(d):  # of 60 degrees, between nucleus and cell border
+        return abs(d @ inward - 0.5)
+
+    outward = min(candidates, key=off_angle)
+    size = np.median(extent) / 900
+    scene = Scene(
+        seed=seed,
+        half=half,
+        size=float(np.clip(size, 0.25, 1)),
+        nucleus_centre=None,
+        cell_centre=None,
+        nucleolus=None,
+        bodies=[],
+    )
+    to_nucleus = scene.nucleus_radius + 0.75 * half_width(inward)
+    scene.nucleus_centre = -inward * to_nucleus
+    to_cell = scene.cell_radius - 1.15 * half_width(outward)
+    scene.cell_centre = -outward * to_cell
     for attempt in range(60):
         centre = rng.uniform(-1, 1, 3) * half
         radius = rng.uniform(100, 170) * scene.size * 0.99**attempt
-        deep_enough = scene.nucleus(centre) < -0.8 * radius - 50 * scene.size
+        needed = 0.8 * radius + 50 * scene.size
+        deep_enough = scene.nucleus(centre) < -needed
         if scene.nucleolus is None and deep_enough:
             scene.nucleolus = centre, radius
     return scene
@@ -292,7 +387,8 @@ class Crowd:
         self,
         cell: float,  # nm, at least the sum of the two largest radii and the gap
     ):
-        self.cell, self.cells = cell, defaultdict(list)
+        self.cell = cell
+        self.cells = defaultdict(list)
 
     def add(
         self,
@@ -301,20 +397,28 @@ class Crowd:
     ):
         "Put a sphere at each point."
         for p in points:
-            self.cells[self._key(p)].append((*p, radius))
+            key = self._key(p)
+            self.cells[key].append((*p, radius))
 
     def near(self, points: np.ndarray) -> np.ndarray:  # n 3 -> m 4, z y x and radius of each
         "Spheres that could touch one at any of the points."
         keys = set()
         for z, y, x in map(self._key, points):
-            keys.update(itertools.product((z - 1, z, z + 1), (y - 1, y, y + 1), (x - 1, x, x + 1)))
+            around = itertools.product(
+                (z - 1, z, z + 1),
+                (y - 1, y, y + 1),
+                (x - 1, x, x + 1),
+            )
+            keys.update(around)
         spheres = []
         for key in sorted(keys):
             spheres += self.cells.get(key, ())
-        return np.array(spheres).reshape(-1, 4)
+        spheres = np.array(spheres)
+        return spheres.reshape(-1, 4)
 
     def _key(self, point):
-        return tuple(np.floor(point / self.cell).astype(int).tolist())
+        cell = np.floor(point / self.cell).astype(int)
+        return tuple(cell.tolist())
 
 # %% ../../nbs/api/synth/em.ipynb #9ee33cbd
 def fits(
@@ -323,18 +427,24 @@ def fits(
     crowd: Crowd,  # what is there already
 ) -> bool:
     "Whether `body` has room, with a gap to everything else."
-    spine, radius, size = body.spine(), body.radius, scene.size
+    spine = body.spine()
+    radius = body.radius
+    size = scene.size
     to_cell = scene.cell(spine.T)
     if body.kind == "process":
         free = to_cell > radius + 60 * size
     else:
-        outside = scene.nucleus(spine.T) > scene.envelope + radius + 22 * size
-        free = outside & (to_cell < -radius - 45 * size)
+        to_nucleus = scene.nucleus(spine.T)
+        outside = to_nucleus > scene.envelope + radius + 22 * size
+        inside = to_cell < -radius - 45 * size
+        free = outside & inside
     if not free.all():
         return False
     spheres = crowd.near(spine)
+    away = spine[:, None] - spheres[:, :3]
+    between_centres = np.linalg.norm(away, axis=-1)
+    between = between_centres - spheres[:, 3] - radius
     gap = 14 if body.kind == "vesicle" else 24
-    between = np.linalg.norm(spine[:, None] - spheres[:, :3], axis=-1) - spheres[:, 3] - radius
     return bool((between > gap).all())
 
 # %% ../../nbs/api/synth/em.ipynb #a13eeaf7
@@ -394,8 +504,11 @@ class Slab:
         axes: tuple,  # three arrays of coordinates z y x, nm
         step: float,  # nm between samples, averaged over the axes
     ):
-        self.scene, self.axes, self.step = scene, axes, step
-        self.shape, self.fields = tuple(map(len, axes)), {}
+        self.scene = scene
+        self.axes = axes
+        self.step = step
+        self.shape = tuple(map(len, axes))
+        self.fields = {}
         self.shift = [self._warp(axis) for axis in range(3)]
         grid = np.meshgrid(*axes, indexing="ij", sparse=True)
         self.p = [g + shift for g, shift in zip(grid, self.shift)]
@@ -414,22 +527,28 @@ class Slab:
         "The field `name` on the samples; zero where they cannot show it."
         if spacing < 0.8 * self.step:
             return np.zeros(self.shape)
-        return smooth_noise(self.scene.seed, name, spacing, self.axes, self.scene.half)
+        scene = self.scene
+        return smooth_noise(scene.seed, name, spacing, self.axes, scene.half)
 
     def texture(self, name: str) -> np.ndarray:  # z y x
         "One of the textures that several things share, computed once."
         if name not in self.fields:
-            self.fields[name] = self.noise(name, TEXTURES[name])
+            spacing = TEXTURES[name]
+            self.fields[name] = self.noise(name, spacing)
         return self.fields[name]
 
     def cover(self, d):
         "Part of a sample inside the surface at distance `d`."
-        return np.clip(0.5 - d / self.step, 0, 1)
+        inside = 0.5 - d / self.step  # in samples
+        return np.clip(inside, 0, 1)
 
     def line(self, d, width: float = 4.5):
         "Profile of a membrane: bell of this standard deviation in nm, never narrower than the samples show."
-        shown = np.sqrt(width**2 + (0.4 * self.step) ** 2)
-        return width / shown * bell(d / shown)
+        narrowest = 0.4 * self.step
+        shown = np.sqrt(width**2 + narrowest**2)
+        height = width / shown  # a wider line is fainter
+        profile = bell(d / shown)
+        return height * profile
 
 # %% ../../nbs/api/synth/em.ipynb #ea2fece0
 TONES = dict(
@@ -461,17 +580,27 @@ def paint_cell(
     slab: Slab,
 ):
     "Cytosol, extracellular space and the plasma membrane between them."
-    size, fibre, patch = slab.scene.size, slab.texture("fibre"), slab.texture("patch")
+    scene = slab.scene
+    size = scene.size
+    grain = slab.texture("grain")
+    fibre = slab.texture("fibre")
+    patch = slab.texture("patch")
     ruffle = slab.noise("ruffle", 150 * size)
-    slab.cell = slab.scene.cell(slab.p) + 22 * size * ruffle
-    ribosomes = np.clip(slab.texture("grain") - 0.9 + 0.35 * patch, 0, 1.6)
-    slab.cytosol = TONES["cytosol"] - 0.17 * ribosomes + 0.018 * fibre + 0.012 * patch
+    d = scene.cell(slab.p) + 22 * size * ruffle
+    from_border = np.abs(d)
+    ribosomes = np.clip(grain - 0.9 + 0.35 * patch, 0, 1.6)
+    cytosol = TONES["cytosol"] - 0.17 * ribosomes
+    cytosol = cytosol + 0.018 * fibre + 0.012 * patch
     outside = TONES["extracellular"] + 0.012 * fibre
-    filled = mix(outside, slab.cytosol, slab.cover(slab.cell))
-    slab.tone[:] = filled - 0.55 * slab.line(slab.cell)
-    slab.code[:] = np.where(slab.cell < 0, LABELS["cytosol"] << 16, 0)
-    slab.code[np.abs(slab.cell) < 10] = LABELS["membrane"] << 16
-    slab.clear[:] = np.abs(slab.cell)
+    filled = mix(outside, cytosol, slab.cover(d))
+    membrane = slab.line(d)
+    slab.cell = d
+    slab.cytosol = cytosol
+    slab.tone[:] = filled - 0.55 * membrane
+    slab.code[:] = 0
+    slab.code[d < 0] = LABELS["cytosol"] << 16
+    slab.code[from_border < 10] = LABELS["membrane"] << 16
+    slab.clear[:] = from_border
 
 # %% ../../nbs/api/synth/em.ipynb #16385510
 def pores(
@@ -479,32 +608,46 @@ def pores(
     d: np.ndarray,  # z y x, nm, distance to the nucleus
 ) -> np.ndarray:  # likewise, 0..1
     "Weight of the nuclear pores, cylinders of about 80 nm across the envelope."
-    scene, weight = slab.scene, np.zeros(slab.shape)
-    band = (d > -60) & (d < scene.envelope + 30)
+    scene = slab.scene
+    weight = np.zeros(slab.shape)
+    band = (d > -60) & (d < scene.envelope + 30)  # elsewhere there is no pore
     if not band.any():
         return weight
-    towards = _unit(np.stack([q[band] - c for q, c in zip(slab.p, scene.nucleus_centre)], 1))
-    nearest, _ = cKDTree(_pore_directions(scene)).query(towards)
-    weight[band] = ramp((46 - scene.nucleus_radius * nearest) / 14)
+    away = []
+    for q, c in zip(slab.p, scene.nucleus_centre):
+        away.append(q[band] - c)
+    directions = _unit(np.stack(away, 1))
+    tree = cKDTree(_pore_directions(scene))
+    angle, _ = tree.query(directions)  # to the nearest pore
+    from_pore = scene.nucleus_radius * angle  # nm
+    weight[band] = ramp((46 - from_pore) / 14)
     return weight
 
 
 def _pore_directions(scene):
     "Where the pores are, seen from the centre of the nucleus: a spiral over the sphere, shaken and turned; n 3."
     rng = keyed(scene.seed, "pores")
-    count = int(4 * np.pi * (scene.nucleus_radius / 240) ** 2)
+    squares = (scene.nucleus_radius / 240) ** 2  # a pore takes the square of 240 nm
+    count = int(4 * np.pi * squares)
     i = np.arange(count) + 0.5
-    polar = np.arccos(1 - 2 * i / count)
-    turn = np.pi * (1 + 5**0.5) * i
-    spiral = np.stack([np.cos(polar), np.sin(polar) * np.cos(turn), np.sin(polar) * np.sin(turn)], 1)
-    rotation, _ = np.linalg.qr(rng.standard_normal((3, 3)))
-    shaken = spiral + rng.normal(0, 30 / scene.nucleus_radius, spiral.shape)
+    polar = np.arccos(1 - 2 * i / count)  # even over the sphere
+    turn = np.pi * (1 + 5**0.5) * i  # by the golden ratio
+    z = np.cos(polar)
+    ring = np.sin(polar)
+    y = ring * np.cos(turn)
+    x = ring * np.sin(turn)
+    spiral = np.stack([z, y, x], 1)
+    normals = rng.standard_normal((3, 3))
+    rotation, _ = np.linalg.qr(normals)
+    deviation = 30 / scene.nucleus_radius
+    shaken = spiral + rng.normal(0, deviation, spiral.shape)
     return _unit(shaken @ rotation)
 
 
 def _unit(vectors):
     "Vectors n 3 of length 1."
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    length = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / length
 
 # %% ../../nbs/api/synth/em.ipynb #95e73d6a
 def nucleoplasm(
@@ -513,33 +656,48 @@ def nucleoplasm(
     pore: np.ndarray,  # z y x, 0..1, weight of the pores
 ) -> np.ndarray:  # z y x, tone inside the nucleus
     "Chromatin and nucleolus."
-    grain, fibre, patch = map(slab.texture, ("grain", "fibre", "patch"))
-    rim = (1 - pore) / (1 + (np.minimum(d, 0) / 65) ** 2)
-    clumps = ramp((0.9 * patch + 0.35 * fibre + 1.5 * rim - 0.75) / 0.6)
-    tone = mix(TONES["nucleus"], TONES["chromatin"], clumps) + 0.022 * grain + 0.03 * fibre
-    if slab.scene.nucleolus is None:
+    grain = slab.texture("grain")
+    fibre = slab.texture("fibre")
+    patch = slab.texture("patch")
+    depth = np.minimum(d, 0)  # nm, from the envelope, negative
+    rim = (1 - pore) / (1 + (depth / 65) ** 2)  # chromatin lines the envelope, but not the pores
+    density = 0.9 * patch + 0.35 * fibre + 1.5 * rim
+    clumps = ramp((density - 0.75) / 0.6)
+    tone = mix(TONES["nucleus"], TONES["chromatin"], clumps)
+    tone = tone + 0.022 * grain + 0.03 * fibre
+    nucleolus = slab.scene.nucleolus
+    if nucleolus is None:
         return tone
-    centre, radius = slab.scene.nucleolus
-    surface = distance_to(centre, slab.p) - radius + 0.13 * radius * patch
-    inside = TONES["nucleolus"] + 0.035 * grain + 0.03 * fibre
-    return mix(tone, inside, ramp(0.5 - surface / 24))
+    centre, radius = nucleolus
+    ragged = 0.13 * radius * patch
+    surface = distance_to(centre, slab.p) - radius + ragged
+    content = TONES["nucleolus"] + 0.035 * grain
+    content = content + 0.03 * fibre
+    inside = ramp(0.5 - surface / 24)
+    return mix(tone, content, inside)
 
 # %% ../../nbs/api/synth/em.ipynb #2193f4b7
 def paint_nucleus(
     slab: Slab,
 ):
     "Nucleus and envelope."
-    scene, width = slab.scene, slab.scene.envelope
-    slab.nucleus = d = scene.nucleus(slab.p)
-    slab.clear[:] = np.minimum(slab.clear, d - width)
+    scene = slab.scene
+    width = scene.envelope
+    d = scene.nucleus(slab.p)
+    slab.nucleus = d
+    outer = d - width  # distance to the outer membrane
+    slab.clear[:] = np.minimum(slab.clear, outer)
     if d.min() > width + 80:
         return
     pore = pores(slab, d)
-    slab.tone[:] = mix(slab.tone, nucleoplasm(slab, d, pore), slab.cover(d))
+    inside = nucleoplasm(slab, d, pore)
+    slab.tone[:] = mix(slab.tone, inside, slab.cover(d))
     middle = d - width / 2
-    gap = ramp((width / 2 - np.abs(middle)) / 8 + 0.5)
-    slab.tone[:] = mix(slab.tone, mix(TONES["lumen"], 0.5, pore), gap)
-    membranes = slab.line(d - 3) + slab.line(d - width + 3)
+    from_membranes = width / 2 - np.abs(middle)
+    gap = ramp(from_membranes / 8 + 0.5)
+    content = mix(TONES["lumen"], 0.5, pore)
+    slab.tone[:] = mix(slab.tone, content, gap)
+    membranes = slab.line(d - 3) + slab.line(outer + 3)
     slab.tone -= 0.42 * (1 - pore) * membranes
     slab.tone -= 0.10 * pore * slab.line(middle, 14)
     slab.code[d < width + 2] = LABELS["membrane"] << 16
@@ -555,19 +713,28 @@ def cristae(
 ) -> np.ndarray:  # z y x, amount of stain, 0 to about 1
     "Parallel sheets of double membrane across a mitochondrion."
     _, along, across, flattened = place
-    gap, tilt, cup = rng.uniform(34, 44), rng.uniform(-0.4, 0.4), rng.uniform(-0.25, 0.25)
+    gap = rng.uniform(34, 44)  # nm between sheets
+    tilt = rng.uniform(-0.4, 0.4)
+    cup = rng.uniform(-0.25, 0.25)
     most = 128  # more sheets than any body has
     jitter = rng.normal(0, 0.08 * gap, most)
-    side = rng.uniform(0, 2 * np.pi, most)
-    reach = rng.uniform(-1.2, -0.2, most)
-    reach[rng.random(most) < 0.05] = 9
-    bowl = cup * (across * across + flattened * flattened) / radius
+    side = rng.uniform(0, 2 * np.pi, most)  # where the sheet is attached
+    reach = rng.uniform(-1.2, -0.2, most)  # how far it begins from the axis, radii
+    none = rng.random(most) < 0.05
+    reach[none] = 9
+    squared = across * across + flattened * flattened  # of the distance from the axis
+    bowl = cup * squared / radius  # the sheets are cups
     height = along * np.cos(tilt) + across * np.sin(tilt) + bowl + 7 * shake
     sheet = np.floor(height / gap)
-    k = np.clip(sheet.astype(int) + most // 2, 0, most - 1)
-    offset = height - (sheet + 0.5) * gap - jitter[k]
-    into = across * np.cos(side)[k] + flattened * np.sin(side)[k] - reach[k] * radius
-    return ramp(into / 14) * (line(offset - 4, 3.2) + line(offset + 4, 3.2))
+    k = sheet.astype(int) + most // 2
+    k = np.clip(k, 0, most - 1)
+    middle = (sheet + 0.5) * gap
+    offset = height - middle - jitter[k]
+    across_side = across * np.cos(side)[k]
+    flattened_side = flattened * np.sin(side)[k]
+    into = across_side + flattened_side - reach[k] * radius  # nm from the edge of the sheet
+    membranes = line(offset - 4, 3.2) + line(offset + 4, 3.2)
+    return ramp(into / 14) * membranes
 
 # %% ../../nbs/api/synth/em.ipynb #b008788c
 def paint_mitochondrion(
@@ -580,43 +747,64 @@ def paint_mitochondrion(
     "Double membrane, matrix, cristae."
     d = place.distance
     rng = keyed(slab.scene.seed, "mitochondrion", body.key)
-    grain, fibre, lump = (slab.texture(name)[roi] for name in ("grain", "fibre", "lump"))
-    matrix = TONES["mitochondrion"] + rng.normal(0, 0.015) + 0.012 * (grain + fibre)
-    tone = mix(tone, matrix, slab.cover(d)) + 0.055 * ramp((11 - np.abs(d + 11)) / 6)
+    grain = slab.texture("grain")[roi]
+    fibre = slab.texture("fibre")[roi]
+    lump = slab.texture("lump")[roi]
+    matrix = TONES["mitochondrion"] + rng.normal(0, 0.015)
+    matrix = matrix + 0.012 * (grain + fibre)
+    tone = mix(tone, matrix, slab.cover(d))
+    from_gap = np.abs(d + 11)  # the middle between the two membranes
+    tone = tone + 0.055 * ramp((11 - from_gap) / 6)
     stain = cristae(rng, body.radius, place, lump, slab.line)
-    tone = tone - 0.30 * stain * ramp((-d - 14) / 8)
-    return tone - 0.34 * slab.line(d + 2) - 0.30 * slab.line(d + 20)
+    inside = ramp((-d - 14) / 8)
+    tone = tone - 0.30 * stain * inside
+    outer = slab.line(d + 2)
+    inner = slab.line(d + 20)
+    return tone - 0.34 * outer - 0.30 * inner
 
 # %% ../../nbs/api/synth/em.ipynb #4cab52b4
 def paint_lysosome(slab, body, roi, tone, place):
     "One membrane, dark lumpy content; arguments of `paint_mitochondrion`."
-    base = TONES["lysosome"] + keyed(slab.scene.seed, "lysosome", body.key).normal(0, 0.02)
-    grain, fibre, lump = (slab.texture(name)[roi] for name in ("grain", "fibre", "lump"))
-    content = base + 0.03 * grain + 0.06 * fibre + 0.05 * lump
-    tone = mix(tone, content, slab.cover(place.distance))
-    return tone - 0.36 * slab.line(place.distance + 2)
+    d = place.distance
+    rng = keyed(slab.scene.seed, "lysosome", body.key)
+    grain = slab.texture("grain")[roi]
+    fibre = slab.texture("fibre")[roi]
+    lump = slab.texture("lump")[roi]
+    content = TONES["lysosome"] + rng.normal(0, 0.02)
+    content = content + 0.03 * grain + 0.06 * fibre + 0.05 * lump
+    tone = mix(tone, content, slab.cover(d))
+    membrane = slab.line(d + 2)
+    return tone - 0.36 * membrane
 
 # %% ../../nbs/api/synth/em.ipynb #385dfb60
 def paint_lipid(slab, body, roi, tone, place):
     "Homogeneous, no membrane; arguments of `paint_mitochondrion`."
-    content = TONES["lipid"] + keyed(slab.scene.seed, "lipid", body.key).uniform(-0.1, 0.12)
-    return mix(tone, content, slab.cover(place.distance))
+    rng = keyed(slab.scene.seed, "lipid", body.key)
+    content = TONES["lipid"] + rng.uniform(-0.1, 0.12)
+    inside = slab.cover(place.distance)
+    return mix(tone, content, inside)
 
 
 def paint_vesicle(slab, body, roi, tone, place):
     "Membrane and light lumen, sometimes a dense core; arguments of `paint_mitochondrion`."
     d = place.distance
+    rng = keyed(slab.scene.seed, "vesicle", body.key)
     tone = mix(tone, TONES["lumen"], slab.cover(d))
-    if keyed(slab.scene.seed, "vesicle", body.key).random() < 0.2:
+    if rng.random() < 0.2:
         core = d + 0.55 * body.radius
-        tone = mix(tone, TONES["core"], ramp(0.5 - core / 8))
-    return tone - 0.5 * slab.line(d + 2)
+        inside = ramp(0.5 - core / 8)
+        tone = mix(tone, TONES["core"], inside)
+    membrane = slab.line(d + 2)
+    return tone - 0.5 * membrane
 
 
 def paint_process(slab, body, roi, tone, place):
     "Cytosol in a membrane; arguments of `paint_mitochondrion`."
-    tone = mix(tone, slab.cytosol[roi], slab.cover(place.distance))
-    return tone - 0.55 * slab.line(place.distance)
+    d = place.distance
+    cytosol = slab.cytosol[roi]
+    tone = mix(tone, cytosol, slab.cover(d))
+    membrane = slab.line(d)
+    return tone - 0.55 * membrane
 
 
 PAINT = {
@@ -635,8 +823,10 @@ def around(
 ) -> Box:  # of samples, possibly empty
     "The part of the slab that `body` can touch."
     reach = body.reach + warp + 40 + 2 * slab.step
-    start = [np.searchsorted(axis, c - reach) for axis, c in zip(slab.axes, body.centre)]
-    stop = [np.searchsorted(axis, c + reach) for axis, c in zip(slab.axes, body.centre)]
+    start, stop = [], []
+    for axis, c in zip(slab.axes, body.centre):
+        start.append(np.searchsorted(axis, c - reach))
+        stop.append(np.searchsorted(axis, c + reach))
     return Box(start, stop)
 
 # %% ../../nbs/api/synth/em.ipynb #4b732723
@@ -644,15 +834,19 @@ def paint_bodies(
     slab: Slab,
 ):
     "All bodies of the scene; their instance numbers start at 2, after the nucleus."
-    warp = max(np.abs(shift).max() for shift in slab.shift)
+    largest = [np.abs(shift).max() for shift in slab.shift]
+    warp = max(largest)
     for number, body in enumerate(slab.scene.bodies, 2):
         box = around(slab, body, warp)
         if not box:
             continue
         roi = box.slices
         place = body.local([q[roi] for q in slab.p])
-        slab.tone[roi] = PAINT[body.kind](slab, body, roi, slab.tone[roi], place)
-        slab.clear[roi] = np.minimum(slab.clear[roi], place.distance)
+        tone = slab.tone[roi]
+        clear = slab.clear[roi]
+        paint = PAINT[body.kind]
+        slab.tone[roi] = paint(slab, body, roi, tone, place)
+        slab.clear[roi] = np.minimum(clear, place.distance)
         _label(slab.code[roi], body, place.distance, number)
 
 
@@ -670,18 +864,26 @@ def er_distance(
     slab: Slab,
 ) -> np.ndarray:  # z y x, nm, negative inside
     "Distance to the surface of the ER: sheets and tubules, clear of everything else."
-    outside = slab.nucleus - slab.scene.envelope
-    height = outside + 34 * slab.noise("er wave", 210)
+    scene = slab.scene
+    outside = slab.nucleus - scene.envelope  # distance to the nuclear envelope
+    wave = slab.noise("er wave", 210)
+    height = outside + 34 * wave
     sheet = np.floor(height / 98)
-    ends = keyed(slab.scene.seed, "er ends").normal(0, 0.45, 128)
-    ends = ends[np.clip(sheet.astype(int), 0, 127)]
-    here = slab.noise("er where", 250) + 1 / (1 + np.maximum(outside, 0) / 350) - 0.6 + ends
     middle = (sheet + 0.5) * 98
-    sheets = np.maximum(np.abs(height - middle) - 16, -110 * here)
-    a, b = slab.noise("er tubule a", 190), slab.noise("er tubule b", 190)
-    tubules = 150 * np.sqrt(a**2 + b**2) - 20
-    d = np.maximum(np.minimum(sheets, tubules), 13 - slab.clear)
-    return np.where((slab.cell < 0) & (outside > 0), d, np.inf)
+    k = np.clip(sheet.astype(int), 0, 127)
+    ends = keyed(scene.seed, "er ends").normal(0, 0.45, 128)
+    where = slab.noise("er where", 250)
+    near_nucleus = 1 / (1 + np.maximum(outside, 0) / 350)
+    here = where + near_nucleus - 0.6 + ends[k]  # sheets are where this is positive
+    from_sheet = np.abs(height - middle) - 16
+    sheets = np.maximum(from_sheet, -110 * here)
+    a = slab.noise("er tubule a", 190)
+    b = slab.noise("er tubule b", 190)
+    tubules = 150 * np.sqrt(a**2 + b**2) - 20  # along the line where both fields are zero
+    d = np.minimum(sheets, tubules)
+    d = np.maximum(d, 13 - slab.clear)
+    allowed = (slab.cell < 0) & (outside > 0)
+    return np.where(allowed, d, np.inf)
 
 # %% ../../nbs/api/synth/em.ipynb #164815c9
 def paint_er(
@@ -689,9 +891,14 @@ def paint_er(
 ):
     "Lumen, membrane and ribosomes of the ER."
     d = er_distance(slab)
-    slab.tone[:] = mix(slab.tone, TONES["lumen"], slab.cover(d)) - 0.42 * slab.line(d + 2)
-    ribosomes = 0.16 * np.clip(slab.texture("grain") - 0.3, 0, 1.4)
-    slab.tone -= ribosomes * slab.line(d - 13, 6) * (slab.clear > 20)
+    filled = mix(slab.tone, TONES["lumen"], slab.cover(d))
+    membrane = slab.line(d + 2)
+    slab.tone[:] = filled - 0.42 * membrane
+    grain = slab.texture("grain")
+    ribosomes = 0.16 * np.clip(grain - 0.3, 0, 1.4)
+    on_surface = slab.line(d - 13, 6)
+    room = slab.clear > 20
+    slab.tone -= ribosomes * on_surface * room
     slab.code[d < 2] = LABELS["ER"] << 16
 
 # %% ../../nbs/api/synth/em.ipynb #b609fa5d
@@ -699,9 +906,12 @@ def subdivision(
     voxel_size,  # nm, z y x
 ) -> np.ndarray:  # 3, samples per voxel along z y x
     "How finely a voxel is sampled: about 8 nm, at most eight samples."
-    n = np.maximum(1, np.round(np.asarray(voxel_size) / 8)).astype(int)
+    voxel_size = np.asarray(voxel_size)
+    n = np.round(voxel_size / 8)
+    n = np.maximum(1, n).astype(int)
     while n.prod() > 8:
-        n[n.argmax()] -= 1
+        longest = n.argmax()
+        n[longest] -= 1
     return n
 
 # %% ../../nbs/api/synth/em.ipynb #9e5e603c
@@ -711,8 +921,10 @@ def split_voxels(
 ) -> np.ndarray:  # sample, z y x of voxels
     "Bring the samples of each voxel to the front."
     voxels = np.array(x.shape) // n
-    pairs = np.stack([voxels, n], 1).ravel()  # z samples y samples x samples
-    samples_first = x.reshape(pairs).transpose(1, 3, 5, 0, 2, 4)
+    pairs = np.stack([voxels, n], 1)
+    pairs = pairs.ravel()  # z samples y samples x samples
+    samples = x.reshape(pairs)
+    samples_first = samples.transpose(1, 3, 5, 0, 2, 4)
     return samples_first.reshape(-1, *voxels)
 
 
@@ -721,10 +933,15 @@ def majority(
     eligible=True,  # n *s, boolean: which samples may win; True: all
 ) -> np.ndarray:  # *s
     "The most frequent eligible code of each voxel; the smallest one in a tie."
-    best, votes = codes[0].copy(), np.zeros(codes.shape[1:], int)
-    for code, may in zip(codes, np.broadcast_to(eligible, codes.shape)):
-        count = np.where(may, (codes == code).sum(0), 0)
-        better = (count > votes) | ((count == votes) & (code < best))
+    best = codes[0].copy()
+    votes = np.zeros(best.shape, int)
+    eligible = np.broadcast_to(eligible, codes.shape)
+    for code, may in zip(codes, eligible):
+        count = (codes == code).sum(0)
+        count = np.where(may, count, 0)
+        more = count > votes
+        tie = count == votes
+        better = more | (tie & (code < best))
         best[better] = code[better]
         votes[better] = count[better]
     return best
@@ -738,22 +955,36 @@ def render(
 ) -> tuple:  # tone (float32), code (uint32); z y x
     "Paint the scene on voxels, slab by slab."
     n = subdivision(voxel_size)
-    axes = []
-    for voxels, samples, width in zip(shape, n, voxel_size):
-        axes.append((np.arange(voxels * samples) + 0.5) * width / samples - voxels * width / 2)
+    z_axis, y_axis, x_axis = _sample_axes(shape, voxel_size, n)
     step = float(np.mean(voxel_size / n))
-    depth = depth or max(1, int(2**19 // (shape[1] * shape[2] * n.prod())))
-    tone, code = np.empty(shape, np.float32), np.empty(shape, np.uint32)
+    if not depth:
+        per_slice = shape[1] * shape[2] * n.prod()
+        depth = max(1, int(2**19 // per_slice))
+    tone = np.empty(shape, np.float32)
+    code = np.empty(shape, np.uint32)
     for start in range(0, shape[0], depth):
         stop = min(start + depth, shape[0])
-        slab = Slab(scene, (axes[0][start * n[0] : stop * n[0]], axes[1], axes[2]), step)
+        inside = z_axis[start * n[0] : stop * n[0]]
+        slab = Slab(scene, (inside, y_axis, x_axis), step)
         for paint in (paint_cell, paint_nucleus, paint_bodies, paint_er):
             paint(slab)
-        tone[start:stop] = split_voxels(slab.tone, n).mean(0)
+        tones = split_voxels(slab.tone, n)
+        tone[start:stop] = tones.mean(0)
         codes = split_voxels(slab.code, n)
         labels = codes >> 16
-        code[start:stop] = majority(codes, labels == majority(labels))
+        of_label = labels == majority(labels)
+        code[start:stop] = majority(codes, of_label)
     return tone, code
+
+
+def _sample_axes(shape, voxel_size, n):
+    "Coordinates of the fine samples along each axis, nm; 0 is the middle of the box."
+    axes = []
+    for voxels, samples, width in zip(shape, n, voxel_size):
+        half = voxels * width / 2
+        middles = np.arange(voxels * samples) + 0.5
+        axes.append(middles * width / samples - half)
+    return axes
 
 # %% ../../nbs/api/synth/em.ipynb #94cf5e17
 def drift_walk(
@@ -763,7 +994,8 @@ def drift_walk(
     "A slow random walk that returns to zero."
     walk = rng.standard_normal((slices, 2))
     for i in range(1, slices):
-        walk[i] = 0.85 * walk[i - 1] + 0.53 * walk[i]
+        before = walk[i - 1]
+        walk[i] = 0.85 * before + 0.53 * walk[i]
     return walk
 
 
@@ -776,17 +1008,22 @@ def expose(
     drift: float = 0.02,  # standard deviation of the brightness between slices, of full scale
 ) -> np.ndarray:  # uint8, z y x
     "Blur, drift and shot noise."
-    sigma = blur * np.array([1.2, 1, 1]) / voxel_size
+    sigma = blur * np.array([1.2, 1, 1]) / voxel_size  # voxels
     sigma = np.where(sigma < 0.1, 0, sigma)
     tone = ndimage.gaussian_filter(tone, sigma, mode="nearest")
     raw = np.empty(tone.shape, np.uint8)
-    walk = drift * drift_walk(keyed(seed, "drift"), len(tone))
+    rng = keyed(seed, "drift")
+    walk = drift * drift_walk(rng, len(tone))
     for z, (contrast, brightness) in enumerate(walk):
-        light = 0.5 + (tone[z].astype(float) - 0.5) * (1 + 2 * contrast) + brightness
+        gain = 1 + 2 * contrast
+        from_grey = tone[z].astype(float) - 0.5
+        light = 0.5 + from_grey * gain + brightness
         light = np.maximum(light, 0)
         shot = keyed(seed, "shot", z).standard_normal(light.shape)
-        light = light + np.sqrt(light / electrons) * shot
-        raw[z] = np.clip(np.round(255 * light), 0, 255)
+        deviation = np.sqrt(light / electrons)
+        light = light + deviation * shot
+        grey = np.round(255 * light)
+        raw[z] = np.clip(grey, 0, 255)
     return raw
 
 # %% ../../nbs/api/synth/em.ipynb #ee39e251
@@ -836,14 +1073,18 @@ def em_volume(
         Number(1).check("electrons", electrons)
     scene = make_scene(seed, shape * voxels)
     tone, code = render(scene, shape, voxels)
-    raw = expose(tone, voxels, seed, blur, electrons, drift)
-    labels = (code >> 16).astype(np.uint8)
-    return EMVolume(raw, labels, _renumbered(code & 0xFFFF), tuple(voxels.tolist()))
+    return EMVolume(
+        raw=expose(tone, voxels, seed, blur, electrons, drift),
+        labels=(code >> 16).astype(np.uint8),
+        instances=_renumbered(code & 0xFFFF),
+        voxel_size=tuple(voxels.tolist()),
+    )
 
 
 def _renumbered(instances):
     "Numbers without gaps, in the same order; 0 stays."
     seen = np.bincount(instances.ravel()) > 0
     seen[0] = False
-    numbers = np.where(seen, seen.cumsum(), 0).astype(np.uint16)
+    numbers = np.where(seen, seen.cumsum(), 0)
+    numbers = numbers.astype(np.uint16)
     return numbers[instances.astype(np.uint16)]
