@@ -42,10 +42,12 @@ def mask_colours(
     "Labels in the colours of the challenge."
     labels = np.asarray(labels)
     if not np.isin(labels, list(SPACECRAFT_CLASSES)).all():
-        raise InputError(
-            f"labels {np.unique(labels).tolist()[:8]}: expected {', '.join(map(str, SPACECRAFT_CLASSES))} only; use the labels of a scene"
-        )
-    return rgb_table(colour for _, colour in SPACECRAFT_CLASSES.values())[labels.astype(int)]
+        found = np.unique(labels).tolist()[:8]
+        known = ", ".join(map(str, SPACECRAFT_CLASSES))
+        raise InputError(f"labels {found}: expected {known} only; use the labels of a scene")
+    colours = [colour for _, colour in SPACECRAFT_CLASSES.values()]
+    table = rgb_table(colours)
+    return table[labels.astype(int)]
 
 # %% ../../nbs/api/synth/spacecraft.ipynb #3230d76a
 def lathe(
@@ -56,16 +58,23 @@ def lathe(
 ) -> list:  # faces: n 3, corners counter-clockwise seen from outside
     "Faces of a solid of revolution around the third axis."
     angle = (np.arange(sides) + 0.5) * 2 * np.pi / sides
+    circle = np.stack([np.cos(angle), np.sin(angle)], 1)
     rings = []
     for radius, height in zip(radii, heights):
-        rings.append(np.stack([radius * np.cos(angle), radius * np.sin(angle), np.full(sides, height)], 1))
+        level = np.full((sides, 1), height)
+        rings.append(np.concatenate([radius * circle, level], 1))
     faces = []
     for i in range(len(rings) - 1):
-        low, high = rings[i], rings[i + 1]
-        quads = np.stack([low, np.roll(low, -1, 0), np.roll(high, -1, 0), high], 1)
-        faces += list(quads[:, _corners(radii[i], radii[i + 1])])
+        low = rings[i]
+        high = rings[i + 1]
+        next_low = np.roll(low, -1, 0)
+        next_high = np.roll(high, -1, 0)
+        quads = np.stack([low, next_low, next_high, high], 1)
+        corners = _corners(radii[i], radii[i + 1])
+        faces += list(quads[:, corners])
     if hollow:
-        return faces + [face[::-1] for face in faces]
+        backs = [face[::-1] for face in faces]
+        return faces + backs
     if radii[0] > 0:
         faces.append(rings[0][::-1])
     if radii[-1] > 0:
@@ -134,17 +143,22 @@ def wing(
     boom: float = 0.4,  # length before the first panel, metres
 ) -> list:  # of parts
     "A boom and a row of solar panels."
-    along = np.array([np.cos(np.deg2rad(angle)), np.sin(np.deg2rad(angle)), 0])
+    radians = np.deg2rad(angle)
+    along = np.array([np.cos(radians), np.sin(radians), 0])
     turn = (tilt, 0, angle)
+    length, width = size
 
     def at(distance):
-        return tuple(along * distance + (0, 0, z))
+        place = along * distance
+        return tuple(place + (0, 0, z))
 
-    reach = boom + panels * size[0] * 1.04
-    parts = [Part("box", "grey", at(start + reach / 2 - 0.1), (reach + 0.1, 0.07, 0.035), turn)]
+    reach = boom + panels * length * 1.04
+    middle = at(start + reach / 2 - 0.1)
+    parts = [Part("box", "grey", middle, (reach + 0.1, 0.07, 0.035), turn)]
     for i in range(panels):
-        middle = start + boom + (i + 0.5) * size[0] * 1.04
-        parts.append(Part("box", "panel", at(middle), (size[0], size[1], 0.05), turn))
+        along_row = (i + 0.5) * length * 1.04
+        middle = at(start + boom + along_row)
+        parts.append(Part("box", "panel", middle, (length, width, 0.05), turn))
     return parts
 
 
@@ -276,18 +290,30 @@ def build(
     "Faces of all parts."
     faces, materials = [], []
     for part in parts:
-        turn = Rotation.from_euler("xyz", part.turn, degrees=True).as_matrix()
+        rotation = Rotation.from_euler("xyz", part.turn, degrees=True)
+        turn = rotation.as_matrix()
         flat = part.material == "panel" and part.size[2] < 0.1
         for face in SHAPES[part.shape]:
-            faces.append((face * part.size) @ turn.T + part.centre)
-            materials.append("back" if flat and face[:, 2].min() < 0 else part.material)
+            stretched = face * part.size
+            faces.append(stretched @ turn.T + part.centre)
+            below = face[:, 2].min() < 0
+            materials.append("back" if flat and below else part.material)
     most = max(map(len, faces))
-    corners = np.stack([np.concatenate([f, np.repeat(f[-1:], most - len(f), 0)]) for f in faces])
+    padded = []
+    for face in faces:
+        last = face[-1:]
+        missing = most - len(face)
+        padded.append(np.concatenate([face, np.repeat(last, missing, 0)]))
+    corners = np.stack(padded)
     points = corners.reshape(-1, 3)
-    corners = corners - (points.max(0) + points.min(0)) / 2
+    middle = (points.max(0) + points.min(0)) / 2
+    corners = corners - middle
     radius = np.linalg.norm(corners, axis=-1).max()
+    corners = corners / radius
+    names = list(MATERIALS)
     return Mesh(
-        (corners / radius).astype(np.float32), np.array([list(MATERIALS).index(m) for m in materials])
+        corners=corners.astype(np.float32),
+        material=np.array([names.index(m) for m in materials]),
     )
 
 # %% ../../nbs/api/synth/spacecraft.ipynb #57d35b50
@@ -302,7 +328,12 @@ def grid(
     shape: tuple,  # h w, pixels
 ) -> tuple:  # y (h), x (w), float32, middles of the pixels; the shorter side is -1..1
     "Places of rows and columns in the image."
-    return tuple(((2 * np.arange(n) + 1 - n) / min(shape)).astype(np.float32) for n in shape)
+    places = []
+    for n in shape:
+        middles = 2 * np.arange(n) + 1 - n
+        place = middles / min(shape)
+        places.append(place.astype(np.float32))
+    return tuple(places)
 
 
 def rasterise(
@@ -312,32 +343,62 @@ def rasterise(
 ) -> tuple:  # face (h w, int16, -1 for none), nearness (h w, float32, 1 / depth)
     "The nearest face in each pixel."
     y, x = grid(shape)
-    face, nearness = np.full(shape, -1, np.int16), np.zeros(shape, np.float32)
-    normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
-    offsets = (normals * corners[:, 0]).sum(1)
-    screen = camera.focal * corners[..., :2] / corners[..., 2:] + np.float32(camera.centre)
-    planes = normals / offsets[:, None] * np.float32([1 / camera.focal, 1 / camera.focal, 1])
+    face = np.full(shape, -1, np.int16)
+    nearness = np.zeros(shape, np.float32)
+    screen = _project(corners, camera)
+    planes, offsets = _nearness_planes(corners, camera)
+    centre_x, centre_y = camera.centre
     for i in np.flatnonzero(offsets < -1e-7):  # the others show their back
         outline = screen[i]
-        low, high = outline.min(0), outline.max(0)
-        columns = slice(*np.searchsorted(x, (low[0], high[0])))
-        rows = slice(*np.searchsorted(y, (low[1], high[1])))
-        px, py = x[columns], y[rows, None]
+        left, top = outline.min(0)
+        right, bottom = outline.max(0)
+        columns = slice(*np.searchsorted(x, (left, right)))
+        rows = slice(*np.searchsorted(y, (top, bottom)))
+        px = x[columns]
+        py = y[rows, None]
         a, b, c = planes[i]
-        near = a * (px - camera.centre[0]) + (b * (py - camera.centre[1]) + c)
-        seen = near > nearness[rows, columns]
+        near = a * (px - centre_x) + (b * (py - centre_y) + c)
+        nearest = nearness[rows, columns]
+        nearest_face = face[rows, columns]
+        seen = near > nearest
         seen &= _inside(outline, px, py)
-        np.copyto(nearness[rows, columns], near, where=seen)
-        np.copyto(face[rows, columns], np.int16(i), where=seen)
+        np.copyto(nearest, near, where=seen)
+        np.copyto(nearest_face, np.int16(i), where=seen)
     return face, nearness
+
+
+def _project(points, camera):
+    "Where points ... 3 are in the image: x, y."
+    x_y = points[..., :2]
+    depth = points[..., 2:]
+    centre = np.float32(camera.centre)
+    return camera.focal * x_y / depth + centre
+
+
+def _nearness_planes(corners, camera):
+    "Of each face: 1 / depth as a x + b y + c of the image, and the offset of its plane, negative where its front is seen."
+    first = corners[:, 0]
+    edge = corners[:, 1] - first
+    other = corners[:, 2] - first
+    normals = np.cross(edge, other)
+    offsets = (normals * first).sum(1)
+    scale = 1 / camera.focal
+    per_image = np.float32([scale, scale, 1])
+    planes = normals / offsets[:, None] * per_image
+    return planes, offsets
 
 
 def _inside(outline, px, py):
     "Pixels on the inner side of every edge of a face; corners that are repeated make none."
     inside = True
-    for (x0, y0), (x1, y1) in zip(outline, np.roll(outline, -1, 0)):
+    following = np.roll(outline, -1, 0)
+    for (x0, y0), (x1, y1) in zip(outline, following):
+        dx = x1 - x0
+        dy = y1 - y0
         if x0 != x1 or y0 != y1:
-            inside = inside & ((y1 - y0) * (px - x0) >= (x1 - x0) * (py - y0))
+            left = dy * (px - x0)
+            right = dx * (py - y0)
+            inside = inside & (left >= right)
     return inside
 
 # %% ../../nbs/api/synth/spacecraft.ipynb #8f7bbc0f
@@ -349,7 +410,8 @@ def labels_of(
     face: np.ndarray,  # h w, from rasterise
 ) -> np.ndarray:  # h w, uint8
     "Classes of the faces."
-    return LABEL_OF[np.append(mesh.material, -1)[face]]
+    material = np.append(mesh.material, -1)  # the last face is none
+    return LABEL_OF[material[face]]
 
 
 def pose(
@@ -359,27 +421,41 @@ def pose(
 ) -> tuple:  # mesh before the camera, the camera
     "Turn the satellite and choose a lens, until enough of it is seen."
     while True:
-        distance, side = rng.uniform(2.5, 8), rng.uniform(*size)
-        rotation = Rotation.from_quat(rng.standard_normal(4)).as_matrix().T.astype(np.float32)
-        turned = mesh.corners @ rotation + np.float32([0, 0, distance])
-        outline = (turned[..., :2] / turned[..., 2:]).reshape(-1, 2)
-        low, high = outline.min(0), outline.max(0)
-        focal = 2 * side / (high - low).max()
-        room = (0.97 - focal * (high - low) / 2).clip(0)
-        centre = rng.uniform(-room, room) - focal * (low + high) / 2
-        camera = Camera(focal, tuple(centre))
-        seen = labels_of(mesh, rasterise(turned, camera, (64, 64))[0])
-        if (seen > 0).mean() > 0.015 and (seen == 1).mean() > 0.002:
-            return mesh._replace(corners=turned, centre=(0, 0, distance)), camera
+        distance = rng.uniform(2.5, 8)
+        side = rng.uniform(*size)
+        rotation = Rotation.from_quat(rng.standard_normal(4))
+        turn = rotation.as_matrix().T.astype(np.float32)
+        centre = (0, 0, distance)
+        turned = mesh.corners @ turn + np.float32(centre)
+        outline = turned[..., :2] / turned[..., 2:]
+        outline = outline.reshape(-1, 2)
+        low = outline.min(0)
+        high = outline.max(0)
+        extent = high - low
+        focal = 2 * side / extent.max()
+        room = 0.97 - focal * extent / 2  # to the border of the image, if it is in the middle
+        room = room.clip(0)
+        shift = rng.uniform(-room, room)
+        middle = focal * (low + high) / 2
+        camera = Camera(focal, tuple(shift - middle))
+        face, _ = rasterise(turned, camera, (64, 64))
+        seen = labels_of(mesh, face)
+        satellite = (seen > 0).mean()
+        body = (seen == 1).mean()
+        if satellite > 0.015 and body > 0.002:
+            return mesh._replace(corners=turned, centre=centre), camera
 
 # %% ../../nbs/api/synth/spacecraft.ipynb #1f5ade59
 def normals_of(
     corners: np.ndarray,  # f k 3
 ) -> np.ndarray:  # f 3, of length 1
     "Outward normals of the faces."
-    first, second = corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]
+    origin = corners[:, 0]
+    first = corners[:, 1] - origin
+    second = corners[:, 2] - origin
     normals = np.cross(first, second)
-    return normals / np.linalg.norm(normals, axis=1, keepdims=True)
+    length = np.linalg.norm(normals, axis=1, keepdims=True)
+    return normals / length
 
 
 def in_sun(
@@ -391,20 +467,28 @@ def in_sun(
 ) -> np.ndarray:  # n, boolean
     "Points that the sun sees."
     away = 60  # radii to the sun
-    side = np.cross(sun, np.eye(3)[np.abs(sun).argmin()])
+    least = np.abs(sun).argmin()
+    side = np.cross(sun, np.eye(3)[least])
     side = side / np.linalg.norm(side)
-    axes = np.stack([side, np.cross(-sun, side), -sun]).astype(np.float32)
+    up = np.cross(-sun, side)
+    axes = np.stack([side, up, -sun]).astype(np.float32)
+    centre = np.float32(mesh.centre)
 
     def from_sun(p):
-        return (p - np.float32(mesh.centre)) @ axes.T + np.float32([0, 0, away])
+        turned = (p - centre) @ axes.T
+        return turned + np.float32([0, 0, away])
 
     camera = Camera(away - 2)
-    first, nearness = rasterise(from_sun(mesh.corners), camera, (pixels, pixels))
+    corners = from_sun(mesh.corners)
+    first, nearness = rasterise(corners, camera, (pixels, pixels))
     points = from_sun(points)
+    depth = points[:, 2]
     screen = camera.focal * points[:, :2] / points[:, 2:] + 1
-    column, row = (screen * (pixels / 2)).astype(int).clip(0, pixels - 1).T
-    not_hidden = 1 / (points[:, 2] - 0.03) > nearness[row, column]
-    return (first[row, column] == face) | not_hidden
+    place = (screen * (pixels / 2)).astype(int)
+    column, row = place.clip(0, pixels - 1).T
+    same_face = first[row, column] == face
+    in_front = 1 / (depth - 0.03) > nearness[row, column]
+    return same_face | in_front
 
 # %% ../../nbs/api/synth/spacecraft.ipynb #3653e266
 def points_of(
@@ -414,12 +498,15 @@ def points_of(
 ) -> tuple:  # points (n 3), their faces (n), of the pixels that show one
     "Places in space of what the camera sees."
     y, x = grid(face.shape)
+    centre_x, centre_y = camera.centre
     rows, columns = np.nonzero(face >= 0)
     depth = 1 / nearness[rows, columns]
-    across = (x[columns] - camera.centre[0]) / camera.focal
-    down = (y[rows] - camera.centre[1]) / camera.focal
-    rays = np.stack([across, down, np.ones_like(depth)], 1)
-    return rays * depth[:, None], face[rows, columns]
+    across = (x[columns] - centre_x) / camera.focal
+    down = (y[rows] - centre_y) / camera.focal
+    ahead = np.ones_like(depth)
+    rays = np.stack([across, down, ahead], 1)
+    points = rays * depth[:, None]
+    return points, face[rows, columns]
 
 # %% ../../nbs/api/synth/spacecraft.ipynb #1b7c7b15
 def fractal(
@@ -428,11 +515,16 @@ def fractal(
     size: int = 256,  # of the tile, which repeats
 ) -> np.ndarray:  # size size, float32, mean 0, deviation 1
     "Noise with structure at all sizes."
-    frequency = np.hypot(*np.meshgrid(np.fft.rfftfreq(size), np.fft.fftfreq(size)))
-    frequency[0, 0] = np.inf
-    spectrum = np.fft.rfft2(rng.standard_normal((size, size))) / frequency**slope
+    along = np.fft.rfftfreq(size)
+    down = np.fft.fftfreq(size)
+    frequency = np.hypot(*np.meshgrid(along, down))
+    frequency[0, 0] = np.inf  # the mean becomes 0
+    white = rng.standard_normal((size, size))
+    spectrum = np.fft.rfft2(white)
+    spectrum = spectrum / frequency**slope
     noise = np.fft.irfft2(spectrum, s=(size, size))
-    return (noise / noise.std()).astype(np.float32)
+    noise = noise / noise.std()
+    return noise.astype(np.float32)
 
 
 def look_up(
@@ -441,7 +533,9 @@ def look_up(
     x: np.ndarray,  # likewise, in tiles
 ) -> np.ndarray:  # likewise, float32
     "Values of a repeating tile, linear between its points."
-    return map_coordinates(tile, [y * len(tile), x * len(tile)], order=1, mode="grid-wrap")
+    size = len(tile)
+    points = [y * size, x * size]
+    return map_coordinates(tile, points, order=1, mode="grid-wrap")
 
 # %% ../../nbs/api/synth/spacecraft.ipynb #beea09a1
 def dot(
@@ -468,11 +562,20 @@ def face_coordinates(
     face: np.ndarray,  # n
 ) -> Surface:
     "Places of points on their faces."
-    edge = corners[:, 1] - corners[:, 0]
-    along = edge / np.linalg.norm(edge, axis=1, keepdims=True)
+    first = corners[:, 0]
+    edge = corners[:, 1] - first
+    length = np.linalg.norm(edge, axis=1, keepdims=True)
+    along = edge / length
     across = np.cross(normals, along)
-    away = points - corners[face, 0]
-    return Surface(dot(away, along[face]), dot(away, across[face]), along[face], across[face])
+    away = points - first[face]
+    along_axis = along[face]
+    across_axis = across[face]
+    return Surface(
+        along=dot(away, along_axis),
+        across=dot(away, across_axis),
+        along_axis=along_axis,
+        across_axis=across_axis,
+    )
 
 
 def lines(
@@ -482,9 +585,13 @@ def lines(
     width: float = 0.008,  # of a line, in radii
 ) -> np.ndarray:  # n, 0..1, how much of the pixel the line takes
     "Lines at every multiple of the pitch."
-    distance = np.abs((place / pitch + 0.5) % 1 - 0.5) * pitch
-    hit = distance < np.maximum(width, pixel) / 2
-    return hit * np.minimum(1, width / pixel)
+    periods = place / pitch
+    from_line = np.abs((periods + 0.5) % 1 - 0.5)
+    distance = from_line * pitch
+    widest = np.maximum(width, pixel)
+    hit = distance < widest / 2
+    share = np.minimum(1, width / pixel)  # of the pixel
+    return hit * share
 
 
 def crumple(
@@ -494,16 +601,21 @@ def crumple(
     face: np.ndarray,  # n; each has its own part of the tile
 ) -> tuple:  # slopes along and across (n each)
     "Creases of foil."
-    slopes = np.stack(np.gradient(np.abs(tile)))
+    size = len(tile)
+    folds = np.abs(tile)
+    slopes = np.stack(np.gradient(folds))
     slopes /= slopes.std()
-    y = (along * 0.7 + face * 0.37) % 1 * len(tile)
-    x = (across * 0.7 + face * 0.61) % 1 * len(tile)
-    return tuple(slopes[:, y.astype(int), x.astype(int)])
+    y = (along * 0.7 + face * 0.37) % 1 * size
+    x = (across * 0.7 + face * 0.61) % 1 * size
+    rows = y.astype(int)
+    columns = x.astype(int)
+    return tuple(slopes[:, rows, columns])
 
 # %% ../../nbs/api/synth/spacecraft.ipynb #97b642b8
 def _of_materials(name):
     "One property of all materials."
-    return np.float32([getattr(m, name) for m in MATERIALS.values()])
+    values = [getattr(m, name) for m in MATERIALS.values()]
+    return np.float32(values)
 
 
 def shade(
@@ -517,25 +629,49 @@ def shade(
     tile: np.ndarray,  # size size, from fractal
 ) -> np.ndarray:  # n 3, radiance; 1 is a white face in full sun
     "Light from the satellite."
-    kind, normals = mesh.material[face], normals_of(mesh.corners)
+    kind = mesh.material[face]
+    normals = normals_of(mesh.corners)
     place = face_coordinates(mesh.corners, normals, points, face)
+    colour = _painted(place, kind, tint, pixel * points[:, 2])
+    normal = _bumpy(normals[face], place, kind, face, tile)
 
-    pitch, size = _of_materials("pitch")[kind], pixel * points[:, 2]
-    seam = np.maximum(lines(place.along, pitch, size), lines(place.across, pitch, size))[:, None]
-    colour = tint[kind] * (1 - seam) + _of_materials("line")[kind] * seam
-
-    rough = _of_materials("crumple")[kind]
-    slope, slope_across = crumple(tile, place.along, place.across, face)
-    normal = normals[face] + (rough * slope)[:, None] * place.along_axis
-    normal = normal + (rough * slope_across)[:, None] * place.across_axis
-    normal /= np.sqrt(dot(normal, normal))[:, None]
-
-    lit = in_sun(mesh, points, face, sun) & ((normals @ sun)[face] > 0)
+    towards = normals @ sun
+    faces_sun = towards[face] > 0
+    lit = in_sun(mesh, points, face, sun) & faces_sun
     direct = (normal @ sun).clip(0) * lit
-    halfway = sun - points / np.sqrt(dot(points, points))[:, None]
-    mirrored = dot(normal, halfway).clip(0) / np.sqrt(dot(halfway, halfway))
-    highlight = _of_materials("gloss")[kind] * lit * mirrored ** _of_materials("sharpness")[kind]
-    return colour * (ambient + direct[:, None]) + highlight[:, None] * (0.35 + colour)
+
+    length = np.sqrt(dot(points, points))
+    halfway = sun - points / length[:, None]  # between the sun and the camera
+    size = np.sqrt(dot(halfway, halfway))
+    mirrored = dot(normal, halfway).clip(0) / size
+    gloss = _of_materials("gloss")[kind]
+    sharpness = _of_materials("sharpness")[kind]
+    highlight = gloss * lit * mirrored**sharpness
+
+    scattered = colour * (ambient + direct[:, None])
+    return scattered + highlight[:, None] * (0.35 + colour)
+
+
+def _painted(place, kind, tint, size):
+    "Colour of points on their faces, n 3: the material's, with its lines."
+    pitch = _of_materials("pitch")[kind]
+    line = _of_materials("line")[kind]
+    along = lines(place.along, pitch, size)
+    across = lines(place.across, pitch, size)
+    seam = np.maximum(along, across)[:, None]
+    return tint[kind] * (1 - seam) + line * seam
+
+
+def _bumpy(normal, place, kind, face, tile):
+    "Normals of points, n 3, with the creases of their material."
+    rough = _of_materials("crumple")[kind]
+    along, across = crumple(tile, place.along, place.across, face)
+    tilt_along = (rough * along)[:, None]
+    tilt_across = (rough * across)[:, None]
+    normal = normal + tilt_along * place.along_axis
+    normal = normal + tilt_across * place.across_axis
+    length = np.sqrt(dot(normal, normal))
+    return normal / length[:, None]
 
 # %% ../../nbs/api/synth/spacecraft.ipynb #e2c42f59
 def stars(
@@ -546,10 +682,12 @@ def stars(
     count = int(rng.integers(30, 240))
     places = rng.uniform(-1, 1, (count, 2))
     bright = 0.012 * rng.pareto(1.1, count).clip(0, 60)
-    colour = 1 + rng.uniform(-0.25, 0.25, (count, 1)) * [1, 0, -1]
+    warmth = rng.uniform(-0.25, 0.25, (count, 1))
+    colour = 1 + warmth * [1, 0, -1]
     y, x = grid(shape)
     corner = np.array([y[-1], x[-1]])
-    rows, columns = ((places * corner + corner) * min(shape) / 2).round().astype(int).T
+    pixels = (places * corner + corner) * min(shape) / 2  # from the first row and column
+    rows, columns = pixels.round().astype(int).T
     light = np.zeros((*shape, 3), np.float32)
     light[rows, columns] = bright[:, None] * colour
     return light
@@ -562,34 +700,52 @@ def earth(
     depth: float,  # how far the limb is inside the image, seen from its middle; beyond 1.5 there is no limb in it
 ) -> tuple:  # radiance (h w 3), how much it hides (h w, 0..1)
     "The limb or the surface of the Earth."
-    radius, angle, turn = rng.uniform(3.5, 9), rng.uniform(0, 2 * np.pi), rng.uniform(0, 1, 2)
-    away, scale = radius - depth, rng.uniform(0.18, 0.4)
+    radius = rng.uniform(3.5, 9)
+    angle = rng.uniform(0, 2 * np.pi)
+    turn_y, turn_x = rng.uniform(0, 1, 2)
+    away = radius - depth
+    scale = rng.uniform(0.18, 0.4)
     y, x = grid(shape)
     y = (y[:, None] - away * np.sin(angle)) / radius
     x = (x - away * np.cos(angle)) / radius
     out = np.hypot(y, x)  # from the middle of the disc, radii
     up = np.sqrt((1 - out**2).clip(1e-4))
-    slant = np.arcsin(out.clip(0, 0.9999)) / out.clip(1e-3) * radius * scale / 4  # even on the sphere
-    land_tile, cloud_tile = fractal(rng, 1.75), fractal(rng, 1.35)
-    land = look_up(land_tile, y * slant + turn[0], x * slant + turn[1])
-    cloud = look_up(cloud_tile, y * slant * 1.35 + turn[1], x * slant + turn[0])
-    cover = ((cloud + rng.uniform(-0.5, 0.5)) / 1.1).clip(0, 1)[..., None] ** 0.8
-    day = (x * sun[0] + y * sun[1] - up * sun[2]).clip(0)[..., None]
-    haze = np.exp(-up * 5)[..., None] * 0.9 + 0.08
-    surface = (_ground(land, cloud) * (1 - cover) + 0.85 * cover) * day * (1 - haze)
+    polar = np.arcsin(out.clip(0, 0.9999))
+    slant = polar / out.clip(1e-3) * radius * scale / 4  # even on the sphere
+    land_tile = fractal(rng, 1.75)
+    cloud_tile = fractal(rng, 1.35)
+    land = look_up(land_tile, y * slant + turn_y, x * slant + turn_x)
+    cloud = look_up(cloud_tile, y * slant * 1.35 + turn_x, x * slant + turn_y)
+
+    cloudy = cloud + rng.uniform(-0.5, 0.5)
+    cover = (cloudy / 1.1).clip(0, 1)[..., None] ** 0.8
+    towards_sun = x * sun[0] + y * sun[1] - up * sun[2]
+    day = towards_sun.clip(0)[..., None]
+    haze = np.exp(-up * 5)[..., None] * 0.9 + 0.08  # thicker near the limb
+    ground = _ground(land, cloud)
+    below = ground * (1 - cover) + 0.85 * cover
+    surface = below * day * (1 - haze)
     surface = surface + haze * day**0.7 * [0.35, 0.58, 1.0]
-    thin = np.exp(-(out - 1).clip(0) * rng.uniform(60, 110))[..., None]
+
+    height = (out - 1).clip(0)
+    thin = np.exp(-height * rng.uniform(60, 110))[..., None]
     glow = thin * [0.22, 0.42, 0.95] * day**0.7
-    hides = ((1 - out) * radius * min(shape) / 2 + 0.5).clip(0, 1)
-    return surface * hides[..., None] + glow * (1 - hides[..., None]), hides
+    inside = (1 - out) * radius * min(shape) / 2  # pixels from the limb
+    hides = (inside + 0.5).clip(0, 1)
+    covered = hides[..., None]
+    return surface * covered + glow * (1 - covered), hides
 
 
 def _ground(land, cloud):
     "Sea, and land that is green or dry: h w 3."
     shore = ((land - 0.5) * 9).clip(0, 1)[..., None]
-    dry = ((land - 0.6 + 0.25 * cloud) / 1.2).clip(0, 1)[..., None]
-    sea = np.float32([0.012, 0.045, 0.13]) * (1 - shore)
-    return sea + shore * ([0.045, 0.075, 0.025] + dry * [0.19, 0.10, 0.045])
+    dry = (land - 0.6 + 0.25 * cloud) / 1.2
+    dry = dry.clip(0, 1)[..., None]
+    water = np.float32([0.012, 0.045, 0.13])
+    sea = water * (1 - shore)
+    green = [0.045, 0.075, 0.025]
+    soil = green + dry * [0.19, 0.10, 0.045]
+    return sea + shore * soil
 
 # %% ../../nbs/api/synth/spacecraft.ipynb #002c1767
 def sensor(
@@ -599,19 +755,26 @@ def sensor(
 ) -> np.ndarray:  # h w 3, uint8
     "What the camera makes of the light."
     exposure = np.exp(rng.uniform(-0.45, 0.75))
-    blur, quality = rng.uniform(0.3, 0.8), int(rng.integers(70, 96))
-    grain, reading = rng.uniform(0.004, 0.03), rng.uniform(0.004, 0.02)
+    blur = rng.uniform(0.3, 0.8)
+    quality = int(rng.integers(70, 96))
+    grain = rng.uniform(0.004, 0.03)
+    reading = rng.uniform(0.004, 0.02)
     light = np.float32(light * exposure)
     over = (light - 1).clip(0, 6)
     light = gaussian_filter(light, (blur, blur, 0))
     if over.any():
         far = min(light.shape[:2]) / 50
-        light = light + 0.12 * gaussian_filter(over, (far, far, 0))
-    light = light + grain * np.sqrt(light.clip(0, 1)) * noise.standard_normal(light.shape, np.float32)
-    values = light.clip(0, 1) ** (1 / 2.0) + reading * noise.standard_normal(light.shape, np.float32)
-    pixels = np.round(values.clip(0, 1) * 255).astype(np.uint8)
+        halo = gaussian_filter(over, (far, far, 0))
+        light = light + 0.12 * halo
+    shot = noise.standard_normal(light.shape, np.float32)
+    light = light + grain * np.sqrt(light.clip(0, 1)) * shot
+    electronic = noise.standard_normal(light.shape, np.float32)
+    values = light.clip(0, 1) ** (1 / 2.0) + reading * electronic
+    grey = values.clip(0, 1) * 255
+    pixels = np.round(grey).astype(np.uint8)
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "jpeg", quality=quality)
+    image = Image.fromarray(pixels)
+    image.save(file, "jpeg", quality=quality)
     return np.array(Image.open(file))
 
 # %% ../../nbs/api/synth/spacecraft.ipynb #5439ba06
@@ -625,9 +788,13 @@ def background(
     depth = rng.uniform(-0.6, 0.7)
     if kind == "space":
         return stars(rng, shape), np.full(3, 0.006)
-    light, hides = earth(rng, shape, sun, 2.5 if kind == "surface" else depth)
-    behind = stars(rng, shape) * (1 - hides[..., None])
-    return light + behind, np.array([0.02, 0.027, 0.04])
+    if kind == "surface":
+        depth = 2.5
+    light, hides = earth(rng, shape, sun, depth)
+    open_sky = 1 - hides[..., None]
+    behind = stars(rng, shape) * open_sky
+    ambient = np.array([0.02, 0.027, 0.04])
+    return light + behind, ambient
 
 # %% ../../nbs/api/synth/spacecraft.ipynb #cbfde344
 def spacecraft_light(
@@ -639,24 +806,33 @@ def spacecraft_light(
     "The satellite before its background."
     sun = _sun(rng)
     behind, ambient = background(rng, shape, sun)
-    brightness = rng.uniform(0.8, 1.2, (len(MATERIALS), 1))
-    tint = _of_materials("colour") * brightness * rng.uniform(0.88, 1.12, (len(MATERIALS), 3))
-    face, nearness = rasterise(mesh.corners, camera, (2 * shape[0], 2 * shape[1]))
+    count = len(MATERIALS)
+    brightness = rng.uniform(0.8, 1.2, (count, 1))
+    shift = rng.uniform(0.88, 1.12, (count, 3))
+    tint = _of_materials("colour") * brightness * shift
+    height, width = shape
+    face, nearness = rasterise(mesh.corners, camera, (2 * height, 2 * width))
     points, seen = points_of(face, nearness, camera)
     pixel = 1 / min(shape) / camera.focal  # of the fine image, whose 2 units are twice as many pixels
+    tile = fractal(rng, 2.0)
+    hit = face >= 0
     fine = np.zeros((*face.shape, 4), np.float32)  # r g b, and whether it is hit
-    fine[face >= 0, :3] = shade(mesh, points, seen, pixel, sun, ambient, tint, fractal(rng, 2.0))
-    fine[face >= 0, 3] = 1
-    mean = (fine[::2, ::2] + fine[1::2, ::2] + fine[::2, 1::2] + fine[1::2, 1::2]) / 4
-    return mean[..., :3] + behind * (1 - mean[..., 3:])
+    fine[hit, :3] = shade(mesh, points, seen, pixel, sun, ambient, tint, tile)
+    fine[hit, 3] = 1
+    even, odd = fine[:, ::2], fine[:, 1::2]
+    mean = (even[::2] + even[1::2] + odd[::2] + odd[1::2]) / 4
+    covered = mean[..., 3:]
+    return mean[..., :3] + behind * (1 - covered)
 
 
 def _sun(rng):
     "Direction to the sun, rarely from behind the satellite."
     sun = rng.standard_normal(3)
     if sun[2] > 0:
-        sun *= np.sign(0.35 * np.linalg.norm(sun) - sun[2])
-    return np.float32(sun / np.linalg.norm(sun))
+        least = 0.35 * np.linalg.norm(sun)
+        sun *= np.sign(least - sun[2])
+    length = np.linalg.norm(sun)
+    return np.float32(sun / length)
 
 # %% ../../nbs/api/synth/spacecraft.ipynb #b083d073
 def spacecraft_image(
@@ -673,13 +849,20 @@ def spacecraft_image(
     if not isinstance(seed, (int, np.integer)) or seed < 0:
         raise InputError(f"seed {seed!r}: expected a whole number from 0")
     shape = tuple(shape)
-    rng, noise = np.random.default_rng([seed, 0]), np.random.default_rng([seed, 1])
-    drawn = str(rng.choice(list(SATELLITES)))
-    satellite = drawn if satellite is None else satellite
-    mesh, camera = pose(rng, build(pick(SATELLITES, satellite, "satellite")))
+    rng = np.random.default_rng([seed, 0])
+    noise = np.random.default_rng([seed, 1])
+    drawn = str(rng.choice(list(SATELLITES)))  # always, so that the rest of the scene does not depend on it
+    if satellite is None:
+        satellite = drawn
+    parts = pick(SATELLITES, satellite, "satellite")
+    mesh, camera = pose(rng, build(parts))
     face, _ = rasterise(mesh.corners, camera, shape)
-    image = sensor(rng, noise, spacecraft_light(rng, mesh, camera, shape))
-    return Scene(image, labels_of(mesh, face), satellite)
+    light = spacecraft_light(rng, mesh, camera, shape)
+    return Scene(
+        image=sensor(rng, noise, light),
+        labels=labels_of(mesh, face),
+        satellite=satellite,
+    )
 
 # %% ../../nbs/api/synth/spacecraft.ipynb #90976b5c
 def _check_spark(folder, split_seeds, satellites, mask_format):
@@ -712,20 +895,28 @@ def write_spark(
     mask_format: str = "jpg",  # as in the challenge, or png for exact colours
 ) -> dict:  # split -> path of its table
     "Write images in the layout of SPARK 2024, stream 1."
-    folder, satellites, tables = Path(folder), satellites or {}, {}
+    folder = Path(folder)
+    satellites = satellites or {}
     _check_spark(folder, split_seeds, satellites, mask_format)
+    tables = {}
     for split, seeds in split_seeds.items():
         rows = [("Class", "Image name", "Mask name")]
         names = itertools.cycle(satellites.get(split) or [None])
         for seed, name in zip(seeds, names):
-            scene = spacecraft_image(shape, int(seed), name)
-            image, mask = f"img{int(seed):06d}.jpg", f"img{int(seed):06d}_layer.{mask_format}"
-            _save(scene.image, folder / "images" / scene.satellite / split / image)
-            _save(mask_colours(scene.labels), folder / "mask" / scene.satellite / split / mask)
+            seed = int(seed)
+            scene = spacecraft_image(shape, seed, name)
+            below = Path(scene.satellite) / split
+            image = f"img{seed:06d}.jpg"
+            mask = f"img{seed:06d}_layer.{mask_format}"
+            colours = mask_colours(scene.labels)
+            _save(scene.image, folder / "images" / below / image)
+            _save(colours, folder / "mask" / below / mask)
             rows.append((scene.satellite, image, mask))
-        tables[split] = folder / f"{split}.csv"
-        with atomic_write(tables[split]) as f:
-            csv.writer(f, lineterminator="\n").writerows(rows)
+        table = folder / f"{split}.csv"
+        with atomic_write(table) as f:
+            writer = csv.writer(f, lineterminator="\n")
+            writer.writerows(rows)
+        tables[split] = table
     return tables
 
 
