@@ -352,7 +352,7 @@ def test_unreadable_pictures_can_be_left_out(tmp_path, capsys):
 def test_flags_are_checked(data, tmp_path):
     for args, error in [
         (["train", "--epoch", 3], "no flag --epoch, did you mean --epochs"),
-        (["train", "--epochs", "many"], "'many' is not a valid integer"),
+        (["train", "--epochs", "many"], "'many': expected a whole number"),
         (["infer", "--data_path", data], "Missing option '--model_path'"),
         (["eval", "--model_path", tmp_path], "no model in"),
         (
