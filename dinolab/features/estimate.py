@@ -7,10 +7,13 @@ __all__ = ['estimate_extraction']
 
 # %% ../../nbs/api/features/estimate.ipynb #9090edc6
 import math
+from dataclasses import dataclass
 
 from torch import nn
 
+from ..core.region import Box
 from dinolab.features.plan import (
+    Plan,
     block_shape,
     count_slices,
     make_plan,
@@ -18,39 +21,59 @@ from dinolab.features.plan import (
     raw_region,
     tile_span,
 )
+from ..models.backbones import FeatureSpec
 from ..volumes.grid import Grid
 
 # %% ../../nbs/api/features/estimate.ipynb #37d0eb8e
-def _axis_blocks(plan, axis):
-    "The targets of the first row of blocks along an axis."
-    rest = [slice(0, min(b, n)) for b, n in zip(plan.block, plan.dst.shape)]
-    starts = range(0, plan.dst.shape[axis], plan.block[axis])
-    return [
-        plan.dst.crop(
-            tuple(
-                slice(i, min(i + plan.block[axis], plan.dst.shape[axis])) if a == axis else r
-                for a, r in enumerate(rest)
-            )
-        )
-        for i in starts
-    ]
+@dataclass(frozen=True)
+class _Counts:
+    "What the blocks of a plan add up to."
 
+    plan: Plan
+    spec: FeatureSpec  # of the backbone
 
-def _image_shapes(plan):
-    "Pixels of an image of each plane."
-    first = _axis_blocks(plan, 0)[0]
-    return {
-        p: tuple(tile_span(plan, first, a)[1] * plan.stride for a in plane_axes(p)[1:]) for p in plan.planes
-    }
+    def row(self, axis):
+        "The targets of the first row of blocks along an axis."
+        dst, size = self.plan.dst, self.plan.block
+        found = []
+        for begin in range(0, dst.shape[axis], size[axis]):
+            start = [0, 0, 0]
+            start[axis] = begin
+            found.append(dst.crop(Box.sized(start, size).clip(dst.shape)))
+        return found
 
+    @property
+    def blocks(self):
+        return math.prod(-(-n // size) for n, size in zip(self.plan.dst.shape, self.plan.block))
 
-def _raw_counts(plan, rows):
-    "Raw voxels that all blocks read, and that the largest reads."
-    total = largest = 1
-    for axis, row in enumerate(rows):
-        lengths = [raw_region(plan, grid).shape[axis] for grid in row]
-        total, largest = total * sum(lengths), largest * max(lengths)
-    return total, largest
+    def image_shape(self, plane):
+        "Pixels of an image, h w."
+        first = self.row(0)[0]
+        patches = [tile_span(self.plan, first, axis)[1] for axis in plane_axes(plane)[1:]]
+        return tuple(n * self.plan.stride for n in patches)
+
+    def images(self, plane):
+        "Of one plane, that the backbone sees: slices of a row of blocks, times the rows."
+        row = self.row(plane_axes(plane)[0])
+        slices = sum(count_slices(self.plan, grid, plane) for grid in row)
+        return slices * self.blocks // len(row)
+
+    def patches(self, plane):
+        "Of all images of one plane."
+        pixels = self.images(plane) * math.prod(self.image_shape(plane))
+        return pixels // self.plan.stride**2
+
+    def raw_lengths(self, axis):
+        "Raw voxels along an axis that each block of a row reads."
+        return [raw_region(self.plan, grid).shape[axis] for grid in self.row(axis)]
+
+    def cells(self, plane):
+        "Numbers in a map of one image, the mean over the maps."
+        shape = self.image_shape(plane)
+        total = 0
+        for channels, stride in zip(self.spec.channels, self.spec.strides):
+            total += channels * math.prod(n // stride for n in shape)
+        return total / len(self.spec.channels)
 
 # %% ../../nbs/api/features/estimate.ipynb #e5af62f6
 def estimate_extraction(
@@ -73,10 +96,8 @@ def estimate_extraction(
     workers: int = 1,  # at the same time
 ) -> dict:  # counts, sizes in bytes, hours
     "What an extraction will take."
-    spec, dst = (
-        getattr(backbone, "spec", backbone),
-        grid if voxel_size is None else grid.with_voxel_size(voxel_size),
-    )
+    spec = getattr(backbone, "spec", backbone)
+    dst = grid if voxel_size is None else grid.with_voxel_size(voxel_size)
     plan = make_plan(
         grid,
         spec,
@@ -90,36 +111,25 @@ def estimate_extraction(
         halo=halo,
         block=block_shape(block, chunk, dst.shape),
     )
-    rows, shapes, channels = (
-        [_axis_blocks(plan, a) for a in range(3)],
-        _image_shapes(plan),
-        plan.channels(spec),
-    )
-    blocks, (raw, largest), voxels = math.prod(map(len, rows)), _raw_counts(plan, rows), math.prod(plan.block)
-    images = {
-        p: sum(count_slices(plan, g, p) for g in rows[n]) * blocks // len(rows[n])
-        for p in plan.planes
-        for n in [plane_axes(p)[0]]
-    }
-    cells = max(
-        sum(c * math.prod(n // s for n in shape) for c, s in zip(spec.channels, spec.strides))
-        / len(spec.channels)
-        for shape in shapes.values()
-    )
-    weights = (
-        sum(t.numel() * t.element_size() for t in backbone.parameters())
-        if isinstance(backbone, nn.Module)
-        else 0
-    )
+    counts = _Counts(plan, spec)
+    channels = plan.channels(spec)
+    images = sum(counts.images(plane) for plane in plan.planes)
+    raw = [counts.raw_lengths(axis) for axis in range(3)]
+    memory = math.prod(map(max, raw)) * raw_bytes
+    memory += math.prod(plan.block) * channels * (4 + 2)
+    memory += batch_size * max(counts.cells(plane) for plane in plan.planes) * 160
+    if isinstance(backbone, nn.Module):
+        memory += sum(t.numel() * t.element_size() for t in backbone.parameters())
+    hours = None
+    if images_per_second is not None:
+        hours = images / images_per_second / workers / 3600
     return dict(
-        blocks=blocks,
-        images=sum(images.values()),
-        image_shapes=shapes,
-        patches=sum(k * math.prod(shapes[p]) // plan.stride**2 for p, k in images.items()),
-        raw_read=raw * raw_bytes,
+        blocks=counts.blocks,
+        images=images,
+        image_shapes={plane: counts.image_shape(plane) for plane in plan.planes},
+        patches=sum(counts.patches(plane) for plane in plan.planes),
+        raw_read=math.prod(map(sum, raw)) * raw_bytes,
         stored=math.prod(dst.shape) * (n_components or channels) * 2,
-        worker_memory=int(largest * raw_bytes + voxels * channels * 6 + batch_size * cells * 160 + weights),
-        hours=None
-        if images_per_second is None
-        else sum(images.values()) / images_per_second / workers / 3600,
+        worker_memory=int(memory),
+        hours=hours,
     )
