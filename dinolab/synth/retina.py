@@ -47,10 +47,18 @@ def walk(
     found = [(points, widths)]
     branches = int(rng.integers(1, 4)) if depth else 0
     for _ in range(branches):
-        i = int(rng.integers(length // 6, length))
-        aside = angles[i] + rng.choice([-1, 1]) * rng.uniform(0.4, 0.9)
-        rest = max(30, int((length - i) * rng.uniform(0.6, 1)))
-        found += walk(rng, points[i], aside, widths[i] * 0.75, rest, depth - 1)
+        i = int(rng.integers(length // 6, length))  # where it leaves
+        side = rng.choice([-1, 1])
+        aside = angles[i] + side * rng.uniform(0.4, 0.9)
+        rest = (length - i) * rng.uniform(0.6, 1)
+        found += walk(
+            rng,
+            start=points[i],
+            angle=aside,
+            width=widths[i] * 0.75,
+            length=max(30, int(rest)),
+            depth=depth - 1,
+        )
     return found
 
 
@@ -67,15 +75,19 @@ def draw(
     shape: tuple,  # h w
 ) -> np.ndarray:  # h w, boolean
     "Pixels within half a width of the lines."
+    height, width = shape
     on = np.zeros(shape, bool)
     for low, high, reach in THICKNESS:
         line = np.zeros(shape, bool)
         for points, widths in vessels:
-            y, x = np.round(points[(widths > low) & (widths <= high)]).astype(int).T
-            inside = (y >= 0) & (y < shape[0]) & (x >= 0) & (x < shape[1])
+            chosen = (widths > low) & (widths <= high)
+            pixels = np.round(points[chosen]).astype(int)
+            y, x = pixels.T
+            inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
             line[y[inside], x[inside]] = True
         if line.any():
-            on |= distance_transform_edt(~line) <= reach
+            from_line = distance_transform_edt(~line)
+            on |= from_line <= reach
     return on
 
 # %% ../../nbs/api/synth/retina.ipynb #3eb90ffa
@@ -86,15 +98,21 @@ def spots(
     radius: tuple,  # least and largest, pixels
 ) -> np.ndarray:  # h w, boolean
     "Blobs with wavy borders."
-    yy, xx = np.mgrid[: shape[0], : shape[1]]
+    height, width = shape
+    yy, xx = np.mgrid[:height, :width]
     on = np.zeros(shape, bool)
     for _ in range(rng.poisson(count)):
         y, x = rng.uniform(0, 1, 2) * shape
-        size = np.exp(rng.uniform(*np.log(radius)))
+        low, high = np.log(radius)
+        size = np.exp(rng.uniform(low, high))
         phase = rng.uniform(0, 6.28)
-        angle = np.arctan2(yy - y, xx - x)
-        border = size * (1 + 0.25 * np.sin(3 * angle + phase))
-        on |= np.hypot(yy - y, xx - x) < border
+        down = yy - y
+        right = xx - x
+        angle = np.arctan2(down, right)
+        waves = np.sin(3 * angle + phase)
+        border = size * (1 + 0.25 * waves)
+        from_middle = np.hypot(down, right)
+        on |= from_middle < border
     return on
 
 # %% ../../nbs/api/synth/retina.ipynb #99721e36
@@ -107,36 +125,66 @@ def retina_image(
         raise InputError(f"shape {tuple(shape)}: expected height and width of 64 pixels or more")
     rng = np.random.default_rng([seed, *shape])
     height, width = shape
-    y, x = height * rng.uniform(0.3, 0.7), width * rng.uniform(0.2, 0.8)
+    y = height * rng.uniform(0.3, 0.7)  # the disc
+    x = width * rng.uniform(0.2, 0.8)
     radius = min(shape) * rng.uniform(0.09, 0.13)
     yy, xx = np.mgrid[:height, :width]
-    disc = np.hypot((yy - y) / 1.1, xx - x) < radius
-    angles = rng.uniform(0, 6.28) + np.arange(6) * 6.28 / 6 + rng.normal(0, 0.25, 6)
+    from_middle = np.hypot((yy - y) / 1.1, xx - x)  # a little higher than wide
+    disc = from_middle < radius
+    first = rng.uniform(0, 6.28)
+    even = first + np.arange(6) * 6.28 / 6
+    angles = even + rng.normal(0, 0.25, 6)
+    length = int(0.9 * max(shape))
     parts = []
     for angle in angles:
-        parts += walk(rng, (y, x), angle, rng.uniform(2.4, 4.2), int(0.9 * max(shape)))
+        thickness = rng.uniform(2.4, 4.2)
+        parts += walk(rng, (y, x), angle, thickness, length)
     vessels = draw(parts, shape)
     exudate = spots(rng, shape, 6, (1.5, 9))
     haemorrhage = spots(rng, shape, 5, (2, 10))
     labels = np.zeros(shape, np.uint8)
-    for value, on in ((4, haemorrhage), (3, exudate), (1, disc), (2, vessels)):
-        labels[on] = value
+    labels[haemorrhage] = 4
+    labels[exudate] = 3
+    labels[disc] = 1
+    labels[vessels] = 2
     return Retina(_photograph(rng, labels, vessels), labels)
 
 
 def _photograph(rng, labels, vessels):
     "Reflectance under uneven light, blurred a little, with noise."
+    tone = _reflectance(rng, labels, vessels)
+    light = _uneven_light(rng, labels.shape)
+    tint = 1 + rng.uniform(-0.08, 0.08, 3)
+    colour = np.array([1.1, 0.75, 0.42]) * tint
+    seen = gaussian_filter(tone * light, 0.6)
+    image = seen[..., None] * colour
+    image = image + rng.normal(0, 0.025, image.shape)
+    values = image.clip(0, 1) * 255
+    return np.round(values).astype(np.uint8)
+
+
+def _reflectance(rng, labels, vessels):
+    "Grey of each structure, with blotches of two sizes; h w."
     shape = labels.shape
     coarse = gaussian_filter(rng.standard_normal(shape), 6)
     fine = gaussian_filter(rng.standard_normal(shape), 1.5)
-    tone = np.full(shape, 0.55) + 0.05 * coarse / 0.05 + 0.03 * fine / 0.19
+    tone = np.full(shape, 0.55)
+    tone = tone + 0.05 * coarse / 0.05  # blurred by that much, normals have this deviation
+    tone = tone + 0.03 * fine / 0.19
     for value, level in ((1, 0.85), (3, 0.85), (4, 0.36)):
-        tone[labels == value] += level - 0.55
-    tone[vessels] = 0.38 + 0.4 * (tone[vessels] - 0.55)
-    yy, xx = np.mgrid[-1 : 1 : shape[0] * 1j, -1 : 1 : shape[1] * 1j]
-    away = np.square(yy - rng.uniform(-0.4, 0.4)) + np.square(xx - rng.uniform(-0.4, 0.4))
-    light = 1 - 0.45 * away.clip(0, 1.4)
-    colour = np.array([1.1, 0.75, 0.42]) * (1 + rng.uniform(-0.08, 0.08, 3))
-    seen = gaussian_filter(tone * light, 0.6)[..., None] * colour
-    image = seen + rng.normal(0, 0.025, (*shape, 3))
-    return np.round(image.clip(0, 1) * 255).astype(np.uint8)
+        here = labels == value
+        tone[here] += level - 0.55
+    blotches = tone[vessels] - 0.55
+    tone[vessels] = 0.38 + 0.4 * blotches
+    return tone
+
+
+def _uneven_light(rng, shape):
+    "Brightest at one place, darker away from it; h w."
+    height, width = shape
+    yy, xx = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
+    down = yy - rng.uniform(-0.4, 0.4)
+    right = xx - rng.uniform(-0.4, 0.4)
+    away = np.square(down) + np.square(right)
+    away = away.clip(0, 1.4)
+    return 1 - 0.45 * away
