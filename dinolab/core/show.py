@@ -94,18 +94,30 @@ def fit_pca(
     rows = _sampled(x, sample, seed)
     mean = rows.mean(0)
     away = rows - mean
-    values, vectors = np.linalg.eigh(away.T @ away / max(len(rows) - 1, 1))  # ascending
-    values = values[: -n_components - 1 : -1]
-    vectors = vectors[:, : -n_components - 1 : -1].T  # k c
-    noise = channels * np.finfo(float).eps * (rows**2).sum(1).mean()
+    degrees = max(len(rows) - 1, 1)
+    covariance = away.T @ away / degrees
+    values, vectors = np.linalg.eigh(covariance)  # ascending
+    kept = slice(None, -n_components - 1, -1)
+    values = values[kept]
+    vectors = vectors[:, kept].T  # k c
+    power = (rows**2).sum(1).mean()
+    noise = channels * np.finfo(float).eps * power
     varies = values > noise
     largest = abs(vectors).argmax(1, keepdims=True)
     signs = np.sign(np.take_along_axis(vectors, largest, 1))
     vectors *= signs * varies[:, None]
-    total = rows.var(0, ddof=min(1, len(rows) - 1)).sum()
-    explained = np.where(varies, values / max(total, 1e-300), 0)
-    low, high = np.percentile(away @ vectors.T, (1, 99), axis=0)
-    return Pca(*(v.astype(np.float32) for v in (mean, vectors, explained, low, high)))
+    variances = rows.var(0, ddof=min(1, len(rows) - 1))
+    total = max(variances.sum(), 1e-300)
+    explained = np.where(varies, values / total, 0)
+    projected = away @ vectors.T
+    low, high = np.percentile(projected, (1, 99), axis=0)
+    return Pca(
+        mean=mean.astype(np.float32),
+        components=vectors.astype(np.float32),
+        explained=explained.astype(np.float32),
+        low=low.astype(np.float32),
+        high=high.astype(np.float32),
+    )
 
 
 def _sampled(x, most, seed):
@@ -130,19 +142,27 @@ def similarity(
     voxel: tuple,  # index of the voxel to compare with: z y x, or y x
 ) -> np.ndarray:  # z y x or h w, float32 in -1..1; 0 where features are zero
     "Cosine similarity of the features everywhere to those at one voxel."
-    features, voxel = as_array(features), tuple(int(i) for i in voxel)
+    features = as_array(features)
+    voxel = tuple(int(i) for i in voxel)
     shape = features.shape[1:]
-    if len(voxel) != len(shape) or not all(0 <= i < n for i, n in zip(voxel, shape)):
+    inside = all(0 <= i < n for i, n in zip(voxel, shape))
+    if len(voxel) != len(shape) or not inside:
         raise InputError(
             f"voxel {voxel} of features with shape {shape}: expected {len(shape)} indices inside it"
         )
 
     def unit(x):
         x = np.asarray(x, np.float32)
-        return x / np.maximum(np.linalg.norm(x, axis=0), 1e-20)
+        length = np.linalg.norm(x, axis=0)
+        length = np.maximum(length, 1e-20)
+        return x / length
 
     at = unit(features[(slice(None), *voxel)])
-    return np.stack([np.tensordot(at, unit(features[:, i]), 1) for i in range(shape[0])])
+    slices = []
+    for i in range(shape[0]):
+        vectors = unit(features[:, i])
+        slices.append(np.tensordot(at, vectors, 1))
+    return np.stack(slices)
 
 # %% ../../nbs/api/core/show.ipynb #f479bb97
 STYLE = {
@@ -238,8 +258,10 @@ def round_length(
     longest: float,  # any unit
 ) -> float:  # 1, 2 or 5 times a power of ten
     "The largest round number up to `longest`."
-    power = 10.0 ** np.floor(np.log10(longest))
-    fitting = [k * power for k in (1, 2, 5) if k * power <= longest]
+    exponent = np.floor(np.log10(longest))
+    power = 10.0**exponent
+    lengths = (power, 2 * power, 5 * power)
+    fitting = [length for length in lengths if length <= longest]
     return float(max(fitting))
 
 # %% ../../nbs/api/core/show.ipynb #a5f4cab6
@@ -267,19 +289,26 @@ def rgb_table(
     colours,  # "#rrggbb" of each class
 ) -> np.ndarray:  # n 3, uint8: red, green, blue
     "Colours as numbers."
-    return np.array([list(bytes.fromhex(c.lstrip("#"))) for c in colours], np.uint8)
+    rows = []
+    for colour in colours:
+        digits = colour.lstrip("#")
+        rows.append(list(bytes.fromhex(digits)))
+    return np.array(rows, np.uint8)
 
 # %% ../../nbs/api/core/show.ipynb #2d07131c
 def intensity_limits(
     *images,  # arrays
 ) -> tuple:  # values shown black and white
     "The 0.5th and 99.5th percentile of all finite values."
-    values = np.concatenate([np.ravel(i) for i in map(as_array, images)]).astype(np.float32)
+    flat = [np.ravel(as_array(image)) for image in images]
+    values = np.concatenate(flat).astype(np.float32)
     values = values[np.isfinite(values)]
     if not len(values):
         return 0.0, 1.0
     low, high = map(float, np.percentile(values, (0.5, 99.5)))
-    return (low, high) if high > low else (low - 0.5, low + 0.5)
+    if high > low:
+        return low, high
+    return low - 0.5, low + 0.5
 
 
 def gray_rgb(
@@ -288,17 +317,22 @@ def gray_rgb(
 ) -> np.ndarray:  # h w 3, uint8
     "An image as RGB; colour images stay as they are."
     image = as_array(image)
-    if image.shape[-1] == 3 and image.ndim > 2:
-        return image if image.dtype == np.uint8 else _as_bytes(image.clip(0, 1))
+    colour = image.ndim > 2 and image.shape[-1] == 3
+    if colour and image.dtype == np.uint8:
+        return image
+    if colour:
+        return _as_bytes(image.clip(0, 1))
     low, high = limits or intensity_limits(image)
-    gray = (image.astype(np.float32) - low) / (high - low)
-    gray = _as_bytes(np.nan_to_num(gray).clip(0, 1))
+    above = image.astype(np.float32) - low
+    gray = np.nan_to_num(above / (high - low))
+    gray = _as_bytes(gray.clip(0, 1))
     return np.repeat(gray[..., None], 3, axis=-1)
 
 
 def _as_bytes(part):
     "Values in 0..1 as uint8."
-    return (part * 255).round().astype(np.uint8)
+    whole = (part * 255).round()
+    return whole.astype(np.uint8)
 
 # %% ../../nbs/api/core/show.ipynb #614e97e8
 def paint(
@@ -309,10 +343,15 @@ def paint(
     labels = as_array(labels)
     values, index = np.unique(labels, return_inverse=True)
     values = [int(v) for v in values]
-    colors = label_colors({v: str(v) for v in values} if classes is None else classes)
-    unknown = ("", "#999999")
-    table = rgb_table([colors.get(v, unknown)[1] for v in values])
-    return table[index].reshape(*labels.shape, 3)
+    if classes is None:
+        classes = {v: str(v) for v in values}
+    colors = label_colors(classes)
+    shown = []
+    for value in values:
+        _, color = colors.get(value, ("", "#999999"))
+        shown.append(color)
+    painted = rgb_table(shown)[index]
+    return painted.reshape(*labels.shape, 3)
 
 
 def overlay_labels(
@@ -322,7 +361,8 @@ def overlay_labels(
     alpha: float = 0.4,  # strength of the tint, 0..1
 ) -> np.ndarray:  # h w 3, uint8
     "Tint the regions of an image and draw their boundaries."
-    base, labels = gray_rgb(image), as_array(labels)
+    base = gray_rgb(image)
+    labels = as_array(labels)
     if base.shape[:2] != labels.shape:
         raise InputError(
             f"image {base.shape[:2]} and labels {labels.shape}: expected the same height and width"
@@ -330,9 +370,11 @@ def overlay_labels(
     edge = np.zeros(labels.shape, bool)
     edge[1:] |= labels[1:] != labels[:-1]
     edge[:, 1:] |= labels[:, 1:] != labels[:, :-1]
-    strength = np.where(edge, 1, alpha) * (labels != 0)
+    strength = np.where(edge, 1, alpha)
+    strength = strength * (labels != 0)
     strength = strength[..., None]
-    tinted = base * (1 - strength) + paint(labels, classes) * strength
+    colors = paint(labels, classes)
+    tinted = base * (1 - strength) + colors * strength
     return tinted.round().astype(np.uint8)
 
 # %% ../../nbs/api/core/show.ipynb #31954b4a
@@ -354,32 +396,48 @@ def panel_figure(
     gaps: tuple = (0.1, 0.1),  # between columns, and between the panels of a column, inches
 ) -> tuple:  # the figure, and the axes of each column
     "A figure with panels of given sizes, all at the same scale."
-    margins, (gap_x, gap_y) = Margins(*margins), gaps
-    widths = [max(w for _, w in column) for column in columns]
-    heights = [sum(h for h, _ in column) for column in columns]
-    longest = max(max(size) for column in columns for size in column)
+    margins = Margins(*margins)
+    gap_x, gap_y = gaps
+    widths, heights, between = [], [], []  # of the columns: between is the sum of their gaps
+    longest = 0
+    for column in columns:
+        tall = [h for h, _ in column]
+        wide = [w for _, w in column]
+        widths.append(max(wide))
+        heights.append(sum(tall))
+        between.append(gap_y * (len(column) - 1))
+        longest = max(longest, *tall, *wide)
     extra_w = margins.left + margins.right + gap_x * (len(columns) - 1)
-    between = [gap_y * (len(column) - 1) for column in columns]
     extra_h = margins.top + margins.bottom + max(between)
-    inch = min((width - extra_w) / sum(widths), (height - extra_h) / max(heights), panel / longest)
+    inch = min(  # per unit of the panels
+        (width - extra_w) / sum(widths),
+        (height - extra_h) / max(heights),
+        panel / longest,
+    )
     total_w = sum(widths) * inch + extra_w
-    total_h = max(h * inch + margins.top + margins.bottom + gaps for h, gaps in zip(heights, between))
+    needed = []
+    for h, gap in zip(heights, between):
+        needed.append(h * inch + margins.top + margins.bottom + gap)
+    total_h = max(needed)
     fig = new_figure(total_w, total_h)
 
     def add_panel(x, y, w, h):
-        ax = fig.add_axes((x / total_w, y / total_h, w / total_w, h / total_h))
+        place = (x / total_w, y / total_h, w / total_w, h / total_h)
+        ax = fig.add_axes(place)
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
         return ax
 
     axes = []
     for c, column in enumerate(columns):
-        x = margins.left + sum(widths[:c]) * inch + gap_x * c
-        axes.append([])
+        before = sum(widths[:c])
+        x = margins.left + before * inch + gap_x * c
+        panels = []
         for r, (h, w) in enumerate(column):
             down = sum(above for above, _ in column[: r + 1])
             y = total_h - margins.top - down * inch - gap_y * r
-            axes[c].append(add_panel(x, y, w * inch, h * inch))
+            panels.append(add_panel(x, y, w * inch, h * inch))
+        axes.append(panels)
     return fig, axes
 
 # %% ../../nbs/api/core/show.ipynb #218dd916
@@ -406,18 +464,25 @@ def show_images(
         raise InputError(f"{len(titles)} titles for {len(images)} images: expected one each")
     ncols = ncols or 4
     rows = [images[i : i + ncols] for i in range(0, len(images), ncols)]
-    heights = [max(i.shape[0] / i.shape[1] for i in row) for row in rows]
-    column = [(h, 1) for h in heights]
+    in_row = len(rows[0])
+    column = []
+    for row in rows:
+        heights = [i.shape[0] / i.shape[1] for i in row]  # of images of width 1
+        column.append((max(heights), 1))
     top = 0.28 if titles else 0.05
-    margins, gaps = (0.05, 0.05, top, 0.05), (0.1, top + 0.05)
-    fig, axes = panel_figure([column] * len(rows[0]), margins=margins, gaps=gaps)
+    fig, axes = panel_figure(
+        [column] * in_row,
+        margins=(0.05, 0.05, top, 0.05),
+        gaps=(0.1, top + 0.05),
+    )
     for r, row in enumerate(rows):
         for column in axes[len(row) :]:
             column[r].remove()
         for column, image in zip(axes, row):
             _draw(column[r], image, image.shape, anchor="N")
     for i, title in enumerate(titles or []):
-        axes[i % len(rows[0])][i // len(rows[0])].set_title(title)
+        r, c = divmod(i, in_row)
+        axes[c][r].set_title(title)
     return fig
 
 # %% ../../nbs/api/core/show.ipynb #5c579b86
@@ -430,7 +495,11 @@ def plane_slices(
 ) -> dict:  # plane -> slice
     "The orthogonal slices through a voxel."
     z, y, x = at
-    return dict(xy=as_array(volume[z]), xz=as_array(volume[:, y]), yz=as_array(volume[:, :, x]))
+    return dict(
+        xy=as_array(volume[z]),
+        xz=as_array(volume[:, y]),
+        yz=as_array(volume[:, :, x]),
+    )
 
 
 def same_place(
@@ -439,17 +508,26 @@ def same_place(
     other: tuple,  # shape of a grid that covers the same box
 ) -> tuple:  # voxel of the other grid at the same place
     "Carry a voxel from one grid to another of the same box."
-    return tuple(int((a + 0.5) * m / n) for a, n, m in zip(at, shape, other))
+    voxel = []
+    for a, n, m in zip(at, shape, other):
+        middle = a + 0.5
+        voxel.append(int(middle * m / n))
+    return tuple(voxel)
 
 # %% ../../nbs/api/core/show.ipynb #f4f2557a
 def _check_view(shape, at, voxel_size):
     "Voxel and lengths to draw by; the middle, and 1 per voxel, where they are not given."
-    at = tuple(n // 2 for n in shape) if at is None else tuple(int(i) for i in at)
-    if len(shape) != 3 or len(at) != 3 or not all(0 <= i < n for i, n in zip(at, shape)):
+    if at is None:
+        at = [n // 2 for n in shape]
+    at = tuple(int(i) for i in at)
+    inside = all(0 <= i < n for i, n in zip(at, shape))
+    if len(shape) != 3 or len(at) != 3 or not inside:
         raise InputError(
             f"voxel {at} of a volume of shape {tuple(shape)}: expected z, y, x inside a volume z y x"
         )
-    size = (1.0,) * 3 if voxel_size is None else tuple(map(float, voxel_size))
+    if voxel_size is None:
+        return at, (1.0, 1.0, 1.0)
+    size = tuple(map(float, voxel_size))
     if len(size) != 3 or not all(np.isfinite(v) and v > 0 for v in size):
         raise InputError(f"voxel size {voxel_size}: expected three positive lengths, z y x in nm")
     return at, size
@@ -483,19 +561,25 @@ def _scale_bar(ax, physical):
 
 
 def _in_plane(zyx, plane):
-    return [zyx["zyx".index(a)] for a in PLANES[plane][1]]
+    _, names = PLANES[plane]
+    axes = ["zyx".index(name) for name in names]
+    return [zyx[axis] for axis in axes]
 
 
 def _cross(ax, point):
     "Where the other two planes cut this one."
-    ax.axhline(point[0], color="white", lw=0.6, alpha=0.6, dashes=(4, 4))
-    ax.axvline(point[1], color="white", lw=0.6, alpha=0.6, dashes=(4, 4))
+    row, column = point
+    look = dict(color="white", lw=0.6, alpha=0.6, dashes=(4, 4))
+    ax.axhline(row, **look)
+    ax.axvline(column, **look)
 
 
 def _ring(ax, point):
     "The voxel that is compared."
-    for color, width in (("black", 3), ("white", 1.5)):
-        ax.plot(point[1], point[0], "o", mfc="none", mec=color, ms=9, mew=width)
+    row, column = point
+    look = dict(mfc="none", ms=9)
+    ax.plot(column, row, "o", mec="black", mew=3, **look)
+    ax.plot(column, row, "o", mec="white", mew=1.5, **look)
 
 
 def _legend(fig, labels, classes):
@@ -518,7 +602,11 @@ def _legend(fig, labels, classes):
 # %% ../../nbs/api/core/show.ipynb #96a11cec
 def _as_fine(labels, shape):
     "Labels at the nearest place of each pixel of an image of the same box."
-    nearest = [((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip(shape, labels.shape)]
+    nearest = []
+    for n, m in zip(shape, labels.shape):
+        middles = np.arange(n) + 0.5
+        places = middles * m / n
+        nearest.append(places.astype(int))
     return labels[np.ix_(*nearest)]
 
 # %% ../../nbs/api/core/show.ipynb #423c30ec
@@ -532,28 +620,38 @@ def show_planes(
     voxel_size: tuple = None,  # z y x, nm; None measures in voxels
 ):  # matplotlib figure
     "The three orthogonal slices through a voxel, in true proportions."
-    at, size = _check_view(volume.shape[:3], at, voxel_size)
-    extent, point = np.multiply(volume.shape[:3], size), np.multiply(np.add(at, 0.5), size)
-    slices, over = plane_slices(volume, at), {}
+    shape = volume.shape[:3]
+    at, size = _check_view(shape, at, voxel_size)
+    extent = np.multiply(shape, size)
+    point = np.multiply(np.add(at, 0.5), size)
+    slices = plane_slices(volume, at)
+    over = {}
     if labels is not None:
-        over = plane_slices(labels, same_place(at, volume.shape, labels.shape))
+        there = same_place(at, volume.shape, labels.shape)
+        over = plane_slices(labels, there)
     images = _plane_images(slices, over, classes)
     xy, xz, yz = (_in_plane(extent, plane) for plane in PLANES)
     flat = 2.4 * extent[0] < extent[1]
     columns = [[xy], [xz, yz]] if flat else [[xy], [xz], [yz]]
     named = 0 if classes is None else len(label_colors(classes))
     legend_rows = -(-named // 6)
-    fig, axes = panel_figure(columns, margins=(0.25, 0.05, 0.28, 0.22 + 0.22 * legend_rows), gaps=(0.3, 0.5))
+    fig, axes = panel_figure(
+        columns,
+        margins=(0.25, 0.05, 0.28, 0.22 + 0.22 * legend_rows),
+        gaps=(0.3, 0.5),
+    )
     panels = [ax for column in axes for ax in column]
     for ax, (plane, (across, names)) in zip(panels, PLANES.items()):
+        row_axis, column_axis = names
         _draw(ax, images[plane], _in_plane(extent, plane))
         _cross(ax, _in_plane(point, plane))
         _scale_bar(ax, voxel_size is not None)
         ax.set_title(f"{plane}, {'zyx'[across]} = {at[across]}")
-        ax.set_xlabel(names[1], labelpad=2)
-        ax.set_ylabel(names[0], rotation=0, labelpad=6, va="center")
+        ax.set_xlabel(column_axis, labelpad=2)
+        ax.set_ylabel(row_axis, rotation=0, labelpad=6, va="center")
     if classes is not None:
-        _legend(fig, (over or slices).values(), classes)
+        labelled = over or slices
+        _legend(fig, labelled.values(), classes)
     return fig
 
 
@@ -561,12 +659,15 @@ def _plane_images(slices, over, classes):
     "What is drawn on each plane, h w 3."
     if classes is not None and not over:
         return {plane: paint(labels, classes) for plane, labels in slices.items()}
-    gray = next(iter(slices.values())).ndim == 2
-    limits = intensity_limits(*slices.values()) if gray else None
-    images = {plane: gray_rgb(image, limits) for plane, image in slices.items()}
+    first = next(iter(slices.values()))
+    limits = intensity_limits(*slices.values()) if first.ndim == 2 else None
+    images = {}
+    for plane, image in slices.items():
+        images[plane] = gray_rgb(image, limits)
     for plane, labels in over.items():
-        labels = _as_fine(labels, images[plane].shape)
-        images[plane] = overlay_labels(images[plane], labels, classes)
+        image = images[plane]
+        fine = _as_fine(labels, image.shape)
+        images[plane] = overlay_labels(image, fine, classes)
     return images
 
 # %% ../../nbs/api/core/show.ipynb #959fcadd
@@ -582,9 +683,11 @@ def _similarity_slices(features, voxel):
 
 def _color_bar(fig, ax):
     "A slim bar at the right of a panel, as high as the panel."
-    box, width = ax.get_position(), 0.1 / fig.get_figwidth()
+    box = ax.get_position()
+    width = 0.1 / fig.get_figwidth()
     place = (box.x1 + width, box.y0, width, box.height)
-    bar = fig.colorbar(ax.images[0], cax=fig.add_axes(place))
+    bar_axes = fig.add_axes(place)
+    bar = fig.colorbar(ax.images[0], cax=bar_axes)
     bar.outline.set_visible(False)
 
 # %% ../../nbs/api/core/show.ipynb #73a3e980
@@ -599,23 +702,21 @@ def show_features(
 ):  # matplotlib figure
     "An image, its features as colours, and the similarity to one voxel, on three planes."
     at, size = _check_view(raw.shape, at, voxel_size)
-    extent, point = np.multiply(raw.shape, size), np.multiply(np.add(at, 0.5), size)
+    extent = np.multiply(raw.shape, size)
+    point = np.multiply(np.add(at, 0.5), size)
     maps = _named_maps(features)
     first = next(iter(maps.values()))
     pca = pca or fit_pca(np.moveaxis(first, 0, -1))
-    slices = plane_slices(raw, at)
-    limits = intensity_limits(*slices.values())
-    columns = {"image": {plane: gray_rgb(image, limits) for plane, image in slices.items()}}
-    for name, f in maps.items():
-        vectors = plane_slices(np.moveaxis(f, 0, -1), same_place(at, raw.shape, f.shape[1:]))
-        columns[name] = {plane: pca.rgb(v) for plane, v in vectors.items()}
-    columns["similarity"] = _similarity_slices(first, same_place(at, raw.shape, first.shape[1:]))
+    columns = _feature_columns(raw, maps, pca, at)
+    there = same_place(at, raw.shape, first.shape[1:])
+    columns["similarity"] = _similarity_slices(first, there)
     lowest = min(s.min() for s in columns["similarity"].values())
-
     sizes = [_in_plane(extent, plane) for plane in PLANES]
-    width = 9 if len(columns) < 5 else 11
     fig, axes = panel_figure(
-        [sizes] * len(columns), width=width, margins=(0.65, 0.65, 0.28, 0.05), gaps=(0.08, 0.08)
+        [sizes] * len(columns),
+        width=9 if len(columns) < 5 else 11,
+        margins=(0.65, 0.65, 0.28, 0.05),
+        gaps=(0.08, 0.08),
     )
     for column, (name, images) in zip(axes, columns.items()):
         column[0].set_title(name)
@@ -623,9 +724,11 @@ def show_features(
         for ax, plane, size in zip(column, PLANES, sizes):
             _draw(ax, images[plane], size, **heat)
     for left, right, (plane, (across, _)) in zip(axes[0], axes[-1], PLANES.items()):
-        left.set_ylabel(f"{plane}\n{'zyx'[across]} = {at[across]}", rotation=0, ha="right", va="center")
-        _cross(left, _in_plane(point, plane))
-        _ring(right, _in_plane(point, plane))
+        where = f"{plane}\n{'zyx'[across]} = {at[across]}"
+        left.set_ylabel(where, rotation=0, ha="right", va="center")
+        place = _in_plane(point, plane)
+        _cross(left, place)
+        _ring(right, place)
     _scale_bar(axes[0][0], voxel_size is not None)
     _color_bar(fig, axes[-1][0])
     return fig
@@ -638,5 +741,18 @@ def _named_maps(features):
     else:
         maps = {"features": as_array(features)}
     if not maps or any(f.ndim != 4 for f in maps.values()):
-        raise InputError(f"features of shape {[f.shape for f in maps.values()]}: expected c z y x")
+        shapes = [f.shape for f in maps.values()]
+        raise InputError(f"features of shape {shapes}: expected c z y x")
     return maps
+
+
+def _feature_columns(raw, maps, pca, at):
+    "Title -> plane -> h w 3: the image, and each of the maps as colours."
+    slices = plane_slices(raw, at)
+    limits = intensity_limits(*slices.values())
+    columns = {"image": {plane: gray_rgb(image, limits) for plane, image in slices.items()}}
+    for name, features in maps.items():
+        there = same_place(at, raw.shape, features.shape[1:])
+        vectors = plane_slices(np.moveaxis(features, 0, -1), there)
+        columns[name] = {plane: pca.rgb(v) for plane, v in vectors.items()}
+    return columns
