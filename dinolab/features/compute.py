@@ -29,11 +29,14 @@ def auto_batch(
 ) -> int:  # images per batch
     "Images per batch, from the free memory and what suits the device."
     device = torch.device(device)
-    free = memory or (torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available()) // 10
-    cells = sum(
-        c * math.prod(-(-n // s) for n in image_shape) for c, s in zip(spec.channels, spec.strides)
-    ) / len(spec.channels)
-    by_memory = free // max(1, int(cells * 4 * 40))
+    if not memory:
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available()
+        memory = free // 10
+    cells = 0
+    for channels, stride in zip(spec.channels, spec.strides):
+        cells += channels * math.prod(-(-n // stride) for n in image_shape)
+    cells /= len(spec.channels)
+    by_memory = memory // max(1, int(cells * 4 * 40))
     tokens = math.prod(n / spec.strides[-1] for n in image_shape)
     best = (65536 if device.type == "cuda" else 1600) / max(1, tokens)
     return int(max(1, min(by_memory, round(best) or 1, 256)))
@@ -86,14 +89,11 @@ def model_identity(
     backbone: nn.Module,  # from create_backbone, or any module
 ) -> dict:  # what it is, and a hash of its weights
     "What identifies a backbone in a store."
-    recipe = {
-        k: v
-        for k, v in getattr(backbone, "recipe", {"name": type(backbone).__name__}).items()
-        if k != "weights"
-    }
+    recipe = getattr(backbone, "recipe", {"name": type(backbone).__name__})
+    known = getattr(backbone, "weights_hash", None)
     return dict(
-        model=recipe,
-        weights_hash=getattr(backbone, "weights_hash", None) or state_hash(backbone.state_dict()),
+        model={name: value for name, value in recipe.items() if name != "weights"},
+        weights_hash=known or state_hash(backbone.state_dict()),
         spec=asdict(backbone.spec),
     )
 

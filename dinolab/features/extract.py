@@ -22,6 +22,7 @@ from .compute import Compute, auto_batch, device_of, run_backbone
 from .intensity import above_low, check_raw, intensity_range
 from dinolab.features.plan import (
     Plan,
+    Samples,
     check_planes,
     count_images,
     make_plan,
@@ -50,32 +51,43 @@ class PlanePass:
         device="cpu",  # where the backbone is
         home="cpu",  # where the result is
     ):
-        self.plan, self.plane, self.spec, self.device, self.home = plan, plane, spec, device, home
+        self.plan = plan
         self.normal, *self.axes = plane_axes(plane)
+        self.device = device
+        self.home = home
         before = region.corner[self.normal] - plan.src.corner[self.normal]
         self.offset = round(before / plan.src.voxel_size[self.normal])
-        self.weights = slice_weights(plan.src, dst, self.normal, plan.slice_stride) * plan.weights()[plane]
+        weights = slice_weights(plan.src, dst, self.normal, plan.slice_stride)
+        self.weights = weights * plan.weights()[plane]
         self.slices = np.flatnonzero(self.weights.any(0))
-        spans = [tile_span(plan, dst, axis) for axis in self.axes]
-        self.image_shape = tuple(count * plan.stride for _, count in spans)
-        self.corners = [plan.src.corner[a] + first * plan.pitch for a, (first, _) in zip(self.axes, spans)]
+        self.pixels = [self._pixels(dst, axis) for axis in self.axes]
+        self.image_shape = tuple(pixels.count for pixels in self.pixels)
         self.to_image = [self._to_pixels(region, i) for i in (0, 1)]
-        self.to_target = [[self._to_voxels(dst, i, s) for i in (0, 1)] for s in spec.strides]
+        self.to_target = [self._to_voxels(dst, stride) for stride in spec.strides]
+
+    def _pixels(self, dst, axis):
+        "Of an image, along an axis of the volume."
+        plan = self.plan
+        span = tile_span(plan, dst, axis)
+        corner = plan.src.corner[axis] + span.first * plan.pitch
+        return Samples(span.count * plan.stride, plan.pixel, corner)
 
     def _to_pixels(self, region, i):
         "Pixels from raw voxels along image axis i; None where they are the same."
-        axis = self.axes[i]
-        voxels = region.shape[axis], region.voxel_size[axis], region.corner[axis]
-        pixels = self.image_shape[i], self.plan.pixel, self.corners[i]
-        matrix = resample_matrix(*voxels, *pixels)
-        return None if is_identity(matrix) else torch.from_numpy(matrix).to(self.device)
+        voxels = Samples.along(region, self.axes[i])
+        matrix = resample_matrix(*voxels, *self.pixels[i])
+        if is_identity(matrix):
+            return None
+        return torch.from_numpy(matrix).to(self.device)
 
-    def _to_voxels(self, dst, i, stride):
-        "Target voxels from patches along image axis i."
-        axis = self.axes[i]
-        patches = self.image_shape[i] // stride, self.plan.pixel * stride, self.corners[i]
-        voxels = dst.shape[axis], dst.voxel_size[axis], dst.corner[axis]
-        return torch.from_numpy(resample_matrix(*patches, *voxels)).to(self.home)
+    def _to_voxels(self, dst, stride):
+        "Target voxels from patches, for each image axis."
+        found = []
+        for axis, pixels in zip(self.axes, self.pixels):
+            patches = Samples(pixels.count // stride, pixels.size * stride, pixels.corner)
+            matrix = resample_matrix(*patches, *Samples.along(dst, axis))
+            found.append(torch.from_numpy(matrix).to(self.home))
+        return found
 
     def images(
         self,
@@ -142,7 +154,9 @@ def extract_block(
     bar=None,  # progress bar, moved by images
 ) -> Tensor:  # z y x c, float32
     "Features of one target block: where the backbone is, or in the machine's memory when a GPU has no room."
-    stages, spec, device = stages or Stages(), backbone.spec, device_of(backbone)
+    stages = stages or Stages()
+    spec = backbone.spec
+    device = device_of(backbone)
     width = sum(spec.channels)
     with stages("result"):
         out = _zeros((*dst.shape, plan.channels(spec)), device)
@@ -310,8 +324,10 @@ def _target(target, src):
 
 def _size(size):
     "Three sizes, checked."
-    size = size.tolist() if isinstance(size, (np.ndarray, np.generic)) else size
-    Number(1, whole=True, count=(3,), unit="voxels, z y x").check("target_output_size", size)
+    if isinstance(size, (np.ndarray, np.generic)):
+        size = size.tolist()
+    rule = Number(1, whole=True, count=(3,), unit="voxels, z y x")
+    rule.check("target_output_size", size)
     return tuple(int(n) for n in size)
 
 # %% ../../nbs/api/features/extract.ipynb #095a3404
@@ -337,7 +353,9 @@ def report(
 ) -> dict:
     "Timing, memory and settings of an extraction, as plain numbers."
     now, peak = memory_mb()
-    total, images = stages.total, count_images(plan) if images is None else images
+    total = stages.total
+    if images is None:
+        images = count_images(plan)
     backbone = sum(s for k, s in stages.seconds.items() if k.endswith("/backbone"))
     return dict(
         seconds=dict(stages.seconds),

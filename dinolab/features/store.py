@@ -40,11 +40,16 @@ class _Extraction:
     "Task of `run_blocks`: extract one target block and write it. Travels to workers once."
 
     def __init__(self, volume, array, plan, backbone, compute, pca=None, device=None, threads=None):
-        self.volume, self.plan, self.backbone, self.compute = volume, plan, backbone, compute
-        self.array, self.pca = array, pca
+        self.volume = volume
+        self.plan = plan
+        self.backbone = backbone
+        self.compute = compute
+        self.array = array
+        self.pca = pca
         self.device = device or str(device_of(backbone))
         self.threads = threads  # of each process on this machine; None: as it was started
-        self.stages, self.images = make_stages(backbone, True), 0
+        self.stages = make_stages(backbone, True)
+        self.images = 0
 
     def __getstate__(self):
         return {**self.__dict__, "backbone": pack_network(self.backbone), "stages": None}
@@ -117,9 +122,10 @@ class _Paint:
         self.features, self.rgb, self.pca = features, rgb, pca
 
     def __call__(self, block):
-        features = np.asarray(self.features[block.write.slices], np.float32)
-        colours = np.moveaxis(self.pca.rgb(features), -1, 0)
-        self.rgb[(slice(None), *block.write)] = colours
+        box = block.write
+        features = np.asarray(self.features[box.slices], np.float32)
+        colours = self.pca.rgb(features)  # z y x c
+        self.rgb[(slice(None), *box)] = np.moveaxis(colours, -1, 0)
 
 
 def _sample_features(array, chunks=48, per_chunk=400, seed=0):
@@ -164,12 +170,15 @@ def extract_to_zarr(
     device: str = None,  # where blocks are computed: cpu, cuda, or auto: a GPU where a worker has one; None: where the backbone is
 ) -> "Features":
     "Features of a volume of any size, in constant memory; a run that was killed goes on where it was."
-    before, store, compute = memory_mb()[0], plain_path(store), Compute(batch_size, precision)
+    before = memory_mb()[0]
+    store = plain_path(store)
+    compute = Compute(batch_size, precision)
     if grid is not None and not isinstance(grid, Grid):
         raise InputError(f"grid={grid!r}: expected a Grid; give voxel_size for voxels of another size")
     check_weights(backbone)
     volume = _raw_level(source, voxel_size if grid is None else grid.voxel_size, raw_resolution)
-    dst, there = _target_grid(volume, voxel_size, grid), _kept(store)
+    dst = _target_grid(volume, voxel_size, grid)
+    there = _kept(store)
     if intensity is None:
         intensity = there.get("intensity") or intensity_range(volume)
     plan = make_plan(
@@ -185,7 +194,8 @@ def extract_to_zarr(
         halo=halo,
         block=block_shape(block, chunk, dst.shape),
     )
-    stored = _Stored(plan, _stored_channels(plan.channels(backbone.spec), n_components, rgb), chunk)
+    channels = _stored_channels(plan.channels(backbone.spec), n_components, rgb)
+    stored = _Stored(plan, channels, chunk)
     device = device or str(device_of(backbone))
     task = _Extraction(volume, None, plan, backbone.eval(), compute, device=device)
     with ExitStack() as held:
@@ -251,7 +261,8 @@ class _Stored:
 
     def create(self, kept):
         "The array, for writing; made where it is not there."
-        chunk, shard = (self.chunk,) * 3 + (self.channels,), (*self.plan.block, self.channels)
+        chunk = (*(self.chunk,) * 3, self.channels)
+        shard = (*self.plan.block, self.channels)
         array = kept.array("features", self.shape, "f2", chunk, shard, tuple("zyxc"))
         check_aligned(array, self.plan.block)
         return array
@@ -325,8 +336,9 @@ def _stored_channels(channels, n_components, rgb):
 def _about(plan, blocks):
     "What is ahead, for the progress bar."
     first = plan.dst.crop(blocks[0].write)
-    longest = max(tile_span(plan, first, axis)[1] for axis in range(3)) * plan.stride
-    return f"about {len(blocks) * count_images(plan, first)} images of up to {longest} px"
+    images = len(blocks) * count_images(plan, first)
+    patches = max(tile_span(plan, first, axis).count for axis in range(3))
+    return f"about {images} images of up to {patches * plan.stride} px"
 
 
 def _kept(store):
@@ -373,10 +385,14 @@ class Features:
         path="",  # where it is
         info: dict = None,  # timing of the run that made it
     ):
-        self.group, self.array = group, group["features"]
-        self.path, self.info = str(path), info or {}
-        self.grid = Grid(self.array.shape[:3], group.attrs["voxel_size_nm"], group.attrs["origin_nm"])
-        self.settings, self.channels = group.attrs["settings"], self.array.shape[-1]
+        self.group = group
+        self.path = str(path)
+        self.info = info or {}
+        self.array = group["features"]
+        *shape, self.channels = self.array.shape
+        about = group.attrs
+        self.grid = Grid(tuple(shape), about["voxel_size_nm"], about["origin_nm"])
+        self.settings = about["settings"]
 
     @property
     def shape(self) -> tuple:

@@ -65,10 +65,11 @@ class InstanceTarget:
         "Affinities, then descriptors: both ends of an affinity must be valid, descriptors only count inside objects."
         labels = np.where(valid, labels, 0)
         affs, there = affinities(labels, self.offsets)
-        both = there & valid & affinities(valid.astype(np.uint8), self.offsets)[0].astype(bool)
+        other_end, _ = affinities(valid.astype(np.uint8), self.offsets)
+        counts = there & valid & other_end.astype(bool)
         if not self.sigma:
-            return affs.astype(np.float32), both
-        lsds = local_shape_descriptors(labels, self.sigma, voxel_size)
-        return np.concatenate([affs, lsds]).astype(np.float32), np.concatenate(
-            [both, np.broadcast_to(valid & (labels > 0), lsds.shape)]
-        )
+            return affs.astype(np.float32), counts
+        shapes = local_shape_descriptors(labels, self.sigma, voxel_size)
+        in_objects = np.broadcast_to(valid & (labels > 0), shapes.shape)
+        target = np.concatenate([affs, shapes]).astype(np.float32)
+        return target, np.concatenate([counts, in_objects])
