@@ -26,8 +26,12 @@ def nearest(
     n: int = 3,  # at most this many
 ) -> list:  # the most similar names, best first
     "Names in `choices` that look like `name`."
-    by_lower = {str(choice).lower(): str(choice) for choice in choices}
-    close = difflib.get_close_matches(str(name).lower(), by_lower, n=n, cutoff=0.5)
+    by_lower = {}
+    for choice in choices:
+        text = str(choice)
+        by_lower[text.lower()] = text
+    wanted = str(name).lower()
+    close = difflib.get_close_matches(wanted, by_lower, n=n, cutoff=0.5)
     return [by_lower[match] for match in close]
 
 # %% ../../nbs/api/core/errors.ipynb #62f5b5d0

@@ -146,8 +146,9 @@ def write_json(
     o,  # anything that the function plain takes
 ):
     "Write `o` as JSON, whole or not at all."
+    text = json.dumps(plain(o), indent=1, ensure_ascii=False)
     with atomic_write(path) as f:
-        f.write(json.dumps(plain(o), indent=1, ensure_ascii=False) + "\n")
+        f.write(text + "\n")
 
 # %% ../../nbs/api/core/files.ipynb #5b9bc5fb
 def write_yaml(
@@ -164,5 +165,7 @@ def settings_hash(
     length: int = 12,  # hexadecimal digits
 ) -> str:
     "A short hash of settings, independent of their order."
-    text = json.dumps(plain(settings), sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:length]
+    values = plain(settings)
+    text = json.dumps(values, sort_keys=True, ensure_ascii=False)
+    digest = hashlib.sha256(text.encode())
+    return digest.hexdigest()[:length]

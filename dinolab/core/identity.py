@@ -76,21 +76,29 @@ def content_of(
     "The same wherever the files lie and whenever they were written; the name of a single file does not count."
     found = list(files_below(path))
     if Path(path).is_file():
-        found = [("", found[0][1])]
-    sizes = [os.path.getsize(full) for _, full in found]
+        _, full = found[0]
+        found = [("", full)]
+    names = [name for name, _ in found]
+    files = [full for _, full in found]
+    sizes = [os.path.getsize(full) for full in files]
     whole = sum(sizes) <= WHOLE
     with ThreadPoolExecutor() as pool:
-        digests = pool.map(lambda item: _digest(item[1], whole), found)
-    rows = [f"{name} {size} {digest}" for (name, _), size, digest in zip(found, sizes, digests)]
-    return hashlib.blake2b("\n".join(rows).encode(), digest_size=12).hexdigest()
+        digests = pool.map(lambda full: _digest(full, whole), files)
+    rows = []
+    for name, size, digest in zip(names, sizes, digests):
+        rows.append(f"{name} {size} {digest}")
+    text = "\n".join(rows)
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 # %% ../../nbs/api/core/identity.ipynb #41c424ba
 def array_hash(
     array: np.ndarray,  # *s
 ) -> str:  # 64 hexadecimal digits
     "SHA-256 of type, shape and values."
-    h = hashlib.sha256(f"{array.dtype.str} {array.shape}".encode())
-    h.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    header = f"{array.dtype.str} {array.shape}"
+    h = hashlib.sha256(header.encode())
+    values = np.ascontiguousarray(array).reshape(-1)
+    h.update(values.view(np.uint8).data)
     return h.hexdigest()
 
 # %% ../../nbs/api/core/identity.ipynb #75b2dfb4
@@ -165,9 +173,13 @@ def check_unchanged(
     advice: str = "give what it was begun with, or begin anew",  # what to do
 ):
     "Raise `InputError` where `thing` is not what it was."
-    if not unchanged(kept, thing):
-        before = kept.get("place") or (kept.get("content") or kept.get("weights_hash") or "?")[:12]
-        raise InputError(f"{what} is not what it was ({before}): its content has changed; {advice}")
+    if unchanged(kept, thing):
+        return
+    before = kept.get("place")
+    if not before:
+        key = kept.get("content") or kept.get("weights_hash") or "?"
+        before = key[:12]
+    raise InputError(f"{what} is not what it was ({before}): its content has changed; {advice}")
 
 # %% ../../nbs/api/core/identity.ipynb #0738eef6
 def identity_key(

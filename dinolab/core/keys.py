@@ -15,8 +15,13 @@ def key_seed(
     *parts,  # numbers and texts
 ) -> int:  # 0 to 2^63 - 1
     "A seed from a key: the same on every machine, unrelated for different keys."
-    plain = tuple(p.item() if isinstance(p, np.generic) else p for p in parts)  # NumPy's repr has changed
-    digest = hashlib.blake2b(repr(plain).encode(), digest_size=8).digest()
+    plain = []
+    for part in parts:
+        if isinstance(part, np.generic):  # the text of NumPy's numbers has changed
+            part = part.item()
+        plain.append(part)
+    text = repr(tuple(plain))
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
@@ -24,4 +29,5 @@ def keyed_rng(
     *parts,  # numbers and texts
 ) -> np.random.Generator:
     "A random generator that depends on a key only."
-    return np.random.default_rng(key_seed(*parts))
+    seed = key_seed(*parts)
+    return np.random.default_rng(seed)

@@ -17,8 +17,16 @@ from pathlib import Path
 # %% ../../nbs/api/core/machine.ipynb #cdaad988
 def machine() -> dict:  # cpu (model), cores (usable by this process), memory_gb (10**9 bytes), gpus (names)
     "The hardware under this process."
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return dict(cpu=_cpu(), cores=cores, memory_gb=_memory_gb(), gpus=_gpus())
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count()
+    return dict(
+        cpu=_cpu(),
+        cores=cores,
+        memory_gb=_memory_gb(),
+        gpus=_gpus(),
+    )
 
 
 def _cpu():
@@ -66,7 +74,10 @@ def is_dead(
     process: Mapping,  # host, pid, start, as in run.json
 ) -> bool:  # False also for a process of another host, of which nothing is known
     "Whether `process` ran on this host and is gone."
-    return process["host"] == platform.node() and process_start(process["pid"]) != process["start"]
+    if process["host"] != platform.node():
+        return False
+    start = process_start(process["pid"])
+    return start != process["start"]
 
 # %% ../../nbs/api/core/machine.ipynb #73b278ed
 def memory_mb() -> tuple:  # (resident now, highest so far), MB of 2**20 bytes

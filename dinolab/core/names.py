@@ -126,11 +126,16 @@ OLD = {
 @cache
 def exported() -> dict:  # name -> modules that export it
     "What each module of the package says that it exports."
-    package, found = Path(str(resources.files("dinolab"))), {}
+    package = Path(str(resources.files("dinolab")))
+    found = {}
     for file in sorted(package.rglob("*.py")):
-        listed = re.search(r"^__all__ = (\[[^\]]*\])", file.read_text(encoding="utf-8"), re.M)
-        module = ".".join(file.relative_to(package).with_suffix("").parts)
-        for name in ast.literal_eval(listed[1]) if listed else ():
+        text = file.read_text(encoding="utf-8")
+        listed = re.search(r"^__all__ = (\[[^\]]*\])", text, re.M)
+        if not listed:
+            continue
+        parts = file.relative_to(package).with_suffix("").parts
+        module = ".".join(parts)
+        for name in ast.literal_eval(listed[1]):
             found.setdefault(name, []).append(module)
     return found
 

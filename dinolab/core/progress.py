@@ -21,8 +21,15 @@ class ProgressLines(tqdm):
     every = 30  # seconds between lines
 
     def __init__(self, *args, **kwargs):
-        self.said, self.at = None, time.monotonic()  # number in the last line, and when that was
-        super().__init__(*args, mininterval=self.every, miniters=1, delay=self.every, **kwargs)
+        self.said = None  # number in the last line
+        self.at = time.monotonic()  # when that was
+        super().__init__(
+            *args,
+            mininterval=self.every,
+            miniters=1,
+            delay=self.every,
+            **kwargs,
+        )
 
     def display(self, msg=None, pos=None):
         "One line, where the last is old enough."
@@ -56,10 +63,18 @@ def progress(
 ) -> tqdm:  # iterable with a bar
     "Progress on standard error: a bar in a terminal, lines in a log file."
     common = dict(total=total, desc=desc, unit=unit, initial=initial)
-    a_log = sys.stderr is sys.__stderr__ and sys.stderr is not None and not sys.stderr.isatty()
+    errors = sys.stderr
+    replaced = errors is not sys.__stderr__  # as in notebooks
+    a_log = not replaced and errors is not None and not errors.isatty()
     if a_log and not quiet:
         return ProgressLines(items, **common)
-    return tqdm(items, **common, disable=quiet or None, dynamic_ncols=True, mininterval=0.2)
+    return tqdm(
+        items,
+        **common,
+        disable=quiet or None,
+        dynamic_ncols=True,
+        mininterval=0.2,
+    )
 
 # %% ../../nbs/api/core/progress.ipynb #b3305ca9
 class Stages:
@@ -70,7 +85,9 @@ class Stages:
         sync: Callable = None,  # called before each look at the clock, such as torch.cuda.synchronize
         memory: Callable = None,  # gives MB in use; looked at after each entry
     ):
-        self.seconds, self.calls, self.mb = defaultdict(float), defaultdict(int), {}
+        self.seconds = defaultdict(float)
+        self.calls = defaultdict(int)
+        self.mb = {}
         self.sync = sync or (lambda: None)
         self.memory = memory
         self.start = time.perf_counter()
@@ -100,17 +117,27 @@ def format_table(
 ) -> str:  # header, rule, rows
     "Rows as an aligned text table."
     rows = list(rows)
-    heads = {name: None for row in rows for name in row}
-    columns = [_column(name, [row.get(name) for row in rows], digits) for name in heads]
-    return "\n".join("  ".join(line).rstrip() for line in zip(*columns))
+    heads = {}  # in the order of their first row
+    for row in rows:
+        heads |= dict.fromkeys(row)
+    columns = []
+    for name in heads:
+        values = [row.get(name) for row in rows]
+        columns.append(_column(name, values, digits))
+    lines = ["  ".join(cells).rstrip() for cells in zip(*columns)]
+    return "\n".join(lines)
 
 
 def _column(name, values, digits):
     "Header, rule and values, all of one width; numbers stand at the right."
     number = all(isinstance(v, (int, float, type(None))) for v in values)
-    cells = [str(name), *(_text(v, digits) for v in values)]
+    cells = [str(name)]
+    cells += [_text(v, digits) for v in values]
     width = max(map(len, cells))
-    head, *body = (cell.rjust(width) if number else cell.ljust(width) for cell in cells)
+    aligned = []
+    for cell in cells:
+        aligned.append(cell.rjust(width) if number else cell.ljust(width))
+    head, *body = aligned
     return [head, "-" * width, *body]
 
 

@@ -34,10 +34,12 @@ class Box:
     stop: tuple  # voxels, per axis
 
     def __post_init__(self):
-        object.__setattr__(self, "start", tuple(map(int, self.start)))
-        object.__setattr__(self, "stop", tuple(map(int, self.stop)))
-        if len(self.start) != len(self.stop):
-            raise InputError(f"box from {self.start} to {self.stop}: expected as many axes in both")
+        start = tuple(map(int, self.start))
+        stop = tuple(map(int, self.stop))
+        object.__setattr__(self, "start", start)
+        object.__setattr__(self, "stop", stop)
+        if len(start) != len(stop):
+            raise InputError(f"box from {start} to {stop}: expected as many axes in both")
 
     @classmethod
     def of(
@@ -46,7 +48,9 @@ class Box:
     ) -> "Box":
         "The box of a tuple of slices."
         slices = tuple(slices)
-        return cls([s.start for s in slices], [s.stop for s in slices])
+        start = [s.start for s in slices]
+        stop = [s.stop for s in slices]
+        return cls(start, stop)
 
     @classmethod
     def whole(
@@ -66,11 +70,13 @@ class Box:
         "A box of a given shape."
         start = tuple(start)
         shape = per_axis(shape, len(start))
-        return cls(start, [a + n for a, n in zip(start, shape)])
+        stop = [a + n for a, n in zip(start, shape)]
+        return cls(start, stop)
 
     def __repr__(self) -> str:
-        ends = ", ".join(f"{a}:{b}" for a, b in zip(self.start, self.stop))
-        return f"Box({ends})"
+        pairs = zip(self.start, self.stop)
+        ends = [f"{a}:{b}" for a, b in pairs]
+        return f"Box({', '.join(ends)})"
 
     def __iter__(self) -> Iterator:
         "Its slices, so that a box goes where a tuple of slices is expected."
@@ -141,11 +147,14 @@ class Box:
         other: "Box",  # whose first voxel becomes zero
     ) -> "Box":
         "The same voxels, counted from the start of `other`."
-        return self.shift([-a for a in other.start])
+        back = [-a for a in other.start]
+        return self.shift(back)
 
     def contains(self, other: "Box") -> bool:
         "Whether all of `other` lies in it."
-        return all(a <= c and d <= b for a, b, c, d in zip(self.start, self.stop, other.start, other.stop))
+        begins = all(a <= c for a, c in zip(self.start, other.start))
+        ends = all(d <= b for b, d in zip(self.stop, other.stop))
+        return begins and ends
 
     def align(
         self,

@@ -45,18 +45,22 @@ class Number:
         return over and under
 
     def __str__(self) -> str:
-        return " ".join(filter(None, [self._kind(), self._range(), self.unit]))
+        pieces = [self._kind(), self._range(), self.unit]
+        return " ".join(filter(None, pieces))
 
     def _kind(self):
         "A number, or so many of them."
-        one, many = ("a whole number", "whole numbers") if self.whole else ("a number", "numbers")
+        one, many = "a number", "numbers"
+        if self.whole:
+            one, many = "a whole number", "whole numbers"
         if self.count == (1,):
             return one
         if 1 in self.count:
             others = " or ".join(str(n) for n in self.count if n > 1)
             return f"{one}, or {others} of them,"
         words = {2: "two", 3: "three"}
-        return f"{' or '.join(words.get(n, str(n)) for n in self.count)} {many}"
+        counts = " or ".join(words.get(n, str(n)) for n in self.count)
+        return f"{counts} {many}"
 
     def _range(self):
         "Its bounds in words."
@@ -80,15 +84,18 @@ class Number:
         plain = value.tolist() if hasattr(value, "tolist") else value
         several = isinstance(plain, (list, tuple))
         values = plain if several else [plain]
-        listed = len(values) in self.count and self.count != (1,)
-        counted = listed if several else 1 in self.count
+        counted = 1 in self.count
+        if several:
+            counted = len(values) in self.count and self.count != (1,)
         if not counted or not all(map(self.fits, values)):
             raise InputError(f"{name}={value!r}: expected {self}")
         if self.rising and any(b <= a for a, b in zip(values, values[1:])):
             raise InputError(f"{name}={value!r}: expected low, high with low below high")
         if not self.whole:
             return value
-        return type(plain)(map(int, plain)) if several else int(plain)
+        if several:
+            return type(plain)(map(int, plain))
+        return int(plain)
 
 # %% ../../nbs/api/core/settings.ipynb #e663953e
 SHARE = Number(0, 1)
@@ -195,7 +202,9 @@ def differences(
     "The settings that differ, nested names joined by dots; lists and tuples with the same values are equal."
     found = []
     for name in dict.fromkeys([*there, *now]):
-        a, b, full = there.get(name), now.get(name), f"{prefix}{name}"
+        full = f"{prefix}{name}"
+        a = there.get(name)
+        b = now.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
             found += differences(a, b, f"{full}.")
         elif _plain(a) != _plain(b):
@@ -220,14 +229,19 @@ def check_same(
     free: tuple = (),  # names that may differ
 ):
     "Raise `InputError` unless work goes on as it was begun."
-    wrong = [difference for difference in differences(there, now) if difference[0] not in free]
+    wrong = []
+    for name, before, after in differences(there, now):
+        if name not in free:
+            wrong.append(f"{name} ({_short(before)} there, {_short(after)} now)")
     if not wrong:
         return
-    said = [f"{name} ({_short(before)} there, {_short(after)} now)" for name, before, after in wrong[:3]]
+    said = "; ".join(wrong[:3])
     more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-    raise InputError(f"{what} was begun with other settings: {'; '.join(said)}{more}; {advice}")
+    raise InputError(f"{what} was begun with other settings: {said}{more}; {advice}")
 
 
 def _short(value):
     text = str(value)
-    return text if len(text) <= 60 else f"{text[:28]}...{text[-28:]}"
+    if len(text) <= 60:
+        return text
+    return f"{text[:28]}...{text[-28:]}"

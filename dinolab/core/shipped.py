@@ -28,10 +28,12 @@ def shipped_folders(
     place = pick(PLACES, kind, "kind of shipped files")
     here = Path.cwd()
     package = Path(str(resources.files("dinolab")))
-    folders = [above / place for above in (here, *here.parents)]
+    folders = [here / place]
+    folders += [above / place for above in here.parents]
     folders.append(package / "_data" / kind)
     folders.append(package.resolve().parent / place)
-    return [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
+    different = dict.fromkeys(folders)
+    return [folder for folder in different if folder.is_dir()]
 
 # %% ../../nbs/api/core/shipped.ipynb #a3e47735
 def shipped(

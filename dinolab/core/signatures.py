@@ -73,7 +73,8 @@ class Signature:
     def load(self) -> Callable:
         "The function itself; imports its module."
         module, _, name = self.place.partition(":")
-        return getattr(import_module(module), name)
+        there = import_module(module)
+        return getattr(there, name)
 
 # %% ../../nbs/api/core/signatures.ipynb #66043f01
 @dataclass(frozen=True)
@@ -121,7 +122,12 @@ def read_source(
     spec = find_spec(module)
     text = Path(spec.origin).read_text(encoding="utf-8")
     package = module if spec.submodule_search_locations else module.rpartition(".")[0]
-    return Source(module, package, tuple(text.splitlines()), tuple(ast.parse(text).body))
+    return Source(
+        module=module,
+        package=package,
+        lines=tuple(text.splitlines()),
+        body=tuple(ast.parse(text).body),
+    )
 
 # %% ../../nbs/api/core/signatures.ipynb #b5e7581b
 ARITHMETIC = {
@@ -177,9 +183,12 @@ def comment_after(
     source: Source,  # in which it stands
 ) -> str:  # empty where there is none
     "The comment at the end of the line."
-    rest = source.lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode()
+    line = source.lines[node.end_lineno - 1]
+    rest = line.encode()[node.end_col_offset :].decode()  # the column counts bytes
     found = re.match(r"\s*,?\s*#\s*(.*)", rest)
-    return found[1].strip() if found else ""
+    if not found:
+        return ""
+    return found[1].strip()
 
 
 def make_setting(
@@ -195,11 +204,28 @@ def make_setting(
     nested = nested_in(annotation, source)
     value = REQUIRED if default is None else value_of(default, source)
     if nested and isinstance(default, ast.Call):
-        given = {k.arg: value_of(k.value, source) for k in default.keywords}
-        changed = [replace(s, default=given.get(s.name, s.default)) for s in nested.settings]
-        nested, value = replace(nested, settings=tuple(changed)), True
+        nested = _with_defaults(nested, default, source)
+        value = True
     kind = ast.unparse(annotation).strip("'\"") if annotation else ""
-    return Setting(name, kind, value, comment_after(last, source), named, rules.get(name), nested)
+    return Setting(
+        name=name,
+        kind=kind,
+        default=value,
+        meaning=comment_after(last, source),
+        named=named,
+        rule=rules.get(name),
+        nested=nested,
+    )
+
+
+def _with_defaults(nested, call, source):
+    "A dataclass with the defaults that a call such as TrainArgs(lr=1e-3) gives it."
+    given = {k.arg: value_of(k.value, source) for k in call.keywords}
+    changed = []
+    for setting in nested.settings:
+        default = given.get(setting.name, setting.default)
+        changed.append(replace(setting, default=default))
+    return replace(nested, settings=tuple(changed))
 
 # %% ../../nbs/api/core/signatures.ipynb #e6f33fb2
 def own_rules(
@@ -260,13 +286,15 @@ def parameter_settings(
 ) -> list:  # of Setting
     "The parameters of a function."
     rules = RULES | own_rules(node)
-    args = [*node.args.posonlyargs, *node.args.args]
-    without = [None] * (len(args) - len(node.args.defaults))
-    placed = list(zip(args, [*without, *node.args.defaults]))
-    named = list(zip(node.args.kwonlyargs, node.args.kw_defaults))
+    arguments = node.args
+    placed = [*arguments.posonlyargs, *arguments.args]
+    required = len(placed) - len(arguments.defaults)
+    defaults = [None] * required + arguments.defaults
+    pairs = list(zip(placed, defaults))
+    pairs += zip(arguments.kwonlyargs, arguments.kw_defaults)
     found = []
-    for arg, default in placed + named:
-        by_name = arg in node.args.kwonlyargs
+    for arg, default in pairs:
+        by_name = arg in arguments.kwonlyargs
         last = default or arg
         found.append(make_setting(arg.arg, arg.annotation, default, source, last, by_name, rules))
     return found
@@ -336,7 +364,10 @@ def unknown_key(
 ) -> InputError:
     "What to say of a key that does not exist."
     near = nearest(key, known, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
+    if near:
+        hint = f"did you mean {near[0]}?"
+    else:
+        hint = f"expected one of {', '.join(known)}"
     return InputError(f"{where}: no key {key!r}: {hint}")
 
 
@@ -344,12 +375,14 @@ def expected_type(
     setting: Setting,
 ) -> type | None:  # bool, int, float, str or tuple; None where anything may come
     "The type that the annotation names, else that of the default."
-    words = [w for w in re.findall(r"\w+", setting.kind) if w not in ("None", "Optional")]
+    words = re.findall(r"\w+", setting.kind)
+    words = [w for w in words if w not in ("None", "Optional")]
     known = dict(bool=bool, int=int, float=float, str=str, tuple=tuple)
     if words:
-        return known.get(words[0]) if len(words) == 1 or words[0] == "tuple" else None
-    default = setting.default
-    return type(default) if type(default) in (bool, int, float, str) else None
+        single = len(words) == 1 or words[0] == "tuple"
+        return known.get(words[0]) if single else None
+    kind = type(setting.default)
+    return kind if kind in (bool, int, float, str) else None
 
 
 def fit_value(
@@ -358,18 +391,21 @@ def fit_value(
     key: str,  # its name, for the message
 ):  # the value, as the function takes it
     "A value that fits its setting, or an `InputError`."
-    if value is None and (setting.default is None or "None" in setting.kind or "None" in setting.meaning):
+    may_be_none = setting.default is None or "None" in setting.kind or "None" in setting.meaning
+    if value is None and may_be_none:
         return None
     if setting.rule:
         return setting.rule.check(key, value)
-    kind, number = expected_type(setting), isinstance(value, Real) and not isinstance(value, bool)
-    if kind is bool and not isinstance(value, bool):
+    kind = expected_type(setting)
+    truth = isinstance(value, bool)
+    number = isinstance(value, Real) and not truth
+    if kind is bool and not truth:
         raise InputError(f"{key}={value!r}: expected true or false")
     if kind in (int, float) and not (number and math.isfinite(value)):
         raise InputError(f"{key}={value!r}: expected a number")
     if kind is int and value != int(value):
         raise InputError(f"{key}={value!r}: expected a whole number")
-    if kind is str and (number or isinstance(value, bool) or value is None):
+    if kind is str and (number or truth or value is None):
         raise InputError(f"{key}={value!r}: expected a text")
     if kind is tuple and isinstance(value, list):
         return tuple(value)
