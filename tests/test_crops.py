@@ -10,8 +10,8 @@ import torch
 from dinolab.core.errors import InputError
 from dinolab.data.augment import Orientation
 from dinolab.features.cache import Extraction, LiveFeatures, cache_features
-from dinolab.features.cases import Case, open_case, scan_labels
-from dinolab.features.crops import CropDataset, GridDataset, draw_crop, read_crop
+from dinolab.features.cases import Case, kept_image, open_case, scan_labels
+from dinolab.features.crops import CropDataset, GridDataset, draw_crop, read_context, read_crop
 from dinolab.features.extract import PatchMean
 from dinolab.features.layout import make_layout
 from dinolab.features.targets import ClassTarget, InstanceTarget
@@ -146,6 +146,31 @@ def test_validation_counts_every_valid_voxel_once(case):
     valid = case.mask.read()
     np.testing.assert_array_equal(counted[: SHAPE[0], : SHAPE[1], : SHAPE[2]], valid)
     assert counted.sum() == valid.sum()
+
+
+@pytest.mark.parametrize("offset", (0.0, 2.0**31, -(2.0**31)))
+def test_an_offset_keeps_the_contrast_of_image_and_surroundings(case, offset):
+    "The low end is subtracted before float32 would cut the digits: 2**31 has room for steps of 256 there."
+    shifted = Volume(case.raw.read().astype(np.float64) + offset, case.grid)
+    other = Case("shifted", case.grid, shifted, (offset, offset + 1), case.features)
+    roi = np.s_[1:9, 2:10, 4:12]
+    np.testing.assert_allclose(other.image(roi), case.image(roi), atol=1e-6)
+    np.testing.assert_allclose(read_context(other, roi, 2), read_context(case, roi, 2), atol=1e-6)
+    for kept in (kept_image(other, 1e9), kept_image(other, 0)):
+        np.testing.assert_allclose(kept.image(roi), case.image(roi), atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", (1, 2, 5))
+def test_surroundings_share_the_centre_and_are_the_mean_of_what_they_cover(case, scale):
+    "A ramp is its own mean, so a voxel of the surroundings holds the place of its centre; beyond the end the ramp is mirrored."
+    z = np.broadcast_to(np.linspace(0, 1, SHAPE[0])[:, None, None], SHAPE)
+    ramp = Case("ramp", case.grid, Volume(z.copy(), case.grid), (0, 1), case.features)
+    found = read_context(ramp, np.s_[1:9, 2:10, 4:12], scale)
+    centres = 4.5 + scale * (np.arange(8) - 3.5)  # in voxels, of which the first has its centre at 0
+    whole = (centres - scale / 2 >= -0.5) & (centres + scale / 2 <= SHAPE[0] - 0.5)
+    want = centres[whole] / (SHAPE[0] - 1)
+    np.testing.assert_allclose(found[whole, 3, 3], want, atol=1e-6)
+    assert whole.sum() >= 2
 
 
 def test_balanced_crops_hold_rare_classes(case):

@@ -258,9 +258,11 @@ class LiveFeatures:
     def _extract(self, plan, dst):
         "z y x c of a block."
         box = raw_region(plan, dst)
-        data, region = self.near.read(box), self.near.grid.crop(box)
+        data = self.near.read(box)
+        region = self.near.grid.crop(box)
+        backbone = self.extraction.backbone.eval()
         compute = Compute(self.extraction.batch_size, self.extraction.precision)
-        return extract_block(data, region, dst, plan, self.extraction.backbone.eval(), compute)
+        return extract_block(data, region, dst, plan, backbone, compute)
 
 # %% ../../nbs/api/features/cache.ipynb #74f9fff4
 def cell_part(
@@ -336,8 +338,10 @@ class CellFeatures:
     def _touched(self, box):
         "Indices of the cells that a region meets."
         part, _ = inside(box, self.live.target.shape)
-        met = part.align(self.cell)
-        axes = [range(a // n, b // n) for a, b, n in zip(met.start, met.stop, self.cell)]
+        axes = []
+        for a, b, n in zip(part.start, part.stop, self.cell):
+            first, last = a // n, (b - 1) // n
+            axes.append(range(first, last + 1))
         return itertools.product(*axes)
 
     def _cell(self, index):

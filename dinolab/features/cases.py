@@ -65,7 +65,9 @@ def on_grid(
 
 def _same_voxels(a, b):
     "Whether two grids agree up to the rounding of files."
-    if a.shape != b.shape or not np.allclose(a.voxel_size, b.voxel_size, rtol=1e-3):
+    if a.shape != b.shape:
+        return False
+    if not np.allclose(a.voxel_size, b.voxel_size, rtol=1e-3):
         return False
     return np.allclose(a.corner, b.corner, atol=0.5 * min(b.voxel_size))
 

@@ -128,10 +128,13 @@ def axis_kinds(
 
 def _axis_kind(grid, layout, axis):
     "What axes share that may be exchanged."
+    normal, factors = False, []
+    for plane, along in layout.factors.items():
+        factors.append(along[axis])
+        if plane != "all" and plane_axes(plane)[0] == axis:
+            normal = True
     size = round(grid.voxel_size[axis], 6)
-    normals = {plane_axes(plane)[0] for plane in layout.factors if plane != "all"}
-    factors = sorted(str(f[axis]) for f in layout.factors.values())
-    return size, layout.crop[axis], axis in normals, factors
+    return size, layout.crop[axis], normal, sorted(factors)
 
 # %% ../../nbs/api/features/crops.ipynb #2265e99a
 def last_start(
@@ -153,9 +156,10 @@ def lattice_crop(
     start,  # z y x, where it would begin
 ) -> Box:
     "The crop that starts at the lattice point nearest below, within the volume."
-    steps = case.features.layout.step
-    below = [a // step * step for a, step in zip(start, steps)]
-    return Box.sized(np.clip(below, 0, last_start(case, crop)), crop)
+    step = np.array(case.features.layout.step)
+    below = start // step * step
+    begin = np.clip(below, 0, last_start(case, crop))
+    return Box.sized(begin, crop)
 
 # %% ../../nbs/api/features/crops.ipynb #244dbb06
 def check_crop(
@@ -202,9 +206,11 @@ def _draw_voxel(scan, rng):
 
 def _draw_start(case, crop, rng):
     "Any place where a crop may begin."
-    steps = case.features.layout.step
-    room = [n - c + step for n, c, step in zip(case.grid.shape, crop, steps)]
-    return [rng.integers(max(1, n)) for n in room]
+    start = []
+    for n, length, step in zip(case.grid.shape, crop, case.features.layout.step):
+        room = n - length + step
+        start.append(rng.integers(max(1, room)))
+    return start
 
 
 def _labelled(case, box):

@@ -48,9 +48,10 @@ class _Counts:
 
     def image_shape(self, plane):
         "Pixels of an image, h w."
-        first = self.row(0)[0]
-        patches = [tile_span(self.plan, first, axis)[1] for axis in plane_axes(plane)[1:]]
-        return tuple(n * self.plan.stride for n in patches)
+        first, *_ = self.row(0)
+        _, *axes = plane_axes(plane)
+        spans = [tile_span(self.plan, first, axis) for axis in axes]
+        return tuple(span.count * self.plan.stride for span in spans)
 
     def images(self, plane):
         "Of one plane, that the backbone sees: slices of a row of blocks, times the rows."

@@ -88,8 +88,8 @@ class Layout:
 
     def grid(self, plane: str, target: Grid) -> Grid:
         "The feature grid of a plane over a target grid."
-        sizes = zip(target.voxel_size, self.factors[plane])
-        return target.with_voxel_size(tuple(v * float(f) for v, f in sizes))
+        size = [v * float(f) for v, f in zip(target.voxel_size, self.factors[plane])]
+        return target.with_voxel_size(tuple(size))
 
 # %% ../../nbs/api/features/layout.ipynb #f768f371
 def make_layout(

@@ -188,7 +188,8 @@ def tile_span(
 ) -> TileSpan:
     "Patches that the network sees along an axis for a target block."
     if plan.block is None or plan.block[axis] >= plan.dst.shape[axis]:
-        return TileSpan(0, math.ceil(plan.src.extent[axis] / plan.pitch - 1e-6))
+        patches = plan.src.extent[axis] / plan.pitch
+        return TileSpan(0, math.ceil(patches - 1e-6))
     length = plan.block[axis] * dst.voxel_size[axis] / plan.pitch
     count = round(length)
     if abs(length - count) >= 1e-6:
