@@ -9,7 +9,7 @@ import torch
 
 from dinolab.core.errors import InputError
 from dinolab.data.augment import Orientation
-from dinolab.features.cache import Extraction, LiveFeatures, cache_features
+from dinolab.features.cache import CellFeatures, Extraction, LiveFeatures, cache_features
 from dinolab.features.cases import Case, kept_image, open_case, scan_labels
 from dinolab.features.crops import CropDataset, GridDataset, draw_crop, read_context, read_crop
 from dinolab.features.extract import PatchMean
@@ -171,6 +171,38 @@ def test_surroundings_share_the_centre_and_are_the_mean_of_what_they_cover(case,
     want = centres[whole] / (SHAPE[0] - 1)
     np.testing.assert_allclose(found[whole, 3, 3], want, atol=1e-6)
     assert whole.sum() >= 2
+
+
+@pytest.mark.parametrize("scale", (2, 3))
+@pytest.mark.parametrize("roi", (np.s_[1:9, 2:10, 4:12], np.s_[0:8, 0:8, 6:14], np.s_[2:10, 0:8, 3:11]))
+def test_surroundings_beyond_the_end_are_mirrored(case, roi, scale):
+    "Against the mean over boxes of the whole volume, continued by numpy."
+    around = np.pad(case.raw.read(), 16, "symmetric")
+    starts = [s.start + 4 - 4 * scale + 16 for s in roi]
+    part = around[tuple(slice(a, a + 8 * scale) for a in starts)]
+    want = part.reshape(8, scale, 8, scale, 8, scale).mean((1, 3, 5))
+    np.testing.assert_allclose(read_context(case, roi, scale), want, atol=1e-6)
+
+
+@pytest.mark.parametrize("budget", (0, 2**30))
+@pytest.mark.parametrize("cell", ((8, 8, 8), (4, 12, 8)))
+def test_cells_give_what_extraction_gives(cell, budget):
+    "Whatever the cells and however few are kept; also for a region that ends beyond the volume. One outside is refused."
+    rng = np.random.default_rng(0)
+    raw = Volume(rng.integers(0, 256, (18, 22, 26)).astype(np.uint8), Grid((18, 22, 26), 8))
+    extraction = Extraction(PatchMean(4), planes="xy,yz", pixel_size=8)
+    layout = extraction.layout(raw.grid, raw.grid, CROP)
+    live = LiveFeatures(extraction, raw, raw.grid, layout, (0, 255))
+    cells = CellFeatures(live, cell, budget)
+    for roi in (np.s_[4:12, 8:16, 0:8], np.s_[12:20, 16:24, 20:28], np.s_[0:16, 4:24, 8:16]):
+        want = live.read(roi)
+        found = cells.read(roi)
+        assert found.keys() == want.keys()
+        for plane, x in found.items():
+            torch.testing.assert_close(x, want[plane], atol=1e-3, rtol=0)
+    assert len(cells.kept) == 1 or budget
+    with pytest.raises(InputError, match="begin inside"):
+        cells.read(np.s_[20:28, 0:8, 0:8])
 
 
 def test_balanced_crops_hold_rare_classes(case):
