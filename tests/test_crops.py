@@ -184,6 +184,19 @@ def test_surroundings_beyond_the_end_are_mirrored(case, roi, scale):
     np.testing.assert_allclose(read_context(case, roi, scale), want, atol=1e-6)
 
 
+def test_surroundings_at_the_edge_of_a_long_volume_read_what_is_near():
+    class Seen:
+        shape, dtype, read = (8, 8, 400), np.dtype(np.uint8), []
+
+        def __getitem__(self, at):
+            Seen.read.append(at[2])
+            return np.zeros([s.stop - s.start for s in at], np.uint8)
+
+    grid = Grid(Seen.shape, 8)
+    read_context(Case("long", grid, Volume(Seen(), grid), (0, 1)), np.s_[0:8, 0:8, 0:8], 3)
+    assert Seen.read[-1] == slice(0, 17)  # twelve voxels on each side of 4, and one for the interpolation
+
+
 @pytest.mark.parametrize("budget", (0, 2**30))
 @pytest.mark.parametrize("cell", ((8, 8, 8), (4, 12, 8)))
 def test_cells_give_what_extraction_gives(cell, budget):

@@ -21,7 +21,7 @@ from ..data.augment import Augment
 from .cases import Case, LabelScan, kept_image, scan_labels
 from .layout import Layout, inside, pad_end
 from .plan import plane_axes
-from ..volumes.grid import Grid, apply_matrices, axis_matrices
+from ..volumes.grid import Grid, apply_matrices, axis_matrices, with_mirror
 
 # %% ../../nbs/api/features/crops.ipynb #f10305fd
 def wider_grid(
@@ -47,16 +47,10 @@ def read_context(
     raw = case.raw
     wide = wider_grid(case.grid.crop(roi), scale)
     around = raw.grid.roi_of(wide, 1)
-    box = Box.of(_all_if_mirrored(along, n) for along, n in zip(around, raw.shape))
+    box = Box.of(with_mirror(along, n) for along, n in zip(around, raw.shape))
     matrices = axis_matrices(raw.grid.crop(box), wide)
     above = apply_matrices(raw.read(box), matrices, low)
     return np.clip(above / (high - low), 0, 1)
-
-
-def _all_if_mirrored(along, n):
-    "What is read of an axis: far outside, the mirror image may come from anywhere."
-    beyond = along.start < 0 or along.stop > n
-    return slice(0, n) if beyond else along
 
 # %% ../../nbs/api/features/crops.ipynb #268c904b
 def turned_plane(
