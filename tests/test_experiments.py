@@ -31,6 +31,7 @@ def test_multires_features(tmp_path, monkeypatch):
     assert "backbone" in (run.path / "timing.txt").read_text()
 
 
+@pytest.mark.long
 def test_learned_upsampling(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = run_experiment("learned_upsampling", dict(smoke="true"))
@@ -47,6 +48,7 @@ def test_learned_upsampling(tmp_path, monkeypatch):
     }
 
 
+@pytest.mark.long
 def test_heads_compare(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = run_experiment("heads_compare", dict(smoke="true"))
@@ -65,6 +67,7 @@ def test_heads_compare(tmp_path, monkeypatch):
     }
 
 
+@pytest.mark.long
 @pytest.mark.skipif(importlib.util.find_spec("nnunetv2") is None, reason="needs the extra nnunet")
 def test_nnunet_vit(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -91,6 +94,7 @@ def test_nnunet_vit(tmp_path, monkeypatch):
         ("unet3plus_cost", ("resnet34/64/1 threads/as built/step", "memory/resnet34/64"), {"steps.png"}),
     ],
 )
+@pytest.mark.long
 def test_unet3plus(name, keys, figures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = run_experiment(name, dict(smoke="true"))
@@ -101,6 +105,7 @@ def test_unet3plus(name, keys, figures, tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.long
 def test_benchmark(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = run_experiment("benchmark", dict(smoke="true"))

@@ -159,7 +159,7 @@ def setup(
     from dinolab.tasks.recipes import arguments, recipe_of
 
     recipe, keys = recipe_of("train", path, [*pairs, "recipe=segmenter"])
-    given, config = arguments(recipe, keys), keys.values
+    given, config = arguments(recipe, keys), dict(keys)
     new = dict(inherits_from=parent, dinolab=make_recipe(given))
     if "crop" in config:
         crop = given["crop"]
