@@ -178,9 +178,9 @@ def test_pages_open(address, browser):
 @pytest.mark.parametrize(
     "symbol, page",
     [
-        ("create_backbone", "api/backbones.html"),
-        ("extract_to_zarr", "api/features.html"),
-        ("EdgeAwareLoss", "api/dwi_nets.html"),
+        ("create_backbone", "api/models/backbones.html"),
+        ("extract_to_zarr", "api/features/store.html"),
+        ("EdgeAwareLoss", "api/dwi/nets.html"),
     ],
 )
 def test_search_finds_symbols(address, browser, symbol, page):
@@ -196,7 +196,7 @@ def test_search_finds_symbols(address, browser, symbol, page):
 @in_browser
 def test_a_symbol_link_lands_on_its_heading(address, browser):
     tab = browser.new_page()
-    tab.goto(address + "api/upsample.html")
+    tab.goto(address + "api/volumes/write.html")
     link = tab.locator("article a.symbol").first
     anchor = link.get_attribute("href").split("#")[1]
     link.click()
