@@ -25,6 +25,8 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes more than ten seconds")
     config.addinivalue_line("markers", "long: runs with --long only")
     os.environ["DINOLAB_LONG_TESTS"] = "1" if config.getoption("--long") else ""
+    if config.getoption("--long"):
+        os.environ.setdefault("DINOLAB_KILLS", "20")  # of each kind of training
 
 
 LONGEST = ("test_readme_runs", "test_experiments", "test_spark", "test_book")

@@ -715,3 +715,15 @@ def test_parameters_that_a_generator_cannot_use(tmp_path, source, parameters):
     with pytest.raises(InputError):
         get_data(parse_manifest(text), tmp_path, only="a")
     assert everything(tmp_path) == []
+
+
+def test_a_generated_case_that_lost_a_file_is_not_whole(tmp_path):
+    "The note alone says what was made, not what is there."
+    manifest = load_manifest("retina_phantom")
+    get_data(manifest, tmp_path)
+    assert {row["state"] for row in check_data(manifest, tmp_path)} == {"ok"}
+    next(tmp_path.rglob("mask.png")).unlink()
+    states = [row["state"] for row in check_data(manifest, tmp_path)]
+    assert states.count("wrong") == 1 and set(states) == {"ok", "wrong"}
+    with pytest.raises(InputError, match="without mask.png: move or delete it"):
+        get_data(manifest, tmp_path)

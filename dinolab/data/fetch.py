@@ -96,7 +96,10 @@ def made_state(
     except InputError:
         return "wrong", "it was not generated"
     got, wanted = {key: made.get(key) for key in note}, plain(note)
-    return ("ok", "") if got == wanted else ("wrong", f"got {got}, expected {wanted}")
+    if got != wanted:
+        return "wrong", f"got {got}, expected {wanted}"
+    lost = [path for path in made["files"].values() if not (folder / path).exists()]
+    return ("wrong", f"without {', '.join(lost)}") if lost else ("ok", "")
 
 # %% ../../nbs/api/data/fetch.ipynb #923cac75
 def _check_parameters(name, draw, parameters):

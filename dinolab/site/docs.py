@@ -77,9 +77,16 @@ def write_readme():
             f.write(text)
 
 # %% ../../nbs/api/site/docs.ipynb #468a7ce1
-ABOUT = """Made by `make results` from the summaries in `nbs/results`; nothing here is written by hand. `dinolab keep RUN` adds the summary of a run and takes the one of the same machine away. Behind each mean stand the lowest and the highest value over seeds, cases or repetitions, and how many of these there were; of a single number there is no spread. Methods and conclusions stand on the page of each experiment.
-
-Weights are random unless the experiment says otherwise: no pretrained ones could be had on the machine of these runs. What is compared is networks, losses and implementations, not foundation models."""
+ABOUT = (
+    "Made by `make results` from the summaries in `nbs/results`; nothing here is written by hand. "
+    "`dinolab keep RUN` adds the summary of a run and takes the one of the same machine away. Behind "
+    "each mean stand the lowest and the highest value over seeds, cases or repetitions, and how many "
+    "of these there were; of a single number there is no spread. Methods and conclusions stand on the "
+    "page of each experiment.\n\n"
+    "Weights are random unless the experiment says otherwise: no pretrained ones could be had on the "
+    "machine of these runs. What is compared is networks, losses and implementations, not foundation "
+    "models."
+)
 
 
 def page_of(
