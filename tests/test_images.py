@@ -14,19 +14,9 @@ from PIL import Image
 
 from dinolab.data.augment import find_augment
 from dinolab.core.errors import InputError
-from dinolab.data.images import (
-    Classes,
-    ImageDataset,
-    check_pairs,
-    count_labels,
-    cut,
-    look_up,
-    nearest_colour,
-    read_image,
-    read_mask,
-    read_pair,
-    scaled,
-)
+from dinolab.data.classes import Classes, look_up, nearest_colour, read_mask
+from dinolab.data.images import ImageDataset, check_pairs, count_labels, cut, read_pair, scaled
+from dinolab.data.pixels import read_image
 from dinolab.data.tables import ImagePair, folder_pairs, list_images, table_pairs
 
 TWO = Classes(("a", "b"))

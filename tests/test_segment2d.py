@@ -18,7 +18,7 @@ from dinolab.models.specs import LoraSpec
 from dinolab.train.runs import Run
 from dinolab.core.errors import InputError
 from dinolab.train.settings import TrainArgs
-from dinolab.data.images import read_image
+from dinolab.data.pixels import read_image
 from dinolab.tasks.configs import JOBS, PredictImages, TrainSegmenter, numbers_of
 from dinolab.tasks.recipes import Given, make_settings, run_recipe, with_overrides
 from dinolab.tasks.images import (

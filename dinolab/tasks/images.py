@@ -25,16 +25,9 @@ from ..core.identity import state_hash
 from ..core.progress import progress
 from ..core.show import rgb_table
 from ..data.augment import find_augment
-from dinolab.data.images import (
-    Classes,
-    ImageDataset,
-    count_labels,
-    largest_label,
-    manifest_classes,
-    read_image,
-    read_mask,
-    read_pair,
-)
+from ..data.classes import Classes, manifest_classes, read_mask
+from ..data.images import ImageDataset, count_labels, largest_label, read_pair
+from ..data.pixels import read_image
 from ..data.tables import ImagePair, folder_pairs, list_images, manifest_pairs, table_pairs, table_rows
 from ..models.backbones import create_backbone, layer_scales
 from ..models.heads import create_segmentation_model

@@ -32,7 +32,9 @@ from ..core.identity import state_hash
 from ..core.progress import format_table, progress
 from ..core.show import overlay_labels, rgb_table, show_images
 from ..data.augment import find_augment
-from ..data.images import Classes, ImageDataset, check_pairs, read_image, read_mask, read_pair
+from ..data.classes import Classes, read_mask
+from ..data.images import ImageDataset, check_pairs, read_pair
+from ..data.pixels import read_image
 from ..data.tables import ImagePair, list_images, manifest_pairs, spark_pairs
 from ..models.unet3plus import GuidedLogits, UNet3Plus, presence_loss
 from ..models.weights import load_weights
