@@ -11,10 +11,11 @@ from hypothesis import given, strategies as st
 
 from dinolab.models.backbones import FeatureSpec
 from dinolab.core.errors import InputError, MissingError
-from dinolab.models.unet3plus import (
+from dinolab.models.heads import create_segmentation_model
+from dinolab.models.unet3plus import UNet3Plus
+from dinolab.models.fullscale import (
     FullDecoder,
     GuidedLogits,
-    UNet3Plus,
     gate_logits,
     multiplications,
     presence_loss,
@@ -237,7 +238,8 @@ def test_side_outputs_cover_what_their_cells_cover():
             f.weight.zero_()
             f.bias.fill_(2.0)
         assert all((o == 2).all() for o in net(torch.rand(2, 3, 70, 45)))
-    from dinolab.models.heads import covered_size, fit_logits
+    from dinolab.models.heads import fit_logits
+    from dinolab.models.upsample import covered_size
 
     ramp = (torch.arange(3.0) * 32 + 15.5)[None, None, None].expand(
         1, 1, 3, 3
@@ -297,3 +299,48 @@ def test_offline_weights_say_what_to_do(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(InputError, match="timm/resnet34.a1_in1k"):
         UNet3Plus("resnet34", weights="pretrained")
+
+
+@pytest.mark.parametrize("stem", [0, 4])
+@pytest.mark.parametrize("decoder", ["full", "simple"])
+@pytest.mark.parametrize("backbone", ["resnet10t", "convnext_atto"])
+def test_the_head_by_name_is_the_same_network(backbone, decoder, stem):
+    "The same names and, with the same weights, the same numbers: in training all outputs, and an odd size."
+    options = dict(num_classes=3, decoder=decoder, stem=stem, deep_supervision=True, cgm=True)
+    ours = UNet3Plus(backbone, cat_channels=4, **options).train()
+    by_name = create_segmentation_model(backbone, head="unet3plus", hidden_size=4, norm="batch", **options)
+    by_name.load_state_dict(ours.state_dict())
+    by_name.to(memory_format=torch.channels_last).train()
+    image = torch.rand(2, 3, 45, 70)
+    torch.manual_seed(0)
+    expected = ours(image)
+    torch.manual_seed(0)
+    found = by_name(image)
+    assert len(found.logits) == len(ours.spec) and torch.equal(found.presence, expected.presence)
+    assert all(torch.equal(a, b) for a, b in zip(found.logits, expected.logits))
+
+
+@pytest.mark.parametrize("stem", [0, 4])
+@pytest.mark.parametrize("decoder", ["full", "simple"])
+@pytest.mark.parametrize("backbone", ["vit_tiny_patch16_224", "vit_small_patch14_dinov2"])
+def test_a_pyramid_of_a_vit(backbone, decoder, stem):
+    "Every parameter gets a gradient, at a size that is no multiple of the patch."
+    options = dict(head="unet3plus", hidden_size=4, decoder=decoder, deep_supervision=True)
+    if stem and backbone.endswith("dinov2"):
+        with pytest.raises(InputError, match="strides 1, 3.5"):
+            create_segmentation_model(backbone, stem=stem, **options)
+        return
+    net = create_segmentation_model(backbone, stem=stem, freeze_backbone=True, **options).train()
+    found = net(torch.rand(2, 3, 45, 70))
+    assert {f.shape for f in found} == {(2, 1, 45, 70)} and len(found) == 4 + bool(stem)
+    sum(f.square().mean() for f in found).backward()
+    assert all(p.grad is not None for p in net.parameters() if p.requires_grad)
+
+
+def test_options_of_another_head_are_refused():
+    with pytest.raises(InputError, match="upernet head has no cgm"):
+        create_segmentation_model("resnet10t", cgm=True)
+    with pytest.raises(InputError, match="unet3plus head has no pool_scales"):
+        create_segmentation_model("resnet10t", head="unet3plus", pool_scales=(1, 2))
+    with pytest.raises(InputError, match="stem adds a level"):
+        create_segmentation_model("resnet10t", head="unet3plus", upsampler="transpose")

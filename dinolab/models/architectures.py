@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DINOV3_SIZES', 'DINOV2_SIZES', 'VISIONFM_STATS', 'FAMILIES', 'PAPER_LAYERS', 'RESIZING', 'is_timm_model', 'timm_name',
            'channel_stats', 'resolve_layers', 'resize_positions', 'PositionedViT', 'SkipRandom',
-           'constructor_arguments', 'build_model', 'is_pyramid', 'prune_layers', 'with_intermediates', 'adapt_channels',
-           'filter_of', 'hub_files', 'layer_depths']
+           'constructor_arguments', 'build_model', 'is_pyramid', 'has_pyramid', 'prune_layers', 'with_intermediates',
+           'adapt_channels', 'filter_of', 'hub_files', 'layer_depths']
 
 # %% ../../nbs/api/models/architectures.ipynb #bf3a5017
 import inspect
@@ -247,6 +247,15 @@ def is_pyramid(
 ) -> bool:  # do its layers differ in stride?
     "Whether the layers of `model` have several strides, as in a convolutional network."
     return len({info["reduction"] for info in model.feature_info}) > 1
+
+
+@cache
+def has_pyramid(
+    name: str,  # timm model name
+) -> bool:
+    "The same, of a model that is not built yet."
+    with torch.device("meta"), SkipRandom():
+        return is_pyramid(timm.create_model(name))
 
 # %% ../../nbs/api/models/architectures.ipynb #45589606
 def prune_layers(
