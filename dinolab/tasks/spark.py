@@ -36,7 +36,8 @@ from ..data.classes import Classes, read_mask
 from ..data.images import ImageDataset, check_pairs, read_pair
 from ..data.pixels import read_image
 from ..data.tables import ImagePair, list_images, manifest_pairs, spark_pairs
-from ..models.unet3plus import GuidedLogits, UNet3Plus, presence_loss
+from ..models.fullscale import GuidedLogits, presence_loss
+from ..models.unet3plus import UNet3Plus
 from ..models.weights import load_weights
 from dinolab.tasks.common import (
     Network,
