@@ -2,6 +2,8 @@
 
     python tests/notebooks.py nbs/api nbs/learn nbs/index.ipynb
 
+Cells marked `#| slow`, which measure time and memory, run with --long.
+
 nbdev's own command runs many notebooks in one process. A notebook defines its classes anew, in `__main__`, and where it
 registers them in a table of the package, the notebooks after it would meet those instead of the package's.
 """
@@ -20,6 +22,7 @@ from nbdev.test import test_nb
 
 WORKERS = 2
 SLOWEST = 10
+LONG = "--long" in sys.argv
 
 
 def notebooks(paths) -> list:
@@ -37,7 +40,8 @@ def check(notebook: Path, said: str, folder: str):
     os.environ["TMPDIR"] = tempfile.tempdir = folder
     torch.set_num_threads(1)  # they run beside each other
     config = get_config()
-    passed, _ = test_nb(notebook, skip_flags=config.tst_flags.split(), basepath=config.config_path)
+    skip = set(config.tst_flags.split()) - ({"slow"} if LONG else set())
+    passed, _ = test_nb(notebook, skip_flags=skip, basepath=config.config_path)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0 if passed else 1)
@@ -76,4 +80,4 @@ def main(paths) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(name for name in sys.argv[1:] if name != "--long"))
