@@ -1,7 +1,9 @@
 "Every exported symbol says what it is, and every tensor or array that goes in or out its shape."
 
 import ast
+import builtins
 import io
+import json
 import re
 import tokenize
 from pathlib import Path
@@ -198,3 +200,69 @@ def test_what_states_a_shape():
         "a number",
     ):
         assert not states_shape(text), text
+
+
+def opening(notebook):
+    "The indented lines of the first text of a page, as code."
+    cells = json.loads(notebook.read_text())["cells"][:3]
+    text = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+    return "\n".join(line[4:] for line in text.split("\n") if line.startswith("    "))
+
+
+def called(code):
+    "Names that code calls, with the names of the arguments; nothing where it is no Python, such as a drawing."
+    try:
+        tree = ast.parse(code)
+    except SyntaxError:
+        return []
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    made_here = {node.id for node in names if isinstance(node.ctx, ast.Store)}
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return [
+        (node.func.id, [k.arg for k in node.keywords], len(node.args))
+        for node in calls
+        if isinstance(node.func, ast.Name) and node.func.id not in made_here
+    ]
+
+
+def parameters():
+    "Name of each function and class of the package -> names of what it takes; None: anything."
+    found = {}
+    for path in MODULES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef):
+                found.setdefault(node.name, []).append(taken(node))
+            if isinstance(node, ast.ClassDef):
+                makers = [f for f in node.body if getattr(f, "name", "") in ("__init__", "__new__")]
+                fields = [f.target.id for f in node.body if isinstance(f, ast.AnnAssign)]
+                inherits = not makers and not fields
+                way = taken(makers[0]) if makers else None if inherits else fields
+                found.setdefault(node.name, []).append(way)
+    return found
+
+
+def taken(function):
+    args = function.args
+    settings = any("with_settings" in ast.dump(d) for d in function.decorator_list)
+    if args.kwarg or settings:
+        return None
+    return [a.arg for a in args.args + args.kwonlyargs] + (["*"] if args.vararg else [])
+
+
+def test_pages_open_with_calls_that_exist():
+    known, wrong, seen = parameters(), [], 0
+    for page in sorted((ROOT / "nbs/api").glob("*/*.ipynb")):
+        for name, keywords, count in called(opening(page)):
+            seen += 1
+            if name in vars(builtins) or name in known and None in known[name]:
+                continue
+            ways = known.get(name)
+            fits = ways and any(
+                way is None
+                or (set(keywords) <= set(way) and (len(keywords) + count <= len(way) or "*" in way))
+                for way in ways
+            )
+            if not fits:
+                wrong.append(f"{page.parent.name}/{page.stem}: {name}({', '.join(keywords)})")
+    assert not wrong, wrong
+    assert seen > 60
