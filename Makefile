@@ -7,7 +7,7 @@ TEST := .venv/.test
 LAB := .venv/.lab
 DOCS := .venv/.docs
 
-.PHONY: help setup demo test test-long gpu-check lab docs export readme results format clean
+.PHONY: help setup demo test test-readme test-long gpu-check lab docs export readme results format clean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -51,6 +51,9 @@ demo: $(BASE)  ## features of two volumes, from image to picture (minutes)
 
 test: $(TEST)  ## all quick tests: notebooks and tests/ (minutes)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" tests/run
+
+test-readme: $(TEST)  ## the README, typed line by line in an empty folder (minutes)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest -q tests/test_readme_runs.py --readme
 
 test-long: $(TEST)  ## also kills, whole experiments, the README and every wrong call (an hour)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" tests/run --long

@@ -19,14 +19,16 @@ def pytest_addoption(parser):
         action="store_true",
         help="also what takes minutes: kills, whole experiments, every wrong call",
     )
+    parser.addoption("--readme", action="store_true", help="also type the README, as a newcomer would")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes more than ten seconds")
     config.addinivalue_line("markers", "long: runs with --long only")
+    config.addinivalue_line("markers", "readme: runs with --readme or --long")
     os.environ["DINOLAB_LONG_TESTS"] = "1" if config.getoption("--long") else ""
-    if config.getoption("--long"):
-        os.environ.setdefault("DINOLAB_KILLS", "20")  # of each kind of training
+    kills = "20" if config.getoption("--long") else "1"
+    os.environ.setdefault("DINOLAB_KILLS", kills)  # of each kind of training
 
 
 LONGEST = ("test_readme_runs", "test_experiments", "test_spark", "test_book")
@@ -35,11 +37,15 @@ LONGEST = ("test_readme_runs", "test_experiments", "test_spark", "test_book")
 def pytest_collection_modifyitems(config, items):
     "Files that take minutes come first, so that no process ends with one of them while the other waits."
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
-    if not config.getoption("--long"):
-        skip = pytest.mark.skip(reason="runs with --long (make test-long)")
+    if config.getoption("--long"):
+        return
+    skipped = {"long": "runs with --long (make test-long)", "readme": "runs with --readme (make test-readme)"}
+    if config.getoption("--readme"):
+        del skipped["readme"]
+    for marker, reason in skipped.items():
         for item in items:
-            if item.get_closest_marker("long"):
-                item.add_marker(skip)
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

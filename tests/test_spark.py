@@ -242,7 +242,7 @@ def test_killed_trainings_end_with_the_same_bytes(processes, data, tmp_path):
     length, rng, kills = (
         time.time() - began,
         random.Random(processes),
-        int(os.environ.get("DINOLAB_KILLS", 2)),
+        int(os.environ["DINOLAB_KILLS"]),
     )
     for n in range(kills):
         going = command(*args, "--save_path", tmp_path / "killed", "--resume", processes=processes)
