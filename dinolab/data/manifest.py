@@ -36,19 +36,24 @@ from ..core.shipped import PLACES, shipped_folders
 # %% ../../nbs/api/data/manifest.ipynb #2100fbc6
 def source_kind(
     source: str,  # as in the manifest
-) -> tuple:  # ("synth", generator), ("package", name), ("url", the whole) or ("local", path)
+) -> (
+    tuple
+):  # ("synth", generator), ("package", name), ("pypi", release), ("url", the whole) or ("local", path)
     "What a source is, and its name, address or path."
     if "://" in source:
         return "url", source
     head, colon, name = source.partition(":")
     if not colon:
         return "local", source
-    if head not in ("synth", "package"):
-        near = nearest(head, ["synth", "package"], n=1)
+    kinds = ("synth", "package", "pypi")
+    if head not in kinds:
+        near = nearest(head, kinds, n=1)
         raise ValueError(
-            "a path, an address with ://, package:NAME or synth:NAME"
+            "a path, an address with ://, package:NAME, pypi:NAME==VERSION or synth:NAME"
             + (f"; did you mean {near[0]}:{name}?" if near else "")
         )
+    if head == "pypi" and not re.fullmatch(r"[\w.-]+==[\w.+]+(!.+)?", name):
+        raise ValueError("pypi:NAME==VERSION or pypi:NAME==VERSION!folder, with the exact version")
     return head, name
 
 # %% ../../nbs/api/data/manifest.ipynb #abc19cef
@@ -144,7 +149,7 @@ class Manifest(_Strict):
     licence: Text = Field(description="under which the data may be used")
     citation: Text = Field(description="whom to thank")
     source: Annotated[Text, AfterValidator(lambda s: source_kind(s) and s)] = Field(
-        description="path, address, package:NAME or synth:NAME"
+        description="path, address, package:NAME, pypi:NAME==VERSION or synth:NAME"
     )
     remote: bool = Field(False, description="read at the source, never downloaded")
     parameters: dict[str, Any] = Field({}, description="of the generator")
@@ -445,7 +450,7 @@ def downloads_checked(source, remote, cases):
     kind = source_kind(source)[0]
     if remote and kind != "url":
         yield ("remote",), f"remote: got true for {source}, expected with an address (https://, s3://) only"
-    if remote or kind not in ("url", "package"):
+    if remote or kind not in ("url", "package", "pypi"):
         return
     for name, case in cases.items():
         for role, file in _files(case).items():
