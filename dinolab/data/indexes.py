@@ -41,7 +41,7 @@ UV_NAMES = {  # pip's setting -> uv's variables
 
 
 def read_pip_config(
-    text: str,  # what `pip config list` prints
+    text: str,  # what pip config list prints
 ) -> dict:  # setting -> value
     "Settings of pip: those of the environment before those of a command, those before the general ones."
     found = {}
@@ -240,6 +240,7 @@ class _Links(HTMLParser):
         self.base, self.found = "", []
 
     def handle_starttag(self, tag, attrs):
+        "Keep the address of a link, and that to which others are relative."
         href = dict(attrs).get("href")
         if tag == "base" and href:
             self.base = href

@@ -103,20 +103,25 @@ class RangeFile(io.RawIOBase):
         self._block = (None, b"")  # number and bytes of the last one
 
     def readable(self):
+        "It can be read."
         return True
 
     def seekable(self):
+        "It can be read from any place."
         return True
 
     def tell(self):
+        "Where the next byte is read."
         return self._place
 
     def seek(self, offset, whence=io.SEEK_SET):
+        "Go to a place, counted from the start, from here, or from the end."
         start = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
         self._place = max(0, start + offset)
         return self._place
 
     def readinto(self, buffer):
+        "Fill a buffer with the next bytes, at most to the end of a block."
         block = self._read_block(self._place // BLOCK)
         inside = self._place % BLOCK
         data = block[inside : inside + len(buffer)]
