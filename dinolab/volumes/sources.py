@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from ..core.errors import InputError, MissingError
 from dinolab.volumes.arrays import (
@@ -26,7 +27,7 @@ from dinolab.volumes.arrays import (
     open_group,
     plain_path,
 )
-from .formats import read_nifti, read_tiff
+from .formats import Source, read_nifti, read_tiff
 from .grid import Grid, triple
 from dinolab.volumes.ngff import (
     LevelMeta,
@@ -98,6 +99,7 @@ OPTIONS = dict(  # kind of source -> what a reader of it may be told
     NIfTI=("voxel_size", "origin", "channel", "time", "unit"),
     TIFF=("voxel_size", "origin", "channel", "time", "axes"),
     npy=("voxel_size", "origin"),
+    image=("voxel_size", "origin", "channel"),
     N5=("unit",),
     array=("voxel_size", "origin", "channel", "time", "unit", "missing", "storage_options"),
     OME_Zarr=("origin", "channel", "time", "unit", "missing", "storage_options"),
@@ -121,6 +123,8 @@ def format_of(
         return "TIFF"
     if low.endswith(".npy"):
         return "npy"
+    if low.endswith((".png", ".jpg", ".jpeg")):
+        return "image"
     if any(part.endswith(".n5") for part in low.split("/")):
         return "N5"
     return "array" if is_array(path, storage_options) else "OME_Zarr"
@@ -259,6 +263,24 @@ def _tiff_volume(path, axes=None, voxel_size=None, origin=None, channel=None, ti
     return _source_volume(read_tiff(path, axes), path, voxel_size, origin, channel, time)
 
 
+def _image_volume(path, voxel_size=None, origin=None, channel=None):
+    "A PNG or JPEG as one slice; its third voxel size, where only two are given, is that of the rows."
+    if not Path(path).is_file():
+        raise MissingError(f"no such path {path!r}: expected an image")
+    try:
+        with Image.open(path) as image:
+            values = np.asarray(image.convert("RGB") if image.mode == "P" else image)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as e:
+        raise InputError(f"{path} cannot be read ({first_line(e)}): expected a whole PNG or JPEG") from None
+    if isinstance(voxel_size, (list, tuple)) and len(voxel_size) == 2:
+        voxel_size = (voxel_size[0], *voxel_size)
+    if values.ndim == 2:
+        found = Source(values[None], "zyx")
+    else:
+        found = Source(np.moveaxis(values, -1, 0)[:, None], "czyx")
+    return _source_volume(found, path, voxel_size, origin, channel, None)
+
+
 def _is_tiff_folder(path):
     "Whether there are TIFF files among the first in a folder."
     if not Path(path).is_dir():
@@ -364,7 +386,12 @@ def _n5_volume(path, unit=None):
 
 
 SINGLE = dict(  # kind of source -> what opens one that is no pyramid
-    NIfTI=_nifti_volume, TIFF=_tiff_volume, npy=_npy_volume, N5=_n5_volume, array=_single_array
+    NIfTI=_nifti_volume,
+    TIFF=_tiff_volume,
+    npy=_npy_volume,
+    image=_image_volume,
+    N5=_n5_volume,
+    array=_single_array,
 )
 
 # %% ../../nbs/api/volumes/sources.ipynb #c011e1a0
