@@ -48,10 +48,8 @@ def test_any_channels_and_size():
     image = torch.rand(2, 1, 50, 70)
     with torch.no_grad():
         assert network(image)[0].shape == (2, 64, 7, 9)
-        wide = XFeat().eval()
-        assert torch.equal(wide(image), wide(image.expand(-1, 5, -1, -1))) or torch.allclose(
-            wide(image), wide(image.expand(-1, 5, -1, -1)), atol=1e-4
-        )
+        wide, image = XFeat().eval(), torch.rand(1, 1, 64, 96)
+        assert torch.allclose(wide(image), wide(image.expand(-1, 5, -1, -1)), atol=1e-4)
 
 
 def test_segmentation_model():
