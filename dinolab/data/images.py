@@ -29,7 +29,7 @@ from ..core.settings import COUNT, Number, checked
 from .augment import Augment
 from .classes import Classes, read_mask
 from .pixels import image_planes, read_image, read_pixels
-from .tables import ImagePair
+from .folders import ImagePair
 
 # %% ../../nbs/api/data/images.ipynb #16c9b089
 def _check_pair(pair, planes, label):

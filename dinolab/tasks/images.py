@@ -28,7 +28,8 @@ from ..data.augment import find_augment
 from ..data.classes import Classes, manifest_classes, read_mask
 from ..data.images import ImageDataset, count_labels, largest_label, read_pair
 from ..data.pixels import read_image
-from ..data.tables import ImagePair, folder_pairs, list_images, manifest_pairs, table_pairs, table_rows
+from ..data.folders import ImagePair, folder_pairs, list_images
+from ..data.tables import manifest_pairs, table_pairs, table_rows
 from ..models.backbones import create_backbone, layer_scales
 from ..models.heads import create_segmentation_model
 from ..models.specs import LoraSpec

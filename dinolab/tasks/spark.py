@@ -35,7 +35,8 @@ from ..data.augment import find_augment
 from ..data.classes import Classes, read_mask
 from ..data.images import ImageDataset, check_pairs, read_pair
 from ..data.pixels import read_image
-from ..data.tables import ImagePair, list_images, manifest_pairs, spark_pairs
+from ..data.folders import ImagePair, list_images
+from ..data.tables import manifest_pairs, spark_pairs
 from ..models.fullscale import GuidedLogits, presence_loss
 from ..models.unet3plus import UNet3Plus
 from ..models.weights import load_weights
