@@ -262,8 +262,8 @@ class Classes:
 
     def sets(
         self,
-        label: np.ndarray,  # ... bits
-    ) -> np.ndarray:  # n ... boolean: where each class is
+        label: np.ndarray,  # h w, bits
+    ) -> np.ndarray:  # n h w, boolean: where each class is
         "Overlapping classes, one by one."
         return np.stack([label >> i & 1 for i in range(len(self))]) > 0
 
