@@ -433,13 +433,13 @@ def test_wrong_numbers_of_reading(tmp_path, value):
 
 
 def test_a_training_that_is_queued_again_reads_no_pair_twice(tmp_path, monkeypatch):
-    import dinolab.tasks.images as tasks
+    import dinolab.tasks.image_data as tasks
 
     some = pairs(tmp_path, 4)
     s = SimpleNamespace(out=str(tmp_path / "runs"), in_channels=1, white=None)
-    first = tasks.check_training_pairs(s, some[:3], some[3:], TWO)
-    assert first.shape == (3, 2) and not (tmp_path / "runs").exists()  # a few are read again
+    first = tasks.check_training_pairs(s, some, TWO)
+    assert len(first) == 4 and not (tmp_path / "runs").exists()  # a few are read again
     monkeypatch.setattr(tasks, "MANY", 4)
-    tasks.check_training_pairs(s, some[:3], some[3:], TWO)
+    tasks.check_training_pairs(s, some, TWO)
     seen = reads(monkeypatch)
-    assert (tasks.check_training_pairs(s, some[:3], some[3:], TWO) == first).all() and seen == []
+    assert tasks.check_training_pairs(s, some, TWO) == first and seen == []
