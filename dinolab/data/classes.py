@@ -432,10 +432,10 @@ def _as_pairs(classes):
     if not all(_value_of(k) is not None for k, _ in pairs):
         pairs = [(v, k) for k, vs in pairs for v in (vs if isinstance(vs, (list, tuple)) else [vs])]
     found = [(_value_of(value), str(name)) for value, name in pairs]
-    for (value, name), (given, _) in zip(found, pairs):
-        if value is None:
+    for (value, _), (given, name) in zip(found, pairs):
+        if value is None or isinstance(name, (list, tuple, dict)):
             raise InputError(
-                f"classes: {given!r} for {name}: expected a whole number or a colour, "
+                f"classes: {given!r} for {name}: expected a whole number or a colour for a name, "
                 "such as {0: ground, 255: crack} or {'#ff0000': roof}"
             )
     if len({type(value) for value, _ in found}) != 1:

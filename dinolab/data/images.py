@@ -85,12 +85,11 @@ class _Check:
             _check_pair(pair, planes, label)
         except InputError as e:
             return PairCheck(pair, problem=str(e))
-        counts = np.bincount(label[valid], minlength=max(2, len(self.classes)))
-        return PairCheck(pair, tuple(counts.tolist()))
+        return PairCheck(pair, self.classes.count(label, valid))
 
     def key(self, pair):
         "Changes with the files of the pair, and with what is asked; None where a file is missing."
-        files = [os.path.abspath(file) for file in (pair.image, pair.mask) if file]
+        files = [os.path.abspath(file) for file in (pair.image, *pair.masks)]
         try:
             stamps = [stamp_of(file) for file in files]
         except (OSError, InputError):
@@ -311,9 +310,9 @@ def scaled(
         return image, label, valid
     x = torch.from_numpy(np.ascontiguousarray(image))[None]
     x = F.interpolate(x, size=size, mode="bilinear", antialias=True)
-    both = torch.from_numpy(np.stack([label, valid.astype(label.dtype)]))[None].float()
-    label, valid = F.interpolate(both, size=size, mode="nearest-exact")[0].numpy()
-    return x[0].numpy(), label.astype(np.uint8), valid > 0
+    both = torch.from_numpy(np.stack([label, valid]).astype(np.float32))[None]
+    there, valid = F.interpolate(both, size=size, mode="nearest-exact")[0].numpy()
+    return x[0].numpy(), there.astype(label.dtype), valid > 0
 
 # %% ../../nbs/api/data/images.ipynb #01c6b601
 def vary(

@@ -547,9 +547,19 @@ def _apart(codes, others):
     return np.sqrt(((a[:, None] - b) ** 2).sum(-1))
 
 
+def _are_areas(seen):
+    "Whether most pixels have about one of a few colours, or the colour of their neighbours."
+    peaks = _peaks(seen)
+    if np.mean([mask.unlike for mask in seen.some()]) < 0.5:
+        return True
+    codes = [code for code, _ in seen.counts.most_common(MOST)]
+    near = [c for c, d in zip(codes, _apart(codes, peaks or [0]).min(1)) if d < LIMIT / 2]
+    return len(peaks) > 1 and seen.share(near) > 0.8
+
+
 def _ask_for_colours(seen, asked):
     "What do these colours mean?"
-    if np.mean([mask.unlike for mask in seen.some()]) > 0.5:
+    if not _are_areas(seen):
         _ask(seen, "colours that change from pixel to pixel, as in images", "are images= and masks= swapped?")
     peaks = list(map(_hex, _peaks(seen)))
     _ask(

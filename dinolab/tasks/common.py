@@ -440,8 +440,12 @@ def evaluate(
 # %% ../../nbs/api/tasks/common.ipynb #28f6b5e7
 def predicted_classes(
     logits: Tensor,  # b n *s
+    overlap: bool = False,  # classes may overlap
 ) -> Tensor:  # b *s
-    "The most likely class; for one channel, class 1 where its probability is above one half."
+    "The most likely class; for one channel, class 1 where its probability is above one half; sets of classes as bits."
+    if overlap:
+        powers = 2 ** torch.arange(logits.shape[1], device=logits.device)
+        return torch.tensordot((logits > 0).long(), powers, ([1], [0]))
     return logits.argmax(1) if logits.shape[1] > 1 else (logits[:, 0] > 0).long()
 
 # %% ../../nbs/api/tasks/common.ipynb #ccaca92b

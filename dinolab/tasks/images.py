@@ -52,8 +52,8 @@ from .configs import EvaluateSegmenter, PredictImages, TrainSegmenter, with_sett
 from .image_data import keep_data, open_images, split_pairs
 from ..train.checkpoints import load_checkpoint
 from ..train.device import find_device
-from ..train.losses import make_loss
-from ..train.metrics import ConfusionMatrix, mean_of
+from ..train.losses import make_loss, make_overlap_loss
+from ..train.metrics import ConfusionMatrix, OverlapCounts, mean_of
 from ..volumes.tiles import all_tiles, blend, sliding_window
 
 # %% ../../nbs/api/tasks/images.ipynb #1d0ace69
@@ -93,7 +93,8 @@ class ImageValidation:
 
     def __call__(self, model: nn.Module) -> dict:
         device = next(model.parameters()).device
-        losses, counts = [], ConfusionMatrix(list(self.classes.names))
+        overlap, names = self.classes.overlap, list(self.classes.names)
+        losses, counts = [], OverlapCounts(names) if overlap else ConfusionMatrix(names)
         for pair in self.pairs:
             arrays = read_pair(pair, self.classes, self.channels, self.white)
             image, label, valid = (torch.from_numpy(np.ascontiguousarray(a))[None].to(device) for a in arrays)
@@ -101,7 +102,7 @@ class ImageValidation:
                 continue
             logits = tiled_logits(model, image, self.tile)
             losses.append(float(self.step.loss(logits, label.long(), valid)))
-            counts.update(predicted_classes(logits), label, valid)
+            counts.update(predicted_classes(logits, overlap), label, valid)
         return dict(loss=float(np.mean(losses)), mean_iou=counts.metrics()["mean_iou"])
 
 # %% ../../nbs/api/tasks/images.ipynb #1739e7a0
@@ -160,7 +161,8 @@ def segmenter_step(
     opened: Opened,
 ) -> SegStep:
     "The loss, with class weights from the masks of the training set."
-    return SegStep(make_loss(s.loss, opened.more["weights"]))
+    make = make_overlap_loss if opened.more["classes"].overlap else make_loss
+    return SegStep(make(s.loss, opened.more["weights"]))
 
 
 def segmenter_validation(
