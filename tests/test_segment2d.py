@@ -424,6 +424,8 @@ def test_tables_and_splits(data, tmp_path):
         out=tmp_path,
     )
     assert evaluate_segmenter(done.run.path, table=tmp_path / "t.csv")["test/mean_iou"] > 0
+    assert evaluate_segmenter(done.run.path)["valid/mean_iou"] > 0  # on what the training held out
+    (done.run.path / "pairs.csv").unlink()
     with pytest.raises(InputError, match="no data to score on"):
         evaluate_segmenter(done.run.path)
     with pytest.raises(InputError, match="no row of split 'other'"):

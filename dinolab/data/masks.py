@@ -395,7 +395,7 @@ def _from_numbers(seen, asked, kind, ignore):
     if asked and asked.count > len(values) and all(v in range(asked.count) or v == ignore for v in values):
         names = asked.names or tuple(f"class {i}" for i in range(asked.count))
         return Classes(names, None, None, "labels", ignore), _left_out(seen, ignore)
-    _check_numbers(seen, asked)
+    _check_numbers(seen, asked, kind)
     return _rows_of_numbers(seen, asked, kind, ignore)
 
 
@@ -421,7 +421,7 @@ def _told_values(seen, asked, ignore):
     return Classes(asked.names, asked.values, None, "labels", ignore, also=asked.also), ignored
 
 
-def _check_numbers(seen, asked):
+def _check_numbers(seen, asked, kind):
     "Ask where numbers hardly stand for classes."
     values = seen.values
     if len(values) == 1:
@@ -430,6 +430,8 @@ def _check_numbers(seen, asked):
             f"all pixels of all masks are {values[0]}",
             "expected two classes or more; is it the right folder, or the transparency that was drawn in?",
         )
+    if kind == "labels":
+        return
     if len(values) <= MANY and are_numbered_objects(seen):
         _ask(
             seen,
@@ -547,6 +549,12 @@ def _apart(codes, others):
     return np.sqrt(((a[:, None] - b) ** 2).sum(-1))
 
 
+def _round_colour(code):
+    "A colour whose channels are 0 or 255 where they nearly are."
+    channels = [code >> 16, code >> 8 & 255, code & 255]
+    return "#" + bytes(0 if c < 8 else 255 if c > 247 else c for c in channels).hex()
+
+
 def _are_areas(seen):
     "Whether most pixels have about one of a few colours, or the colour of their neighbours."
     peaks = _peaks(seen)
@@ -561,7 +569,7 @@ def _ask_for_colours(seen, asked):
     "What do these colours mean?"
     if not _are_areas(seen):
         _ask(seen, "colours that change from pixel to pixel, as in images", "are images= and masks= swapped?")
-    peaks = list(map(_hex, _peaks(seen)))
+    peaks = list(map(_round_colour, _peaks(seen)))
     _ask(
         seen,
         f"{len(seen.values)}{' or more' if seen.more else ''} colours, as JPEG or another size leaves them",

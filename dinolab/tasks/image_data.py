@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MANY', 'LOOKED_AT', 'Chosen', 'choose_pairs', 'split_pairs', 'find_classes', 'check_training_pairs', 'orientation',
            'check_present', 'find_weights', 'describe_images', 'DataReport', 'tell', 'turned_images', 'divide',
-           'find_crop', 'open_images', 'keep_data']
+           'find_crop', 'open_images', 'keep_data', 'kept_pairs', 'evaluation_pairs']
 
 # %% ../../nbs/api/tasks/image_data.ipynb #58c2c76f
 import csv
@@ -392,6 +392,47 @@ def keep_data(
         for split, p in rows:
             masks = ["" if m is None else str(Path(m).absolute()) for m in _as_tuple(p.mask)]
             table.writerow([str(Path(p.image).absolute()), "|".join(masks), split, p.group])
+
+
+def kept_pairs(
+    run,  # folder of a training
+    split: str,  # train or valid
+) -> list:  # of ImagePair
+    "The images that a run kept for validation, or was trained on."
+    table = Path(run) / "pairs.csv"
+    if not table.is_file():
+        raise InputError(
+            f"no data to score on, and {run} keeps none: expected one of manifest, images (with masks) and table"
+        )
+    rows = [row for row in table_rows(table, ("image",)) if row["split"] == split]
+    if not rows:
+        raise InputError(
+            f"no data to score on, and {run} held no images out: expected one of manifest, images (with masks) "
+            "and table"
+        )
+    return [ImagePair(Path(r["image"]).stem, r["image"], _from_cell(r["mask"]), r["group"]) for r in rows]
+
+
+def _from_cell(text):
+    "Paths of masks in a field of a table."
+    parts = tuple(part or None for part in text.split("|"))
+    return parts if len(parts) > 1 else parts[0]
+
+
+def evaluation_pairs(
+    s,  # EvaluateSegmenter
+) -> tuple:  # of ImagePair; name of the scores
+    "What a network is scored on: the images that were named, else those that its training held out."
+    if s.images is not None:
+        return folder_pairs(s.images, s.masks or s.images), s.split
+    if s.table is not None or s.manifest is not None:
+        return split_pairs(s.table, s.manifest, s.root, s.split), s.split
+    folder = getattr(s.run, "path", s.run)
+    pairs = kept_pairs(folder, "valid")
+    tell(
+        f"scored on the {len(pairs)} images that the training held out; they have chosen its best checkpoint"
+    )
+    return pairs, "valid"
 
 
 def _as_tuple(mask):

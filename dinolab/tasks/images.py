@@ -25,7 +25,7 @@ from ..core.identity import state_hash
 from ..core.progress import progress
 from ..core.show import rgb_table
 from ..data.classes import Classes, read_mask
-from ..data.folders import ImagePair, folder_pairs, list_images
+from ..data.folders import ImagePair, list_images
 from ..data.images import read_pair
 from ..data.pixels import read_image
 from ..models.backbones import create_backbone, layer_scales
@@ -49,7 +49,7 @@ from dinolab.tasks.common import (
     train,
 )
 from .configs import EvaluateSegmenter, PredictImages, TrainSegmenter, with_settings
-from .image_data import keep_data, open_images, split_pairs
+from .image_data import evaluation_pairs, keep_data, open_images
 from ..train.checkpoints import load_checkpoint
 from ..train.device import find_device
 from ..train.losses import make_loss, make_overlap_loss
@@ -426,13 +426,8 @@ def evaluate_segmenter(
     s: EvaluateSegmenter,
 ) -> dict:  # split/metric/class -> number, as in metrics.json
     "Score a training on images that it has not seen; writes metrics.json, confusion.csv, and figures of the worst."
-    if s.images is None and s.table is None and s.manifest is None:
-        raise InputError("no data to score on: expected one of manifest, images (with masks) and table")
-    if s.images is not None:
-        pairs = folder_pairs(s.images, s.masks)
-    else:
-        pairs = split_pairs(s.table, s.manifest, s.root, s.split)
+    pairs, split = evaluation_pairs(s)
     trained = load_segmenter(s.run, s.which, find_device(s.device), s.weights)
     scores = ImageScores(trained, s.tolerance)
     evaluate(IMAGES, trained, pairs, scores, tile=s.tile, overlap=s.overlap)
-    return keep_scores(trained.run, s.split, scores.metrics(), scores, trained.classes.colours)
+    return keep_scores(trained.run, split, scores.metrics(), scores, trained.classes.colours)
