@@ -23,7 +23,7 @@ from ..core.files import atomic_write
 from ..core.settings import POSITIVE
 from ..data.augment import find_augment
 from ..data.classes import Classes, manifest_classes, name_classes
-from ..data.folders import folder_pairs, named_files, pair_folders, with_groups
+from ..data.folders import ImagePair, folder_pairs, named_files, pair_folders, with_groups
 from ..data.images import ImageDataset, check_pairs
 from ..data.masks import MaskReport, understand
 from ..data.pixels import read_pixels
