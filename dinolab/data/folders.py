@@ -290,7 +290,10 @@ def _files_of(folder):
     if not folder.exists():
         raise MissingError(f"no folder {str(folder)!r}: expected a folder of images")
     if folder.is_file():
-        raise InputError(f"{folder} is a file: expected a folder; for a table of pairs give table={folder}")
+        hint = (
+            f"; for a table of pairs give table={folder}" if folder.suffix in (".csv", ".tsv", ".txt") else ""
+        )
+        raise InputError(f"{folder} is a file: expected a folder of images{hint}")
     files = images_below(folder)
     if not files:
         raise InputError(

@@ -392,7 +392,14 @@ def _from_numbers(seen, asked, kind, ignore):
         return _binary(seen, asked, [0, values[-1]], 0.0, "0 and all else")
     if told:
         return _told_values(seen, asked, ignore)
-    if asked and asked.count > len(values) and all(v in range(asked.count) or v == ignore for v in values):
+    counted = [v for v in values if v != ignore]
+    if (
+        asked
+        and len(counted) > 1
+        and asked.count > len(values)
+        and counted[0] >= 0
+        and counted[-1] < asked.count
+    ):
         names = asked.names or tuple(f"class {i}" for i in range(asked.count))
         return Classes(names, None, None, "labels", ignore), _left_out(seen, ignore)
     _check_numbers(seen, asked, kind)

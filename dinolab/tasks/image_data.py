@@ -424,7 +424,10 @@ def evaluation_pairs(
 ) -> tuple:  # of ImagePair; name of the scores
     "What a network is scored on: the images that were named, else those that its training held out."
     if s.images is not None:
-        return folder_pairs(s.images, s.masks or s.images), s.split
+        found = _from_folders(s.images, s.masks)
+        for why, names in found.left_out.items():
+            tell(f"left out, {why}: {named_files(names)}")
+        return found.pairs, s.split
     if s.table is not None or s.manifest is not None:
         return split_pairs(s.table, s.manifest, s.root, s.split), s.split
     folder = getattr(s.run, "path", s.run)

@@ -132,12 +132,14 @@ def with_overrides(
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or not key:
-            raise InputError(f"{pair!r}: expected key=value, such as train.epochs=5")
+            example = f"images={pair}" if Path(pair).is_dir() else "train.epochs=5"
+            raise InputError(f"{pair!r}: expected key=value, such as {example}")
         try:
             value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
             typed = yaml.load(text, yaml.BaseLoader) if text[:1] in "[{" else text
         except (OmegaConfBaseException, yaml.YAMLError, ValueError) as e:
-            raise InputError(f"{key}={text}: not YAML: {' '.join(str(e).split())}") from None
+            hint = "; colours stand in quotes: {'#ff0000': roof}" if "#" in text else ""
+            raise InputError(f"{key}={text}: not YAML: {' '.join(str(e).split())}{hint}") from None
         values, texts = _put(values, key, value), _put(texts, key, typed)
     return Given(values, texts)
 
