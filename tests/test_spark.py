@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 
@@ -20,6 +21,8 @@ from dinolab.data.images import ImageDataset
 from dinolab.data.tables import spark_pairs
 from dinolab.train.losses import make_loss
 from dinolab.train.metrics import ConfusionMatrix
+from dinolab.train.runs import Run
+from dinolab.tasks.configs import TrainUNet3Plus
 from dinolab.synth.spacecraft import spacecraft_image, write_spark
 from dinolab.tasks.spark import (
     SPARK,
@@ -28,7 +31,9 @@ from dinolab.tasks.spark import (
     infer_unet3plus,
     layer_names,
     load_unet3plus,
+    mean_of_mirrored,
     scores_of,
+    train_args,
     train_unet3plus,
 )
 from dinolab.models.unet3plus import UNet3Plus
@@ -500,6 +505,7 @@ def test_names_keep_the_whole_stem():
         layer_names(["a/x.jpg", "a/x_img.jpg"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed(stage, data, tmp_path):
     "Two processes under ZeRO, where DeepSpeed is installed: stopped by a signal in the middle, the same weights in the end."
@@ -588,3 +594,108 @@ def test_slurm_scripts(data, tmp_path):
     assert (tmp_path / "e/metrics.json").exists() and len(list((tmp_path / "o").glob("*.npz"))) == 3
     for script in launch.iterdir():
         assert not any(word in script.read_text() for word in ("/project/", "/scratch", "--account=p"))
+
+
+def test_averaged_weights_are_whole(models, data, tmp_path):
+    "With an average the best model has all its weights; flags of the loop reach it."
+    _, small = models
+    more = dict(ema=0.5, accumulate=2, clip=0.5, epochs=2, save_path=str(tmp_path / "m"))
+    train_unet3plus(**small | more)
+    best = safetensors.torch.load_file(tmp_path / "m/checkpoints/best/model.safetensors")
+    model = load_unet3plus(tmp_path / "m/unet3plus_best").model
+    assert set(best) == set(model.state_dict())
+    assert all(torch.equal(value, best[name]) for name, value in model.state_dict().items())
+    steps = [line["step"] for line in Run.open(tmp_path / "m").history()]
+    assert max(steps) == 4  # 6 images in batches of 2, two batches a step
+
+
+def test_start_from_a_trained_model(models, data, tmp_path, capfd):
+    "Other epochs, size and decoder: what fits is taken over, from a model, a run or a file; the rest is named."
+    folder, small = models
+    trained = load_unet3plus(folder / "0/unet3plus_best").model.state_dict()
+    begun = []
+
+    def look(model, *args, **options):
+        begun.append({name: value.clone() for name, value in model.state_dict().items()})
+        raise InputError("enough")
+
+    places = ("0", "0/unet3plus_best", "0/unet3plus_best/unet3plus_model.safetensors")
+    for place, more in zip(places, (dict(target_size=48), dict(epochs=3), dict(cat_channels=5))):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="enough"):
+            patch.setattr("dinolab.train.loop._fit", look)
+            change = dict(seed=5, init=str(folder / place), save_path=str(tmp_path / str(len(begun))))
+            train_unet3plus(**small | change | more)
+        state = begun[-1]
+        same = [n for n in state if n in trained and state[n].shape == trained[n].shape]
+        assert all(torch.equal(state[name], trained[name]) for name in same)
+        said = capfd.readouterr().err
+        assert f"init: {len(same)} of {len(state)} tensors are those of {folder / '0'}" in said
+    assert len(same) < len(state) and "(4 there, 5 here)" in said
+    for wrong, error in (("nowhere", "no weights in"), (str(data), "no weights in")):
+        with pytest.raises(InputError, match=error):
+            train_unet3plus(**small | dict(init=wrong, save_path=str(tmp_path / "x")))
+
+
+def test_a_resumed_training_does_not_begin_anew(models, tmp_path):
+    "init counts once: a run that goes on needs it no more."
+    folder, small = models
+    shutil.copytree(folder / "1/unet3plus_best", tmp_path / "first")
+    part = small | dict(epochs=3, seed=2, init=str(tmp_path / "first"))
+    train_unet3plus(**part, save_path=str(tmp_path / "whole"))
+    train_unet3plus(**part, save_path=str(tmp_path / "cut"), checkpoint_every=1, max_seconds=1e-9)
+    shutil.rmtree(tmp_path / "first")
+    train_unet3plus(**part, save_path=str(tmp_path / "cut"), resume=True)
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+
+
+def test_mirrored_predictions(models, data):
+    "A network that is blind to mirroring says the same; any other what numpy averages."
+    trained = load_unet3plus(models[0] / "0/unet3plus_final", fp16=False)
+    images = torch.rand(2, 3, 32, 48)
+    with torch.no_grad():
+        found = mean_of_mirrored(trained.model, images)
+        views = [images, images.flip(3), images.flip(2), images.flip(2, 3)]
+        said = [trained.model(view).softmax(1).numpy() for view in views]
+    back = [said[0], said[1][..., ::-1], said[2][:, :, ::-1], said[3][:, :, ::-1, ::-1]]
+    assert np.allclose(found.exp().numpy(), np.mean(back, 0), atol=1e-6)
+    with torch.no_grad():
+        mirrored = mean_of_mirrored(trained.model, images.flip(3))
+    assert torch.allclose(mirrored.flip(3), found, atol=1e-5)
+
+
+def test_patience_counts_epochs():
+    "15 epochs with a validation every 2 are 8 validations; as long as the training, it is never."
+    flags = dict(manifest="spacecraft_phantom")
+    for given, validations in (
+        (dict(patience=15, validate_every=2, epochs=30), 8),
+        (dict(patience=4, validate_every=2, epochs=30), 2),
+        (dict(patience=15, epochs=15), 0),
+        (dict(patience=0), 0),
+    ):
+        assert train_args(TrainUNet3Plus(**flags | given)).patience == validations
+
+
+def test_log_files_get_a_line_per_epoch(data, tmp_path):
+    "Loss, validation and rate, seconds and the time that is left, where standard error is no terminal."
+    out, code = run("train", *TINY, "--data_root", data, "--save_path", tmp_path / "m", "--epochs", 3)
+    assert code == 0, out
+    lines = [line for line in out.splitlines() if line.startswith("epoch ")]
+    assert [line.split(":")[0] for line in lines] == [f"epoch {n} of 3" for n in (1, 2, 3)]
+    for line in lines:
+        assert all(name in line for name in (" loss ", "valid loss ", "valid mean_iou ", "lr ")), line
+    assert lines[0].endswith(" left") and lines[-1].endswith("done")
+
+
+def test_pictures_of_results_can_be_asked_for_later(models, data, tmp_path):
+    call = dict(data_path=str(next((data / "images").rglob("val"))), num_workers=0)
+    call |= dict(output_dir=str(tmp_path), model_path=str(models[0] / "0/unet3plus_final"))
+    count = infer_unet3plus(**call)
+    assert infer_unet3plus(**call, save_visualizations=True) == count
+    assert len(list(tmp_path.glob("*_vis.png"))) == count
+    assert infer_unet3plus(**call, save_visualizations=True) == 0
+
+
+def test_a_model_of_the_earlier_program(tmp_path):
+    (tmp_path / "unet3plus_model.pt").write_bytes(b"")
+    with pytest.raises(InputError, match="unet3plus_model.pt of another program"):
+        load_unet3plus(tmp_path)

@@ -344,3 +344,15 @@ def test_options_of_another_head_are_refused():
         create_segmentation_model("resnet10t", head="unet3plus", pool_scales=(1, 2))
     with pytest.raises(InputError, match="stem adds a level"):
         create_segmentation_model("resnet10t", head="unet3plus", upsampler="transpose")
+
+
+def test_a_network_can_be_exported():
+    "The graph has the plain order, whose operations any runtime knows, and the same numbers at other sizes."
+    net = UNet3Plus("resnet10t", 3, cat_channels=4).eval()
+    h, w = (torch.export.Dim(name, min=1, max=64) for name in ("rows", "columns"))
+    sizes = ({0: torch.export.Dim("batch"), 2: 32 * h, 3: 32 * w},)
+    graph = torch.export.export(net, (torch.rand(2, 3, 64, 96),), dynamic_shapes=sizes, strict=False).module()
+    for shape in ((2, 3, 64, 96), (3, 3, 96, 128)):
+        image = torch.rand(*shape)
+        with torch.no_grad():
+            assert torch.allclose(graph(image), net(image), atol=1e-5)

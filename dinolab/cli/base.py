@@ -165,14 +165,18 @@ def disk_line(
 def without_rank(
     args: list,  # command line
 ) -> list:  # without the rank
-    "Take `--local_rank=N` out of a command line, into the environment."
-    kept = []
-    for arg in args:
-        found = re.fullmatch(r"--local[-_]rank=(\d+)", arg)
-        if found:
-            os.environ.setdefault("LOCAL_RANK", found[1])
-        else:
+    "Take `--local_rank=N`, or `--local_rank N`, out of a command line, into the environment."
+    kept, rest = [], list(args)
+    while rest:
+        arg = rest.pop(0)
+        found = re.fullmatch(r"--local[-_]rank(?:=(\d+))?", arg)
+        if not found:
             kept.append(arg)
+            continue
+        number = found[1] or (rest.pop(0) if rest and rest[0].isdigit() else None)
+        if number is None:
+            raise InputError(f"{arg}: expected a whole number, as DeepSpeed's launcher writes it")
+        os.environ.setdefault("LOCAL_RANK", number)
     return kept
 
 # %% ../../nbs/api/cli/base.ipynb #2dc3970e

@@ -29,6 +29,7 @@ from dinolab.models.architectures import (
     timm_name,
     with_intermediates,
 )
+from .norms import accept_single_values
 from dinolab.models.pretrained import (
     PACKAGED,
     check_config,
@@ -135,7 +136,7 @@ class Backbone(nn.Module):
         recipe: dict = None,  # arguments of create_backbone that rebuild this one
     ):
         super().__init__()
-        self.model = model
+        self.model = accept_single_values(model)
         self.layers, self.norm = tuple(layers), norm
         self.mean, self.std = tuple(mean), tuple(std)
         self.recipe = dict(recipe or {})

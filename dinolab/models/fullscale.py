@@ -100,11 +100,15 @@ class UpsampledConv(nn.Conv2d):
         if ratio == 1:
             return super().forward(x)
         cover = covered_size(x.shape[2:], ratio)
-        plain, fast = multiplications(self.in_channels, self.out_channels, x.shape[2:], size)
-        if fast < plain and not self.paper_order:
+        if not self.paper_order and not torch.compiler.is_exporting() and self._pays(x, size):
             return upsampled_conv(x, self.weight, self.bias, size, cover)
         grown = F.interpolate(x, size=cover, mode="bilinear", align_corners=False)
         return super().forward(grown[..., : size[0], : size[1]])
+
+    def _pays(self, x, size):
+        "Whether the fast order has fewer multiplications."
+        plain, fast = multiplications(self.in_channels, self.out_channels, x.shape[2:], size)
+        return fast < plain
 
 
 def set_paper_order(

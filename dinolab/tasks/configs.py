@@ -18,7 +18,7 @@ from types import UnionType
 from typing import get_args, get_type_hints
 
 from ..core.errors import InputError, pick
-from ..core.settings import COUNT, FROM_ZERO, POSITIVE, RULES, Number, check_settings
+from ..core.settings import COUNT, FROM_ZERO, PART, POSITIVE, RULES, Number, check_settings
 from ..models.specs import LoraSpec
 from ..train.settings import RESUMABLE_SETTINGS, TrainArgs
 
@@ -269,6 +269,7 @@ class TrainUNet3D(Training):
     loss: str = "ce+dice"  # of classes: ce, dice, focal, tversky, boundary, joined by +
     weighting: str = "inverse_sqrt"  # of classes: none, inverse, inverse_sqrt, effective
     lsd_sigma: float = 80.0  # nm, window of the shape descriptors; 0: affinities only
+    init: Named = None  # a trained run or model whose weights are taken over as far as they fit
     train: TrainArgs = TrainArgs()  # of the loop
     run: Named = None  # a Run or its folder, to go on with; None: a new one
     out: str = "runs"  # folder of all runs
@@ -354,9 +355,13 @@ class TrainSegmenter(Training):
     backbone_size: str = "small"  # within a family
     weights: str = None  # None (random), pretrained, file or folder
     layers: int | tuple = None  # of the backbone; None: four
-    head: str = "upernet"  # linear, upernet, segformer or dpt
+    head: str = "upernet"  # linear, upernet, segformer, dpt or unet3plus
     hidden_size: int = None  # channels of the head
     pool_scales: tuple = None  # of upernet
+    decoder: str = None  # of unet3plus: full, or simple; None: full
+    deep_supervision: bool = False  # of unet3plus: a loss at every node
+    side_weight: float = None  # of the mean loss of all nodes but the finest; None: halved from node to node
+    cgm: bool = False  # of unet3plus: classification-guided module
     neck: str = "auto"  # pyramid, none, or auto
     stem: int = 0  # channels of a full-resolution stem, for thin structures; 0: none
     upsampler: str = None  # of features to full resolution
@@ -376,11 +381,12 @@ class TrainSegmenter(Training):
     weighting: object = (
         "none"  # of classes: none, inverse, inverse_sqrt, effective, or numbers: [1, 5], {crack: 5}
     )
+    init: Named = None  # a trained run or model whose weights are taken over as far as they fit
     train: TrainArgs = TrainArgs(epochs=50, batch_size=4, monitor="mean_iou", mode="max")  # of the loop
     run: Named = None  # a Run or its folder, to go on with; None: a new one
     out: str = "runs"  # folder of all runs
 
-    own_rules = dict(crop=PIXELS, classes=ClassesOfMasks())
+    own_rules = dict(crop=PIXELS, side_weight=Number(0), classes=ClassesOfMasks())
 
 # %% ../../nbs/api/tasks/configs.ipynb #90ba34a4
 @dataclass(frozen=True)
@@ -446,12 +452,13 @@ class TrainUNet3Plus(Training):
     batch_size: int = 8  # per process
     target_size: int = 512  # side to which images are resized, pixels
     num_workers: int = 7  # processes that load
-    patience: int = 15  # validations without improvement before the end; 0: never
+    patience: int = 15  # epochs without improvement before the end, as far as validations see; 0: never
     validate_every: int = 2  # epochs
     save_every: int = 10  # epochs between models that are kept; 0: only the best and the final one
     checkpoint_every: int = 0  # optimiser steps between checkpoints; 0: at the end of each epoch
     max_seconds: float = 0.0  # stop after the step that passes this time, to go on later; 0: no limit
     save_path: str = "model_weights_unet3plus"  # folder of models, plots and log
+    init: str = None  # a trained model or run whose weights are taken over as far as they fit
     data_root: str = (
         None  # folder with train.csv, val.csv, images and mask, as in SPARK 2024; default: the manifest
     )
@@ -470,7 +477,13 @@ class TrainUNet3Plus(Training):
     loss: str = "ce+dice"  # names joined by +: ce, dice, focal, iou, ms_ssim, tversky; the paper's is focal+ms_ssim+iou
     side_weight: float = 0.4  # of the mean loss of all nodes but the finest, with deep supervision
     precision: str = "auto"  # no, bf16, fp16, or auto: bf16 where a GPU has it
-    deepspeed: bool = False  # DeepSpeed's ZeRO; start with torchrun
+    accumulate: int = 1  # batches per optimiser step
+    clip: float = 1.0  # largest norm of the gradient; 0: no limit
+    ema: float = 0.0  # decay of averaged weights, such as 0.999; 0: none
+    compile: bool = False  # torch.compile
+    sync_batchnorm: bool = False  # batch norms see the batches of all processes
+    deepspeed: bool = False  # DeepSpeed's ZeRO; start with deepspeed or torchrun
+    deepspeed_config: str = None  # JSON with further settings of DeepSpeed, stage included
     zero_stage: int = 2  # what it divides: 1 optimiser states, 2 gradients too, 3 weights too
     resume: bool = False  # go on with the training in save_path
     seed: int = 0  # of everything random
@@ -493,9 +506,12 @@ class TrainUNet3Plus(Training):
         weight_decay=Number(0),
         side_weight=Number(0),
         zero_stage=Number(1, 3, whole=True),
+        accumulate=COUNT,
+        clip=Number(0),
+        ema=PART,
     )
     elsewhere = ("save_path", "root", "num_workers", "check", "resume", "device", "log_with") + (
-        *("save_every", "checkpoint_every", "max_seconds"),
+        *("save_every", "checkpoint_every", "max_seconds", "compile"),
     )
     resumable = ("data_root", "manifest", "backbone_weights")
 
@@ -535,6 +551,7 @@ class EvaluateUNet3Plus(Settings):
     num_examples: int = 10  # how many
     fp16: bool = True  # half precision where the hardware has it
     compile: bool = False  # torch.compile
+    tta: bool = False  # mean over the image and its three mirror images: four times as slow
     skip_unreadable: bool = False  # leave out images that cannot be read
 
     own_rules = dict(target_size=SIDE, num_workers=FROM_ZERO, num_examples=COUNT)
@@ -553,6 +570,7 @@ class InferUNet3Plus(Settings):
     num_workers: int = 8  # processes that load
     fp16: bool = True  # half precision where the hardware has it
     compile: bool = False  # torch.compile
+    tta: bool = False  # mean over the image and its three mirror images: four times as slow
     save_visualizations: bool = False  # also RGB images of the results
     npz_dtype: str = "bool"  # bool, or uint8 with 0 and 255
     overwrite: bool = False  # make results again that are there

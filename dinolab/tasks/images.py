@@ -29,7 +29,8 @@ from ..data.folders import ImagePair, list_images
 from ..data.images import read_pair
 from ..data.pixels import read_image
 from ..models.backbones import create_backbone, layer_scales
-from ..models.heads import create_segmentation_model
+from ..models.fullscale import GuidedLogits, presence_loss
+from ..models.heads import create_segmentation_model, default_layers
 from ..models.specs import LoraSpec
 from dinolab.tasks.common import (
     ClassScores,
@@ -59,12 +60,16 @@ from ..volumes.tiles import all_tiles, blend, sliding_window
 # %% ../../nbs/api/tasks/images.ipynb #1d0ace69
 @dataclass
 class SegStep:
-    "Loss of class labels."
+    "Loss of class labels, and of presence where the network judges it."
 
     loss: object  # from make_loss, which also weighs the outputs of deep supervision
 
     def __call__(self, model, batch):
-        return self.loss(model(batch["image"]), batch["target"], batch["mask"]), {}
+        out, target, mask = model(batch["image"]), batch["target"], batch["mask"]
+        if not isinstance(out, GuidedLogits):
+            return self.loss(out, target, mask), {}
+        there = presence_loss(out.presence, target, mask)
+        return self.loss(out.logits, target, mask) + there, dict(presence=there)
 
 # %% ../../nbs/api/tasks/images.ipynb #80ac0b07
 @torch.inference_mode()
@@ -116,6 +121,9 @@ NETWORK = (
     "upsampler",
     "hidden_size",
     "pool_scales",
+    "decoder",
+    "deep_supervision",
+    "cgm",
     "norm",
     "gradient_checkpointing",
 )
@@ -129,7 +137,7 @@ def segmenter_network(
     torch.manual_seed(s.train.seed)
     backbone = s.backbone
     if not isinstance(backbone, nn.Module):
-        layers = 4 if s.layers is None else s.layers
+        layers = default_layers(backbone, s.head) if s.layers is None else s.layers
         options = dict(weights=s.weights, layers=layers, in_channels=s.in_channels)
         backbone = create_backbone(backbone, s.backbone_size, **options)
     all_trained = s.lora is None and not s.freeze_backbone
@@ -162,7 +170,7 @@ def segmenter_step(
 ) -> SegStep:
     "The loss, with class weights from the masks of the training set."
     make = make_overlap_loss if opened.more["classes"].overlap else make_loss
-    return SegStep(make(s.loss, opened.more["weights"]))
+    return SegStep(make(s.loss, opened.more["weights"], side_weight=s.side_weight))
 
 
 def segmenter_validation(

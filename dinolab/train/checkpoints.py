@@ -83,10 +83,11 @@ def save_checkpoint(
     optimiser=None,  # its state
     ema: nn.Module = None,  # averaged weights
     previous=None,  # folder where the checkpoint before goes; None: away
+    names: list = None,  # of weights; None: those that are trained
 ):
     "Write a checkpoint."
     with new_checkpoint(Path(path), previous=previous) as new:
-        names = trained_names(model)
+        names = trained_names(model) if names is None else names
         save_weights(new / "model.safetensors", model, names)
         if ema is not None:
             save_weights(new / "ema.safetensors", ema, names)
@@ -303,9 +304,11 @@ class Checkpointer:
             self._tell(name, at, weights)
         elif self.writes:
             if whole:
-                save_checkpoint(path, self.model, state, self._optimiser_state(), self.ema, previous)
+                save_checkpoint(
+                    path, self.model, state, self._optimiser_state(), self.ema, previous, self.names
+                )
             else:
-                save_checkpoint(path, self._validated(), state)
+                save_checkpoint(path, self._validated(), state, names=self.names)  # averages are not trained
             self.tell(name, at)
         return path
 
@@ -352,7 +355,8 @@ class Checkpointer:
             facts = read_state(path).get("facts")
             if not isinstance(facts, dict):
                 raise DamagedError(f"{path}: state.json has no facts")
-            check_same(facts, self.facts, str(self.run.path))
+            known = training_facts(self.model, TrainArgs(), {})  # a setting may be younger than the run
+            check_same(known | facts, self.facts, str(self.run.path))
             self._load(path)
             return TrainState.read(path), None
         except DamagedError as e:

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 
 from ..core.errors import InputError
 from ..core.keys import key_seed
-from ..core.progress import progress
+from ..core.progress import duration, phase, progress, say
 from ..core.show import new_figure
 from .checkpoints import Checkpointer, TrainLog, TrainState
 from .device import find_device, train_precision
@@ -38,7 +38,9 @@ from dinolab.train.distributed import (
     load_shards,
     need_deepspeed,
     place,
+    read_zero,
     sum_over_all,
+    sync_norms,
     wait_for_all,
     zero_config,
 )
@@ -304,7 +306,8 @@ def make_accelerator(
     if not args.zero:
         return Accelerator(mixed_precision=half, cpu=device == "cpu")
     need_deepspeed(device)
-    config = zero_config(args.zero, args.batch_size, world, args.clip, half)
+    given = read_zero(args.zero_file)[0] if args.zero_file else None
+    config = zero_config(args.zero, args.batch_size, world, args.clip, half, given)
     return Accelerator(mixed_precision="no", deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
 
 # %% ../../nbs/api/train/loop.ipynb #28477ef5
@@ -354,6 +357,8 @@ class _Loop:
     ema: EMA  # or None
     at: TrainState  # how far it is
     window: dict = field(default_factory=dict)  # values since the last line of the log
+    losses: tuple = (0.0, 0)  # sum of this epoch, as far as this process has seen it, and of how many
+    scores: dict = field(default_factory=dict)  # of the last validation, where it was in this epoch
 
     def advance(self, batches: Iterator) -> bool:  # whether an epoch ends here
         "One optimiser step."
@@ -370,6 +375,8 @@ class _Loop:
             self.ema.update(self.checkpoints.model, at.step)
         for name, value in sums.items():
             self.window.setdefault(name, []).append(value)
+        total, seen = self.losses
+        self.losses = total + sums["loss"], seen + 1
         if at.batch < self.per_epoch:
             return False
         at.epoch, at.batch = at.epoch + 1, 0
@@ -406,6 +413,7 @@ class _Loop:
                 f"monitor {args.monitor!r}: validation gives {', '.join(found) or 'nothing'}; choose one of these"
             )
         value = found[args.monitor]
+        self.scores = dict(itertools.islice(found.items(), 3)) | {args.monitor: value}
         self.log.log(at, **{f"valid/{k}": v for k, v in found.items()})
         if math.isfinite(value) and self.is_better(value):
             at.best, at.waited = value, 0
@@ -414,6 +422,18 @@ class _Loop:
             at.waited += 1
         if args.patience and at.waited >= args.patience and at.stopped in ("", "signal"):
             at.stopped = "patience"
+
+    def epoch_line(self, left: float) -> str:  # seconds to the end
+        "What an epoch came to, in one line; the next begins."
+        epochs = -(-self.total // -(-self.per_epoch // self.args.accumulate))
+        total, seen = self.losses
+        values = {"loss": float(total) / max(1, seen)}
+        values |= {f"valid {name}": v for name, v in self.scores.items()}
+        values["lr"] = self.checkpoints.optimiser.param_groups[0]["lr"]
+        said = ", ".join(f"{name} {v:.4g}" for name, v in values.items())
+        self.losses, self.scores = (0.0, 0), {}
+        time_left = "done" if self.at.stopped else f"{duration(left)} left"
+        return f"epoch {self.at.epoch} of {epochs}: {said}, {duration(self.at.seconds)}, {time_left}"
 
     def decide(self, told: bool):
         "Whether all processes stop after this step, and why."
@@ -526,6 +546,8 @@ def _fit(model, step, train, valid, args, run, scales, saved, signals):
     per_epoch = batches_per_epoch(len(train), args.batch_size, world)
     steps_per_epoch = -(-per_epoch // args.accumulate)
     total = args.max_steps or args.epochs * steps_per_epoch
+    if args.sync_norm:
+        sync_norms(model)
     layout = torch.contiguous_format if args.zero else torch.preserve_format  # DeepSpeed sends bytes in a row
     model.to(accelerator.device, memory_format=layout)
     optimiser = torch.optim.AdamW(parameter_groups(model, args.weight_decay, scales), lr=args.lr)
@@ -550,6 +572,8 @@ def _fit(model, step, train, valid, args, run, scales, saved, signals):
     pin, epochs = accelerator.device.type == "cuda", -(-total // steps_per_epoch)
     batches = iter(keyed_loader(train, args, epochs, (at.epoch, at.batch), rank, world, pin))
     clock = time.perf_counter() - at.seconds
+    begun = at.step, at.seconds
+    _check_patience(args, valid, rank)
     net.train()
     with (
         progress(total=total, initial=at.step, desc="train", unit="step", quiet=rank > 0) as bar,
@@ -567,14 +591,31 @@ def _fit(model, step, train, valid, args, run, scales, saved, signals):
                 ema.agree()
             due = epoch_ends and at.epoch % args.valid_every == 0
             if valid is not None and (due or at.stopped not in ("", "signal")):
-                loop.look(validate(ema.model if ema else net, step, valid, accelerator, args.batch_size))
+                with phase("validation", rank > 0):
+                    found = validate(ema.model if ema else net, step, valid, accelerator, args.batch_size)
+                loop.look(found)
             if save:
                 checkpoints.save(at)
                 wait_for_all()
+            if epoch_ends:
+                each = (time.perf_counter() - clock - begun[1]) / (at.step - begun[0])
+                say(loop.epoch_line(each * (total - at.step)), rank > 0)
     log.close()
     if at.stopped == "signal":
         _stop(run, at, signals, rank)
     return Fit(model, log.history(), at.step, at.best, at.seconds, at.stopped)
+
+
+def _check_patience(args, valid, rank):
+    "Say so where a training cannot stop before its end."
+    epochs = args.patience * args.valid_every
+    if valid is None or args.max_steps or not args.patience or epochs < args.epochs or rank > 0:
+        return
+    print(
+        f"patience={args.patience} validations, one every {args.valid_every} epochs, last {epochs} of "
+        f"{args.epochs} epochs: the training cannot stop early; lower patience or valid_every",
+        file=sys.stderr,
+    )
 
 
 def is_late(

@@ -54,9 +54,11 @@ class TrainArgs:
     precision: str = "auto"  # no, bf16, fp16, or auto: bf16 where a GPU has it
     accumulate: int = 1  # batches per optimiser step
     zero: int = 0  # stage of DeepSpeed's ZeRO, 1 to 3; 0: none
+    zero_file: str = ""  # JSON with further settings of DeepSpeed
     clip: float = 1.0  # largest norm of the gradient; 0: no limit
     ema: float = 0.0  # decay of averaged weights, such as 0.999; 0: none
     compile: bool = False  # torch.compile
+    sync_norm: bool = False  # batch norms see the batches of all processes
     patience: int = 0  # validations without improvement before the end; 0: never
     monitor: str = "loss"  # validation value that chooses the best checkpoint
     mode: str = "min"  # whether a smaller ("min") or larger ("max") value is better
@@ -79,8 +81,9 @@ class TrainArgs:
         for name in ("monitor", "device"):
             if not isinstance(given[name], str) or not given[name]:
                 raise InputError(f"{name}={given[name]!r}: expected a name")
-        if not isinstance(self.compile, bool):
-            raise InputError(f"compile={self.compile!r}: expected true or false")
+        for name in ("compile", "sync_norm"):
+            if not isinstance(given[name], bool):
+                raise InputError(f"{name}={given[name]!r}: expected true or false")
         if self.zero and (self.accumulate > 1 or self.ema or self.compile):
             raise InputError(
                 "zero with accumulate, ema or compile: expected zero alone; "
@@ -103,6 +106,7 @@ RESUMABLE_SETTINGS = (
     "max_seconds",
     "compile",
     "save_every",
+    "zero_file",
 )  # may change when a run goes on
 
 # %% ../../nbs/api/train/settings.ipynb #1f811aac
