@@ -224,6 +224,7 @@ RENAMED = {
     "segment2d.predict_picture": "tasks.images.predict_image",
     "segment3d.Trained": "tasks.volumes.TrainedUNet3D",
     "segment3d.model_identity_of": "core.identity.state_hash",
+    "spark.FullStep": "tasks.images.SegStep",
     "spark.COLUMNS": "data.tables.SPARK_COLUMNS",
     "spark.spark_pictures": "data.tables.spark_pairs",
     "spark.split_pictures": "tasks.spark.spacecraft_pairs",
