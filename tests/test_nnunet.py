@@ -68,7 +68,7 @@ def plans(tmp_path, monkeypatch):
     return folder / "nnUNetPlans.json"
 
 
-def quick(*more):
+def quick(*more, **options):
     return setup(
         901,
         pairs=[
@@ -82,6 +82,7 @@ def quick(*more):
             "crops_per_epoch=8",
             *more,
         ],
+        **options,
     )
 
 
@@ -307,3 +308,44 @@ def test_pretrained_weights_start_training_only(plans, monkeypatch, tmp_path):
         64,
         64,
     )
+
+
+UNET3PLUS = ["backbone=resnet10t", "head=unet3plus", "hidden_size=4", "norm=batch", "lora=null"]
+
+
+@needs
+def test_unet3plus_with_all_its_outputs(plans, monkeypatch):
+    "Deep supervision and presence reach the loss; in prediction there is one tensor."
+    quick(*UNET3PLUS, "deep_supervision=true", "cgm=true", "side_weight=0.5")
+    made = initialised(plans, monkeypatch)
+    seen = []
+    plain = made.loss
+    made.loss = lambda logits, target: seen.append(logits.shape) or plain(logits, target)
+    batch = dict(data=torch.rand(2, 1, 64, 64), target=torch.randint(0, 3, (2, 1, 64, 64)).float())
+    made.network.train()
+    first = float(made.train_step(batch)["loss"])
+    assert seen == [(2, 3, 64, 64)] * 5
+    for _ in range(8):
+        last = float(made.train_step(batch)["loss"])
+    assert last < first
+    for name in ("classify.4.weight", "presence.layers.1.weight"):
+        assert made.network.model.head.get_parameter(name).grad.abs().sum() > 0, name
+    with torch.no_grad():
+        assert made.network.eval()(batch["data"]).shape == (2, 3, 64, 64)
+
+
+def test_a_twin_from_scratch(plans, tmp_path):
+    "The same recipe but for the weights, all of them trained; refused where there are none."
+    from dinolab.models.backbones import create_backbone
+
+    with pytest.raises(InputError, match="begins from scratch itself"):
+        quick("head=linear", "hidden_size=null", scratch=True)
+    assert set(json.loads(plans.read_text())["configurations"]) == {"2d"}
+    torch.save(create_backbone(VIT).model.state_dict(), tmp_path / "vit.pth")
+    quick(f"weights={tmp_path / 'vit.pth'}", "freeze_backbone=true", scratch=True)
+    made = json.loads(plans.read_text())["configurations"]
+    first, twin = (made[name]["dinolab"] for name in ("2d_dino", "2d_dino_scratch"))
+    different = {k for k in first["network"] if first["network"][k] != twin["network"][k]}
+    assert different == {"weights", "freeze_backbone", "lora"}
+    assert (twin["network"]["weights"], twin["network"]["freeze_backbone"]) == (None, False)
+    assert {k for k in first if first[k] != twin[k]} == {"network", "layer_decay"}

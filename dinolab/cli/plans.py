@@ -29,6 +29,14 @@ def nnunet_setup(
     parent: Annotated[str, typer.Option(help="Configuration to derive from; 2D.")] = "2d",
     name: Annotated[str, typer.Option(help="Name of the new configuration.")] = "2d_dino",
     plans: Annotated[str, typer.Option(help="Name of the plans.")] = "nnUNetPlans",
+    from_scratch: Annotated[
+        bool,
+        typer.Option(
+            "--from_scratch",
+            "--from-scratch",
+            help="Also a twin with random weights, NAME_scratch: what the weights are worth.",
+        ),
+    ] = False,
 ):
     "Write a configuration that carries a recipe into the plans of a data set."
     from dinolab.tasks.nnunet_plans import setup, trainer_folder
@@ -38,12 +46,13 @@ def nnunet_setup(
             "setup without a recipe: expected --config FILE or key=value; "
             "dinolab train recipe=segmenter --keys lists them"
         )
-    done = setup(dataset_id, config, pairs or [], parent=parent, name=name, plans=plans)
+    done = setup(dataset_id, config, pairs or [], parent=parent, name=name, plans=plans, scratch=from_scratch)
     if done["without_effect"]:
         print(f"without effect in nnU-Net: {', '.join(done['without_effect'])}")
     print(f"{done['plans']}: configuration {name}")
     print(f"export nnUNet_extTrainer={trainer_folder()}")
-    print(f"nnUNetv2_train {dataset_id} {name} 0 -tr nnUNetTrainerDino -p {plans}")
+    for made in [name, *([f"{name}_scratch"] if from_scratch else [])]:
+        print(f"nnUNetv2_train {dataset_id} {made} 0 -tr nnUNetTrainerDino -p {plans}")
 
 
 @nnunet.command("path")

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['UNIT', 'FINE', 'LEAST', 'FromPlans', 'build_network', 'load_pretrained', 'EpochSchedule', 'recipe_optimizer',
-           'half_type', 'train_batch', 'recipe_in', 'without_wrappers', 'trainer_class']
+           'half_type', 'loss_of_outputs', 'train_batch', 'recipe_in', 'without_wrappers', 'trainer_class']
 
 # %% ../../nbs/api/tasks/nnunet.ipynb #ff5ef023
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stderr
-from functools import cache
+from functools import cache, partial
 from io import StringIO
 
 import torch
@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from ..core.errors import InputError
 from ..models.backbones import create_backbone, layer_scales
+from ..models.fullscale import GuidedLogits, presence_loss
 from ..models.heads import create_segmentation_model
 from ..models.specs import LoraSpec
+from ..train.losses import output_weights
 from ..train.settings import lr_factor
 from ..train.loop import parameter_groups
 
@@ -131,9 +133,27 @@ def half_type(
     return dict(no=None, bf16=torch.bfloat16, fp16=torch.float16)[precision]
 
 
+def loss_of_outputs(
+    loss,  # of nnU-Net: logits, target -> number
+    found,  # logits, a list of them, or GuidedLogits
+    target: Tensor,  # b 1 h w
+    side_weight: float = None,  # as in make_loss
+) -> Tensor:  # scalar
+    "nnU-Net's loss of all outputs of a network, and of presence where the network judges it."
+    extra = 0
+    if isinstance(found, GuidedLogits):
+        if target.shape[1] > 1:
+            raise InputError("cgm with overlapping regions: expected labels that exclude each other")
+        extra, found = presence_loss(found.presence, target[:, 0]), found.logits
+    if not isinstance(found, list):
+        return loss(found, target) + extra
+    shares = output_weights(len(found), side_weight)
+    return sum(share * loss(one, target) for share, one in zip(shares, found)) + extra
+
+
 def train_batch(
     network: nn.Module,  # to train
-    loss,  # logits, target -> number
+    loss,  # outputs of the network, target -> number
     optimizer,  # of its parameters
     data: Tensor,  # b c h w, on the device
     target,  # on the device
@@ -234,7 +254,7 @@ def trainer_class():
             target = batch["target"].to(self.device, non_blocking=True)
             loss = train_batch(
                 self.network,
-                self.loss,
+                partial(loss_of_outputs, self.loss, side_weight=self.recipe.get("side_weight")),
                 self.optimizer,
                 data,
                 target,

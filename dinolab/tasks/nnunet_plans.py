@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NETWORK', 'LOOP', 'PLANNED', 'BATCHES', 'trainer_folder', 'preprocessed_folder', 'Plans', 'open_plans',
-           'without_effect', 'make_recipe', 'setup']
+           'without_effect', 'make_recipe', 'from_scratch', 'setup']
 
 # %% ../../nbs/api/tasks/nnunet_plans.ipynb #5f87e7c8
 import json
@@ -93,6 +93,9 @@ NETWORK = (
     "head",
     "hidden_size",
     "pool_scales",
+    "decoder",
+    "deep_supervision",
+    "cgm",
     "neck",
     "stem",
     "upsampler",
@@ -109,7 +112,7 @@ def without_effect(
     config: dict,  # keys that were set, nested
 ) -> list:  # dotted keys
     "Keys of a recipe that nnU-Net decides itself."
-    used = (*NETWORK, *PLANNED, "layer_decay", "recipe")
+    used = (*NETWORK, *PLANNED, "layer_decay", "side_weight", "recipe")
     unused = [key for key in config if key not in used]
     for key in config.get("train") or {}:
         if key not in LOOP and key != "batch_size":
@@ -140,9 +143,26 @@ def make_recipe(
         network=network,
         loop={key: loop[key] for key in LOOP},
         layer_decay=arguments["layer_decay"],
+        side_weight=arguments["side_weight"],
         iterations=[batches, max(1, batches // 5)],
     )
     return plain(recipe)
+
+# %% ../../nbs/api/tasks/nnunet_plans.ipynb #465fd139
+def from_scratch(
+    recipe: dict,  # from make_recipe, with pretrained weights
+) -> dict:
+    "The same recipe with random weights, all of them trained at one rate."
+    network = recipe["network"]
+    if not network["weights"]:
+        raise InputError(
+            "from_scratch of a recipe without weights: expected weights=pretrained, or a file; "
+            "this recipe begins from scratch itself"
+        )
+    return recipe | dict(
+        network=network | dict(weights=None, freeze_backbone=False, lora=None),
+        layer_decay=1.0,
+    )
 
 # %% ../../nbs/api/tasks/nnunet_plans.ipynb #00598615
 def setup(
@@ -153,6 +173,7 @@ def setup(
     parent: str = "2d",  # configuration to derive from
     name: str = "2d_dino",  # of the new one
     plans: str = "nnUNetPlans",  # which plans
+    scratch: bool = False,  # also a twin with random weights, NAME_scratch
 ) -> dict:  # plans file, configuration, keys without effect
     "Write a configuration that carries a recipe into the plans of a data set."
     place = open_plans(dataset_id, parent, name, plans)
@@ -166,5 +187,8 @@ def setup(
         new["patch_size"] = [crop, crop] if isinstance(crop, int) else list(crop)
     if "batch_size" in (config.get("train") or {}):
         new["batch_size"] = given["train"].batch_size
+    twin = new | dict(dinolab=from_scratch(new["dinolab"])) if scratch else None
     place.add(new)
+    if twin:
+        open_plans(dataset_id, parent, f"{name}_scratch", plans).add(twin)
     return dict(plans=str(place.file), configuration=name, without_effect=without_effect(config))
