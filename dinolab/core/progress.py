@@ -6,6 +6,7 @@
 __all__ = ['PATIENCE', 'ProgressLines', 'is_a_log', 'progress', 'say', 'phase', 'duration', 'Stages', 'format_table']
 
 # %% ../../nbs/api/core/progress.ipynb #81594246
+import math
 import sys
 import threading
 import time
@@ -20,6 +21,7 @@ class ProgressLines(tqdm):
     "Says every half minute, in a line of its own, how far it is; work that takes less says nothing."
 
     every = 30  # seconds between lines
+    spoken = -math.inf  # when other work last said a line of its own
 
     def __init__(self, *args, **kwargs):
         self.said = None  # number in the last line
@@ -35,7 +37,7 @@ class ProgressLines(tqdm):
     def display(self, msg=None, pos=None):
         "One line, where the last is old enough."
         now = time.monotonic()
-        if now - self.at < self.every and not self.disable:
+        if now - max(self.at, ProgressLines.spoken) < self.every and not self.disable:
             return
         self.said, self.at = self.n, now
         of_all = f" of {self.total}" if self.total else ""
@@ -49,7 +51,8 @@ class ProgressLines(tqdm):
         if self.disable:
             return
         self.disable = True
-        if self.said not in (None, self.n):
+        recent = time.monotonic() - ProgressLines.spoken < self.every
+        if self.said not in (None, self.n) and not recent:
             self.display()
         self._decr_instances(self)
 
@@ -81,7 +84,7 @@ def progress(
         mininterval=0.2,
     )
 
-# %% ../../nbs/api/core/progress.ipynb #7a2b3cc3
+# %% ../../nbs/api/core/progress.ipynb #bcd44212
 def say(
     text: str,  # one line
     quiet: bool = False,  # never, as in all processes but the first
@@ -89,6 +92,7 @@ def say(
     "A line on standard error where that is a log file."
     if is_a_log() and not quiet:
         print(text, file=sys.stderr, flush=True)
+        ProgressLines.spoken = time.monotonic()
 
 
 PATIENCE = 2.0  # seconds before a part of the work is named
