@@ -122,7 +122,7 @@ def in_turn(
     store.set(f"{key}/{rank}", "done")
     return made
 
-# %% ../../nbs/api/train/distributed.ipynb #1559186b
+# %% ../../nbs/api/train/distributed.ipynb #71b44173
 class _SumOverAll(torch.autograd.Function):
     "Sum over all processes, of values and of gradients."
 
@@ -144,7 +144,7 @@ def batch_norm_over_all(
     norm: nn.BatchNorm2d,  # whose running statistics move
 ) -> Tensor:  # b c h w
     "Batch norm with the statistics of all processes."
-    values = x.float()
+    values = x.to(torch.promote_types(x.dtype, torch.float32))
     ones = values.new_full((1,), values.numel() / values.shape[1])
     sums = _SumOverAll.apply(torch.cat([values.sum((0, 2, 3)), ones]))
     count = sums[-1]
@@ -157,7 +157,9 @@ def batch_norm_over_all(
             norm.running_mean.lerp_(mean, norm.momentum)
             norm.running_var.lerp_(var * count / (count - 1).clamp(min=1), norm.momentum)
     scaled = centred * (var + norm.eps).rsqrt().view(-1, 1, 1)
-    return (scaled * norm.weight.view(-1, 1, 1) + norm.bias.view(-1, 1, 1)).to(x.dtype)
+    if norm.affine:
+        scaled = scaled * norm.weight.view(-1, 1, 1) + norm.bias.view(-1, 1, 1)
+    return scaled.to(x.dtype)
 
 
 class OverAll:
