@@ -169,8 +169,13 @@ def segmenter_step(
     opened: Opened,
 ) -> SegStep:
     "The loss, with class weights from the masks of the training set."
-    make = make_overlap_loss if opened.more["classes"].overlap else make_loss
-    return SegStep(make(s.loss, opened.more["weights"], side_weight=s.side_weight))
+    if not opened.more["classes"].overlap:
+        return SegStep(make_loss(s.loss, opened.more["weights"], side_weight=s.side_weight))
+    if s.cgm:
+        raise InputError(
+            "cgm with classes that overlap: expected classes that exclude each other; leave cgm out"
+        )
+    return SegStep(make_overlap_loss(s.loss, opened.more["weights"]))
 
 
 def segmenter_validation(
