@@ -61,6 +61,33 @@ def test_counts_and_scores_are_those_of_torchmetrics(shape, n, seed):
     assert ConfusionMatrix(n).update(p, t).metrics()["accuracy"] == pytest.approx(float((p == t).mean()))
 
 
+@examples(20)
+@given(shapes, st.integers(2, 5), st.integers(0, 999))
+def test_scores_with_ignored_pixels_and_absent_classes_are_those_of_sklearn_and_torchmetrics(shape, n, seed):
+    sk = pytest.importorskip("sklearn.metrics")
+    tm = pytest.importorskip("torchmetrics.classification")
+    p, t, on = pair(shape, n, seed)
+    p[p == n - 1], t[t == n - 1] = 0, 0  # the last class is nowhere
+    on.flat[0] = True
+    found = ConfusionMatrix(n).update(p, np.where(on, t, 255), on).metrics()
+    true, got = t[on], p[on]
+    there = sorted(set(true) | set(got))
+    options = dict(labels=there, average=None, zero_division=0)
+    for name, score in dict(iou=sk.jaccard_score, dice=sk.f1_score).items():
+        theirs = score(true, got, **options)
+        assert [found[f"{name}/{c}"] for c in there] == pytest.approx(list(theirs), abs=1e-9)
+        assert found[f"mean_{name}"] == pytest.approx(theirs.mean(), abs=1e-9)
+        assert all(found[f"{name}/{c}"] is None for c in range(n) if c not in there)
+    assert found["accuracy"] == pytest.approx(sk.accuracy_score(true, got))
+    P, T = torch.from_numpy(p).flatten(), torch.from_numpy(np.where(on, t, 255)).flatten()
+    ignoring = dict(num_classes=n, ignore_index=255)
+    accuracy = tm.MulticlassAccuracy(average="micro", **ignoring)(P, T)
+    assert found["accuracy"] == pytest.approx(float(accuracy), abs=1e-6)
+    for name, metric in dict(iou=tm.MulticlassJaccardIndex, dice=tm.MulticlassF1Score).items():
+        theirs = metric(average=None, **ignoring)(P, T)
+        assert [found[f"{name}/{c}"] for c in there] == pytest.approx(theirs[there].tolist(), abs=1e-6)
+
+
 @examples(30)
 @given(shapes, st.integers(2, 5), st.integers(0, 999))
 def test_masks_and_brute_force(shape, n, seed):

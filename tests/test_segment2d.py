@@ -212,7 +212,7 @@ def test_a_training_goes_on_with_what_it_was_begun_with(data, weights, trained, 
     before = contents(run.path)
     changes = dict(
         loss=("loss (ce+dice there, ce now)", dict(loss="ce")),
-        augment=("augment (em there, turns now)", dict(augment="turns")),
+        augment=("augment (photo there, turns now)", dict(augment="turns")),
         rate=("train.lr", dict(train=replace(QUICK, lr=1.0))),
         adapters=("lora.rank (2 there, 4 now)", dict(lora=LoraSpec(rank=4))),
         images=("images: not those", dict(images=tmp_path / "other/images")),

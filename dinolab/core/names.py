@@ -216,6 +216,7 @@ RENAMED = {
     "heads.covered": "models.upsample.covered_size",
     "heads.make_neck": "models.heads.create_neck",
     "heads.stem": "models.heads.image_stem",
+    "images.augment_planes": "data.augment_images.change_image",
     "images.Picture": "data.folders.ImagePair",
     "images.folder_pictures": "data.folders.folder_pairs",
     "images.manifest_pictures": "data.tables.manifest_pairs",

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DINOV3_SIZES', 'DINOV2_SIZES', 'VISIONFM_STATS', 'FAMILIES', 'default_cfgs', 'PAPER_LAYERS', 'RESIZING', 'xfeat',
-           'is_timm_model', 'timm_name', 'channel_stats', 'resolve_layers', 'resize_positions', 'PositionedViT',
-           'SkipRandom', 'constructor_arguments', 'build_model', 'is_pyramid', 'has_pyramid', 'prune_layers',
-           'with_intermediates', 'adapt_channels', 'filter_of', 'hub_files', 'layer_depths']
+           'is_timm_model', 'timm_tags', 'timm_name', 'channel_stats', 'resolve_layers', 'resize_positions',
+           'PositionedViT', 'SkipRandom', 'constructor_arguments', 'build_model', 'is_pyramid', 'has_pyramid',
+           'prune_layers', 'with_intermediates', 'adapt_channels', 'filter_of', 'hub_files', 'layer_depths']
 
 # %% ../../nbs/api/models/architectures.ipynb #bf3a5017
 import inspect
@@ -86,6 +86,13 @@ def is_timm_model(
     return isinstance(name, str) and timm.is_model(name)
 
 
+def timm_tags(
+    name: str,  # with or without tag
+) -> list:  # names with tags
+    "All pretrained weights that timm has of a model."
+    return timm.list_pretrained(name.partition(".")[0] + ".*")
+
+
 def timm_name(
     name: str,  # a family, or a timm model name with or without tag
     size: str,  # of the family; "small", the default, for a timm name
@@ -107,8 +114,7 @@ def timm_name(
     try:
         timm.get_pretrained_cfg(name)
     except RuntimeError as e:
-        known = timm.list_pretrained(name.partition(".")[0] + ".*")
-        tags = ", ".join(n.partition(".")[2] for n in known)
+        tags = ", ".join(n.partition(".")[2] for n in timm_tags(name))
         raise InputError(f"{name!r}: {e} expected one of {tags}") from None
     return name
 

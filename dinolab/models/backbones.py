@@ -37,6 +37,7 @@ from dinolab.models.pretrained import (
     image_side,
     load_checked,
     match_architecture,
+    match_statistics,
     to_timm,
 )
 
@@ -235,6 +236,7 @@ def create_backbone(
     found = None
     if weights is not None:
         found = find_weights(name, size, weights)
+        name, size = match_statistics(name, size, found.path)
         name, size = match_architecture(name, size, found.state)
         full = timm_name(name, size)
     model = build_model(full, in_channels, _side(name, found), init=found is None)

@@ -355,7 +355,7 @@ class TrainSegmenter(Training):
     backbone_size: str = "small"  # within a family
     weights: str = None  # None (random), pretrained, file or folder
     layers: int | tuple = None  # of the backbone; None: four
-    head: str = "upernet"  # linear, upernet, segformer, dpt or unet3plus
+    head: str = "upernet"  # linear, upernet, segformer, dpt, unet3plus or mask
     hidden_size: int = None  # channels of the head
     pool_scales: tuple = None  # of upernet
     decoder: str = None  # of unet3plus: full, or simple; None: full
@@ -375,7 +375,7 @@ class TrainSegmenter(Training):
     )
     scale: tuple = (0.5, 2.0)  # random zoom of the images, least and largest
     crops_per_epoch: int = None  # None: as many as images, eight batches at least
-    augment: object = "em"  # em, turns, none, or settings of Augment
+    augment: object = "photo"  # photo, aerial, light, em, histology, spacecraft, turns, none, or settings
     balance: float = 1 / 3  # share of crops centred on a class drawn evenly
     loss: str = "ce+dice"  # ce, dice, focal, tversky, boundary, joined by +
     weighting: object = (
@@ -468,7 +468,7 @@ class TrainUNet3Plus(Training):
     downsample_size: int = 100  # how many
     check: bool = True  # read all images before
     skip_unreadable: bool = False  # leave out images that cannot be read
-    augment: str = "turns"  # turns, em (turns and intensities) or none
+    augment: str = "turns"  # turns, spacecraft (shape, light and camera too), em, photo ..., or none
     lr: float = 1e-3  # learning rate at its peak
     backbone_lr: float = (
         None  # of the backbone relative to that; default: 0.1 with pretrained weights, else 1

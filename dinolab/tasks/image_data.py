@@ -21,7 +21,7 @@ from PIL import Image
 from ..core.errors import InputError, pick
 from ..core.files import atomic_write
 from ..core.settings import POSITIVE
-from ..data.augment import find_augment
+from ..data.augment_images import described, find_image_augment
 from ..data.classes import Classes, manifest_classes, name_classes
 from ..data.folders import ImagePair, folder_pairs, named_files, pair_folders, with_groups
 from ..data.images import ImageDataset, check_pairs
@@ -325,6 +325,7 @@ def open_images(
     s: TrainSegmenter,
 ) -> Opened:
     "Crops of the training set, the images of the validation set, the classes, and what was understood."
+    find_image_augment(s.augment)  # before anything is read
     chosen = choose_pairs(s)
     masks = find_classes(s, _readable_masks(s, chosen))
     checks, unreadable = _usable(check_training_pairs(s, chosen.pairs, masks.classes), s.skip_unreadable)
@@ -347,6 +348,7 @@ def open_images(
         ),
     )
     tell(more["report"])
+    tell(described(s.augment))
     train, valid = ([p for p, out in zip(pairs, held) if out == side] for side in (False, True))
     args = s.train if valid else replace(s.train, monitor="loss", mode="min")
     return Opened(_crops(s, train, more), valid or None, _files_of(train + valid), args, more)
@@ -362,7 +364,7 @@ def _crops(s, train, more):
         channels=s.in_channels,
         white=s.white,
         scale=s.scale,
-        augment=find_augment(s.augment),
+        augment=find_image_augment(s.augment),
         balance=s.balance,
     )
 

@@ -32,7 +32,7 @@ from ..core.files import atomic_write, bring_back, write_json
 from ..core.identity import state_hash
 from ..core.progress import format_table, progress
 from ..core.show import overlay_labels, rgb_table, show_images
-from ..data.augment import find_augment
+from ..data.augment_images import find_image_augment
 from ..data.classes import Classes, read_mask
 from ..data.images import ImageDataset, check_pairs, read_pair
 from ..data.pixels import read_image
@@ -291,7 +291,7 @@ def open_spark(
     train, valid = in_turn(opened)
     whole = dict(channels=3, whole=True)
     size = (s.target_size, s.target_size)
-    crops = ImageDataset(train, SPARK, size, augment=find_augment(s.augment), **whole)
+    crops = ImageDataset(train, SPARK, size, augment=find_image_augment(s.augment), **whole)
     pairs = [*train, *valid]
     data = dict(images=[p.image for p in pairs], masks=[p.mask for p in pairs])
     return Opened(crops, ImageDataset(valid, SPARK, size, augment=None, **whole), data, train_args(s))

@@ -310,11 +310,13 @@ def make_loss(
     for loss, its in zip(chosen, taken):
         own = {key: value for key, value in options.items() if key in its}
         parts.append(partial(loss, weight=weight, **own))
-    return partial(_weighted_sum, parts, side_weight)
+    return partial(_weighted_sum, parts, side_weight, weight)
 
 
-def _weighted_sum(parts, side_weight, logits, target, mask=None):
-    "Sum over losses and outputs."
+def _weighted_sum(parts, side_weight, weight, logits, target, mask=None):
+    "Sum over losses and outputs; what queries say brings its own loss."
+    if hasattr(logits, "loss"):
+        return logits.loss(target, mask, weight)
     levels = list(logits) if isinstance(logits, (list, tuple)) else [logits]
     shares = output_weights(len(levels), side_weight)
     total = 0
