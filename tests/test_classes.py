@@ -469,7 +469,7 @@ def test_classes_of_the_command_line(typed, meant):
 
 def test_overlapping_classes_are_learned(tmp_path):
     "A folder of masks per class: loss and scores of each class by itself."
-    from dinolab.tasks.images import train_segmenter
+    from dinolab.tasks.images import predict_images, train_segmenter
     from dinolab.train.settings import TrainArgs
 
     yy, xx = np.mgrid[:32, :32]
@@ -498,3 +498,5 @@ def test_overlapping_classes_are_learned(tmp_path):
     )
     assert done.classes.overlap and done.classes.names == ("cell", "nucleus")
     assert done.run.history()[-1]["valid/mean_iou"] > 0.7, done.run.history()[-1]
+    with pytest.raises(InputError, match="its classes overlap .cell, nucleus."):
+        predict_images(done.run.path, tmp_path / "images", tmp_path / "out")

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NETWORK', 'IMAGES', 'NEEDED', 'SegStep', 'tiled_logits', 'ImageValidation', 'segmenter_network', 'segmenter_step',
-           'segmenter_validation', 'BandPredictor', 'predict_image', 'find_tile', 'predict_pairs', 'TrainedSegmenter',
-           'load_segmenter', 'build_segmenter', 'train_segmenter', 'write_mask', 'write_prediction', 'check_names',
-           'predict_images', 'ImageScores', 'evaluate_segmenter']
+           'segmenter_validation', 'BandPredictor', 'predict_image', 'find_tile', 'check_exclusive', 'predict_pairs',
+           'TrainedSegmenter', 'load_segmenter', 'build_segmenter', 'train_segmenter', 'write_mask', 'write_prediction',
+           'check_names', 'predict_images', 'ImageScores', 'evaluate_segmenter']
 
 # %% ../../nbs/api/tasks/images.ipynb #83551d4d
 from collections.abc import Iterator, Sequence
@@ -250,6 +250,18 @@ def find_tile(
     return (tile, tile) if isinstance(tile, int) else tuple(tile)
 
 
+def check_exclusive(
+    trained: Trained,
+):
+    "Raise `InputError` where classes overlap: a mask has room for one class per pixel."
+    if trained.classes.overlap:
+        raise InputError(
+            f"{trained.run.path}: its classes overlap ({', '.join(trained.classes.names)}), and a mask has one class "
+            "per pixel: expected a network of exclusive classes; load_segmenter(run).model gives a logit per class, "
+            "above 0 where it is"
+        )
+
+
 def predict_pairs(
     trained: "TrainedSegmenter",
     pairs: Sequence,  # of ImagePair
@@ -258,6 +270,7 @@ def predict_pairs(
     overlap: float = 0.5,  # share of a tile that the next one covers
 ) -> Iterator:  # of labels h w uint8
     "Labels of images, one by one."
+    check_exclusive(trained)
     tile, about = find_tile(tile, trained), trained.about
     for pair in pairs:
         image = read_image(pair.image, about["in_channels"], about["white"])
@@ -367,6 +380,7 @@ def predict_images(
     files, folder = list_images(s.source), Path(s.store)
     check_names(files)
     trained = load_segmenter(s.run, s.which, find_device(s.device), s.weights)
+    check_exclusive(trained)
     tile, white = find_tile(s.tile, trained), s.white or trained.about["white"]
     made_with = dict(
         network=state_hash(trained.model.state_dict())[:12],
