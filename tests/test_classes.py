@@ -315,6 +315,11 @@ QUESTIONS = {
     "which is which.*classes={1: a, 2: b, 3: c}": (AREAS + 1, ["a", "b", "c"]),
     "2 classes are named.*0: road, 1: car, 2: c": (AREAS, ["road", "car"]),
     "values without a class: 2 .*or ignore=2": (AREAS, {0: "a", 1: "b"}),
+    "indices of the colours #fde725 and #440154.*'#440154': a, '#fde725': b": (
+        with_palette(DISC, [[253, 231, 37], [68, 1, 84]]),
+        ["a", "b"],
+    ),
+    "#000000.*#ffffff": (np.array([[0] * 3, [255] * 3, [1, 0, 1]], np.uint8)[AREAS], None),
     "which is which.*#000000.*a": (
         np.array([[0] * 3, [255, 0, 0], [0, 0, 255]], np.uint8)[AREAS],
         list("abc"),

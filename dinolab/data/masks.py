@@ -277,6 +277,8 @@ def _rows(seen, classes, hexadecimal=False):
     of_value |= dict(classes.also)
     say = _hex if hexadecimal else (lambda v: v)
     have = Counter(v for mask in seen.each for v in mask.values)
+    if classes.kind == "binary" and len(seen.values) > 2:
+        return _two_rows(seen, classes)
     rows = []
     for value in seen.values:
         key = say(value)
@@ -290,6 +292,18 @@ def _rows(seen, classes, hexadecimal=False):
         {"value": value, "class": name, "pixels": _percent(count / max(1, seen.pixels)), "masks": masks}
         for value, name, count, masks in rows
     ]
+
+
+def _two_rows(seen, classes):
+    "What is above a threshold, and what is not."
+    rows = []
+    for name, above in zip(classes.names, (False, True)):
+        inside = [v for v in seen.values if (v > classes.threshold) == above]
+        some = set(inside)
+        masks = sum(not some.isdisjoint(mask.values) for mask in seen.each)
+        said = f"{min(inside):.3g} to {max(inside):.3g}" if inside else ""
+        rows.append({"value": said, "class": name, "pixels": _percent(seen.share(inside)), "masks": masks})
+    return rows
 
 
 def _place(value, classes, hexadecimal, seen):
@@ -520,7 +534,7 @@ def _from_colours(seen, asked):
             f"all pixels of all masks are {_hex(codes[0])}",
             "expected two colours or more; is it the transparency that was drawn in, or the wrong folder?",
         )
-    if len(codes) > MANY or seen.more:
+    if len(codes) > MANY or seen.more or _are_close(codes):
         _ask_for_colours(seen, asked)
     names = asked.names if asked else None
     black_and = len(codes) == 2 and codes[0] == 0
@@ -536,6 +550,12 @@ def _from_colours(seen, asked):
         names = ("background", "foreground")
     colours = tuple(map(_hex, codes))
     return Classes(names or colours, None, colours, "colours"), []
+
+
+def _are_close(codes):
+    "Whether some of several colours can hardly be told apart, as lossy files leave them."
+    apart = _apart(codes, codes)
+    return len(codes) > 2 and apart[apart > 0].min() < LIMIT / 4
 
 
 def _peaks(seen):
@@ -666,11 +686,27 @@ def _decide(seen, asked, kind, ignore):
         return _from_colours(seen.as_colours(), asked)
     if "fractions" in forms:
         return _from_fractions(seen, asked, kind)
+    if seen.inks and len(seen.values) == 2 and kind == "auto" and not (asked and asked.values):
+        return _from_inks(seen, asked, ignore)
     found, notes = _from_numbers(seen, asked, kind, ignore)
     if seen.inks and found.kind == "labels" and all(v in seen.inks for v in found.values):
         colours = tuple(seen.inks[v] for v in found.values)
         found = Classes(found.names, found.values, colours, "labels", found.ignore, also=found.also)
     return found, notes
+
+
+def _from_inks(seen, asked, ignore):
+    "Classes of two indices of a palette, of which the first need not be the background."
+    inks = tuple(seen.inks[v] for v in seen.values)
+    if asked and asked.names and inks[0] != "#000000":
+        black = sorted(inks, key=lambda ink: rgb_table([ink]).sum())
+        _ask(
+            seen,
+            f"indices of the colours {' and '.join(inks)}",
+            f"which is which? such as {_answer(black, asked.names)}",
+        )
+    names = _named(asked, seen.values, seen) if asked or inks[0] == "#000000" else inks
+    return Classes(names, tuple(seen.values), inks, "labels", ignore), []
 
 
 def _overlapping(seen, asked, layered):
