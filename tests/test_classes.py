@@ -214,6 +214,15 @@ def test_two_values_are_two_classes(tmp_path, way, names):
         assert classes.names[1] == ("disc" if isinstance(names, list) else "foreground")
 
 
+def test_shares_of_probabilities(tmp_path):
+    noisy = (DISC * 0.8 + np.random.default_rng(0).random((64, 80)) * 0.1).astype(np.float32)
+    big = np.kron(noisy, np.ones((4, 4), np.float32)) + np.random.default_rng(1).random((256, 320)) / 100
+    rows = understand(saved(tmp_path, big.astype(np.float32), "m.tif")).rows
+    assert [float(row["pixels"].split()[0]) for row in rows] == pytest.approx(
+        [100 * (1 - DISC.mean()), 100 * DISC.mean()], rel=0.01
+    )
+
+
 def test_soft_edges_of_another_size(tmp_path):
     pairs = saved(tmp_path, half_size(DISC))
     report = understand(pairs, ["disc"])

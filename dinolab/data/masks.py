@@ -92,7 +92,9 @@ def _numbers_of(plain, path):
     numbers, _ = whole_numbers(plain, path, fractions=True)
     if numbers.dtype.kind == "f" and (numbers == np.round(numbers)).all() and np.abs(numbers).max() < 2**53:
         numbers = numbers.astype(np.int64)
-    return ("fractions" if numbers.dtype.kind == "f" else "numbers"), numbers
+    if numbers.dtype.kind == "f":
+        return "fractions", np.round(numbers, 3)
+    return "numbers", numbers
 
 # %% ../../nbs/api/data/masks.ipynb #4f7e29c1
 ENOUGH = 2000  # masks that say what all of them hold
