@@ -242,9 +242,10 @@ def test_nifti_units(tmp_path):
     source = read_nifti(path, unit="nm")
     assert source.voxel_size == (1.0,) * 3 and "unit nm as given, the header says meter" in source.note
     save_nifti(path, values((3, 4, 5), "u1"), np.eye(4), "unknown")
-    with pytest.raises(InputError, match="pass unit='mm'"):
-        read_nifti(path)
-    assert read_nifti(path, unit="mm").voxel_size == (1e6,) * 3
+    source = read_nifti(path)
+    assert source.voxel_size == (1e6,) * 3 and source.assumed == ("unit mm assumed, the header names none",)
+    source = read_nifti(path, unit="um")
+    assert source.voxel_size == (1e3,) * 3 and not source.assumed
 
 
 def test_nifti_refusals(tmp_path):
@@ -360,7 +361,10 @@ def test_tiff_voxel_size_is_never_half_known(tmp_path):
     for meta, note in [
         (dict(unit="nm"), "no voxel size for z, only y 500 nm, x 250 nm"),
         (dict(spacing=3.0), "no voxel size for z y x"),
-        (dict(unit="pixel", spacing=3.0), "no voxel size for z y x"),
+        (
+            dict(unit="pixel", spacing=3.0),
+            "no voxel size for z y x; z 3 pixel, y 500 pixel, x 250 pixel: no length",
+        ),
     ]:
         tifffile.imwrite(
             path, stack, imagej=True, resolution=(1 / 250, 1 / 500), metadata=dict(axes="ZYX", **meta)

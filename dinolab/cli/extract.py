@@ -21,6 +21,9 @@ SAYS = {
     "time=": "--time ",
     "axes=": "--axes ",
     "missing=": "--missing ",
+    "dataset=": "--dataset ",
+    "series=": "--series ",
+    "origin=": "--source-origin ",
 }
 
 
@@ -38,6 +41,16 @@ def open_source(
         for python, option in SAYS.items():
             text = text.replace(python, option)
         raise type(e)(text) from None
+
+# %% ../../nbs/api/cli/extract.ipynb #8f3c2e31
+def _origin(text):
+    "The word corner, or three numbers."
+    if text in (None, "corner", "file"):
+        return text
+    place = numbers(text, "--source-origin")
+    if not isinstance(place, (list, tuple)) or len(place) != 3:
+        raise InputError(f"--source-origin {text}: expected three numbers z,y,x in nm, or corner")
+    return tuple(place)
 
 # %% ../../nbs/api/cli/extract.ipynb #fb803020
 def features_of_source(
@@ -64,11 +77,14 @@ def features_of_source(
     device: str = "auto",  # auto, cpu, cuda, cuda:1 ...
     workers: int = 1,  # processes on this machine, or jobs of the cluster
     source_voxel_size: str = None,  # of a source that does not state it, nm; one number or z,y,x; default: as stated
+    source_origin: str = None,  # centre of the source's first voxel, nm, z,y,x; or corner, for averaged levels without translations; default: as stated
+    dataset: str = None,  # array of an HDF5 file, layer of WEBKNOSSOS, or path within zarr or N5; default: the only one
+    series: int = None,  # which image of a TIFF or OME-Zarr that holds several; default: the first
     channel: int = None,  # index on the channel axis
     time: int = None,  # index on the time axis
     unit: str = None,  # of the source's lengths where it names none; default: as stated
     axes: str = None,  # of a TIFF that does not state them, such as zyx; default: as stated
-    missing: str = None,  # what an absent chunk of the source is: error, or fill for its fill value; default: error
+    missing: str = None,  # what an absent chunk of the source is: error, or fill for its fill value; default: fill
     seed: int = 0,  # of random weights
     rgb: bool = True,  # also write the picture of principal components
     jobs: object = None,  # a Cluster
@@ -90,6 +106,7 @@ def features_of_source(
     from dinolab.train.device import find_device
 
     options = dict(channel=channel, time=time, unit=unit, axes=axes, missing=missing)
+    options |= dict(dataset=dataset, series=series, origin=_origin(source_origin))
     volume = open_source(source, voxel_size=stated, **options)
     torch.manual_seed(seed)
     model = create_backbone(backbone, size, weights=None if weights == "none" else weights, layers=blocks)

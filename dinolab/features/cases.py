@@ -17,7 +17,7 @@ from ..core.settings import checked
 from .intensity import intensity_range
 from ..volumes.grid import Grid, divide
 from ..volumes.sources import open_levels
-from ..volumes.volume import Multiscale, Volume, check_inside
+from ..volumes.volume import Multiscale, Volume, check_inside, turned_to
 
 # %% ../../nbs/api/features/cases.ipynb #4a98ef26
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def open_case(
 ) -> Case:
     "Open a volume and what belongs to it, and check that they lie on each other."
     raw = open_levels(raw)
-    labelled = None if labels is None else _open_labels(name, labels, voxel_size)
+    labelled = None if labels is None else _open_labels(name, labels, voxel_size, raw)
     if labelled is not None:
         grid = labelled.grid
     elif voxel_size is not None:
@@ -102,15 +102,46 @@ def open_case(
     image = raw.level_for(raw_resolution)
     check_inside(grid, image.grid, f"{name}: labels outside the raw volume")
     window = intensity_range(image) if intensity is None else tuple(intensity)
-    valid = None if mask is None else on_grid(open_levels(mask), grid=grid)
+    valid = None if mask is None else on_grid(_along(open_levels(mask), raw), grid=grid)
     return Case(name, grid, image, window, labels=labelled, mask=valid)
 
 
-def _open_labels(name, labels, voxel_size):
-    labelled = on_grid(open_levels(labels), voxel_size)
-    if labelled.dtype.kind not in "iub":
-        raise InputError(f"{name}: labels hold {labelled.dtype}: expected integers")
-    return labelled
+def _open_labels(name, labels, voxel_size, raw):
+    levels = _along(open_levels(labels), raw)
+    return on_grid(Multiscale([_whole_numbers(v, name) for v in levels.levels], levels.name), voxel_size)
+
+
+def _along(levels, raw):
+    "Labels or a mask with the axes of the raw volume, where both say how they lie in the room."
+    return Multiscale([turned_to(v, raw.levels[0].directions) for v in levels.levels], levels.name)
+
+
+class _WholeNumbers:
+    "Labels that are stored as floats, as integers; every block is looked at."
+
+    def __init__(self, array, name):
+        self.array, self.name, self.shape, self.dtype = array, name, array.shape, np.dtype(np.int64)
+
+    fixed = property(lambda self: getattr(self.array, "fixed", {}))
+
+    def __getitem__(self, roi):
+        values = np.asarray(self.array[roi])
+        whole = np.round(values)
+        odd = values[~(values == whole)]  # NaN too
+        if odd.size:
+            raise InputError(
+                f"{self.name}: labels hold {odd.flat[0]:g}: expected whole numbers; are they swapped with the raw volume?"
+            )
+        return whole.astype(np.int64)
+
+
+def _whole_numbers(volume, name):
+    "A volume of labels; floats are taken where they are whole numbers."
+    if volume.dtype.kind in "iub":
+        return volume
+    array = _WholeNumbers(volume.array, name)
+    array[Box((0, 0, 0), [min(n, 8) for n in volume.shape]).slices]
+    return Volume(array, volume.grid, volume.name, volume.path, volume.directions)
 
 # %% ../../nbs/api/features/cases.ipynb #4815ac62
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SETTING_RULES', 'CHOICES', 'PLAIN', 'VOXELS', 'PIXELS', 'SIDE', 'JOBS', 'NamesOrCount', 'Several', 'ClassesOfMasks',
-           'Named', 'kinds_of', 'Settings', 'with_settings', 'plain_settings', 'Training', 'TrainUNet3D',
+           'Named', 'kinds_of', 'Settings', 'with_settings', 'plain_settings', 'Training', 'Reading', 'TrainUNet3D',
            'EvaluateUNet3D', 'PredictUNet3D', 'TrainSegmenter', 'EvaluateSegmenter', 'PredictImages', 'TrainUNet3Plus',
            'EvaluateUNet3Plus', 'InferUNet3Plus', 'numbers_of']
 
@@ -219,6 +219,30 @@ class Training(Settings):
         "Where a new run is made, as `Run.create` takes it."
         return dict(root=self.out)
 
+# %% ../../nbs/api/tasks/configs.ipynb #6d1a0c12
+@dataclass(frozen=True)
+class Reading(Settings):
+    "How volumes are read, where their files do not tell."
+
+    voxel_size: float | tuple = None  # nm, where the files do not state it; one number or z y x
+    origin: tuple = None  # nm, z y x, centre of the first voxel, where the files do not state it
+    unit: str = None  # of lengths in the files, where they name none
+    channel: int = None  # index on the channel axis
+    time: int = None  # index on the time axis
+    series: int = None  # which image of a TIFF or OME-Zarr that holds several
+    dataset: str = None  # array of an HDF5 file, layer of WEBKNOSSOS, path within zarr or N5
+    axes: str = None  # of files that do not name them, such as zyx
+    missing: str = None  # chunks that are not there: fill, or error; None: fill
+
+    own_rules = dict(
+        origin=Number(count=(3,), unit="nm"), channel=FROM_ZERO, time=FROM_ZERO, series=FROM_ZERO
+    )
+
+    def options(self) -> dict:
+        "What was set, for the function open_levels."
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in found.items() if value is not None}
+
 # %% ../../nbs/api/tasks/configs.ipynb #de15c737
 VOXELS = Number(1, whole=True, count=(1, 3), unit="voxels")
 
@@ -231,6 +255,9 @@ class TrainUNet3D(Training):
     gt_data: Named = None  # labels of each
     _: KW_ONLY
     mask_data: Named = None  # of each, where labels count; None: everywhere
+    raw: Reading = Reading()  # how the raw volumes are read
+    labels: Reading = Reading()  # how the labels are read
+    mask: Reading = Reading()  # how the masks are read
     manifest: Named = None  # a data set instead, by name or path
     root: str = "data"  # folder of all data sets
     train_split: str = "train"  # of the manifest
@@ -286,6 +313,9 @@ class EvaluateUNet3D(Settings):
     gt_data: Named = None  # labels of each
     _: KW_ONLY
     mask_data: Named = None  # of each, where labels count
+    raw: Reading = Reading()  # how the raw volumes are read
+    labels: Reading = Reading()  # how the labels are read
+    mask: Reading = Reading()  # how the masks are read
     manifest: Named = None  # a data set instead
     root: str = "data"  # folder of all data sets
     split: str = "test"  # of the manifest; also the name of the scores
@@ -307,6 +337,7 @@ class PredictUNet3D(Settings):
     source: Named  # raw volume: OME-Zarr, NIfTI, TIFF, array ...
     store: str  # folder of the new OME-Zarr group
     _: KW_ONLY
+    raw: Reading = Reading()  # how the raw volume is read
     which: str = "best"  # or last checkpoint
     voxel_size: float | tuple = None  # nm of the result; None: that of the training
     intensity: tuple = None  # raw values that become 0 and 1; None: as in the training

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['UNIT_NM', 'NIFTI_AXES', 'to_nm', 'Source', 'full_index', 'LazyArray', 'reading', 'listening', 'NiftiData',
-           'affine_grid', 'read_nifti', 'open_nifti', 'write_nifti', 'stack_pages', 'tiff_voxel_size', 'TiffData',
-           'tiff_axes', 'natural', 'TiffFolder', 'read_tiff', 'tiff_pixels']
+           'affine_grid', 'read_nifti', 'open_nifti', 'write_nifti', 'stack_pages', 'tiff_lengths', 'tiff_voxel_size',
+           'TiffData', 'tiff_axes', 'natural', 'TiffFolder', 'read_tiff', 'tiff_pixels']
 
 # %% ../../nbs/api/volumes/formats.ipynb #f1419d71
 import gzip
@@ -53,6 +53,9 @@ UNIT_NM = {
     "micron": 1e3,
     "angstrom": 0.1,
     "inch": 2.54e7,
+    "inche": 2.54e7,  # of inches, once the s is off
+    "thou": 2.54e4,
+    "pt": 2.54e7 / 72,
     "foot": 3.048e8,
     "yard": 9.144e8,
     "mile": 1.609344e12,
@@ -91,7 +94,11 @@ class Source:
     axes: str  # one letter per axis, in the order t c z y x
     voxel_size: tuple = None  # z y x, nm; None where the file does not tell
     origin: tuple = None  # z y x, nm, centre of voxel 0; None where the file does not tell
-    note: str = ""  # what was assumed
+    note: str = ""  # what its file says beside that, and what was assumed
+    assumed: tuple = ()  # texts of what was assumed and could be wrong
+    directions: tuple = (
+        None  # of z y x: unit vectors in the room, right anterior superior; None where unknown
+    )
 
     def __post_init__(self):
         shape = tuple(self.array.shape)
@@ -270,18 +277,15 @@ def affine_grid(
     return size, origin, names
 
 # %% ../../nbs/api/volumes/formats.ipynb #99a02938
-def _nifti_unit(header, unit, path):
+def _nifti_unit(header, unit):
+    "The unit, notes, and what was assumed."
     stated = header.get_xyzt_units()[0]
     if stated == "unknown":
-        if unit is None:
-            raise InputError(
-                f"{str(path)!r} names no unit of length: "
-                "pass unit='mm' (the usual one) or what its voxel size is given in"
-            )
-        return unit, []
+        guessed = ["unit mm assumed, the header names none"] if unit is None else []
+        return unit or "mm", [], guessed
     if unit is None or to_nm(1, unit) == to_nm(1, stated):
-        return unit or stated, []
-    return unit, [f"unit {unit} as given, the header says {stated}"]
+        return unit or stated, [], []
+    return unit, [f"unit {unit} as given, the header says {stated}"], []
 
 # %% ../../nbs/api/volumes/formats.ipynb #6ce49c51
 def read_nifti(
@@ -296,26 +300,28 @@ def read_nifti(
             f"{str(path)!r} has shape {data.shape}: expected a 3D image, or 4D or 5D with time and channels"
         )
     axes, order = NIFTI_AXES[rank]
-    unit, notes = _nifti_unit(header, unit, path)
-    zooms, origin = _nifti_place(data.image, notes)
+    unit, notes, assumed = _nifti_unit(header, unit)
+    notes += assumed
+    zooms, origin, directions = _nifti_place(data.image, notes)
 
     def nm(xyz):
         return tuple(float(to_nm(v, unit)) for v in reversed(xyz))
 
     array = LazyArray(data, order, data.dtype)
-    return Source(array, axes, nm(zooms), None if origin is None else nm(origin), "; ".join(notes))
+    place = dict(voxel_size=nm(zooms), origin=None if origin is None else nm(origin), directions=directions)
+    return Source(array, axes, **place, note="; ".join(notes), assumed=tuple(assumed))
 
 
 NIFTI_AXES = {3: ("zyx", (2, 1, 0)), 4: ("tzyx", (3, 2, 1, 0)), 5: ("tczyx", (3, 4, 2, 1, 0))}  # names, order
 
 
 def _nifti_place(image, notes):
-    "Voxel size and origin x y z (None where there is no position); adds to the notes."
+    "Voxel size and origin x y z, directions z y x (None where there is no position); adds to the notes."
     header = image.header
     zooms = [_short(z) for z in header.get_zooms()[:3]]
     if not (header["sform_code"] > 0 or header["qform_code"] > 0):
         notes.append("no position in the header")
-        return zooms, None
+        return zooms, None, None
     size, origin, names = affine_grid(image.affine)
     if not np.allclose(zooms, size, rtol=1e-3):
         notes.append(f"voxel size {size.round(6).tolist()} by the affine, pixdim says {zooms}")
@@ -323,8 +329,9 @@ def _nifti_place(image, notes):
     notes.append(f"x y z run to {names}")
     if origin is None:
         notes.append("sheared axes, so no position")
-        return zooms, None
-    return zooms, [_short(o) for o in origin]
+        return zooms, None, None
+    directions = (image.affine[:3, :3] / size).T[::-1]
+    return zooms, [_short(o) for o in origin], tuple(tuple(float(c) for c in d) for d in directions)
 
 # %% ../../nbs/api/volumes/formats.ipynb #ce064542
 def open_nifti(
@@ -396,43 +403,86 @@ def _length(value, unit):
 
 def _per_pixel(tag):
     "Length per pixel from a resolution tag (pixels, per so many units)."
-    if tag is None or not tag.value[0]:
+    try:
+        pixels, length = tag.value
+        return length / pixels
+    except (AttributeError, TypeError, ValueError, ZeroDivisionError):
         return None
-    pixels, length = tag.value
-    return length / pixels
+
+
+def _ome_sizes(tif, series):
+    "Of one image of OME-XML."
+    images = ElementTree.fromstring(tif.ome_metadata).findall(".//{*}Pixels")
+    pixels = images[min(series, len(images) - 1)]
+    names = {a: f"PhysicalSize{a.upper()}" for a in "zyx"}
+    return {a: (pixels.get(n), pixels.get(f"{n}Unit", "µm")) for a, n in names.items()}
+
+
+def _described_sizes(tif, page):
+    "Of ImageJ's description, tifffile's own, or the resolution tags alone."
+    shaped = (tif.shaped_metadata or [{}])[0] if tif.is_shaped else {}
+    said = tif.imagej_metadata or shaped
+    unit = said.get("unit") or getattr(page.tags.get("ResolutionUnit"), "value", None)
+    unit = unit.name if hasattr(unit, "name") else unit
+    units = {axis: said.get(f"{axis}unit", unit) for axis in "zyx"}
+    found = dict(
+        z=said.get("spacing"),
+        y=_per_pixel(page.tags.get("YResolution")),
+        x=_per_pixel(page.tags.get("XResolution")),
+    )
+    return {axis: (value, units[axis]) for axis, value in found.items()}
+
+
+def tiff_lengths(
+    tif: tifffile.TiffFile,
+    series: int = 0,  # which image of the file
+) -> dict:  # z, y, x -> (number or None, unit or None), as the file states them
+    "What a TIFF file says about its voxel size."
+    if tif.is_ome:
+        return _ome_sizes(tif, series)
+    if tif.is_lsm:
+        return {a: (tif.lsm_metadata.get(f"VoxelSize{a.upper()}"), "m") for a in "zyx"}
+    if tif.is_micromanager:
+        summary = (tif.micromanager_metadata or {}).get("Summary", {})
+        across = (summary.get("PixelSize_um") or None, "um")
+        return dict(z=(summary.get("z-step_um") or None, "um"), y=across, x=across)
+    return _described_sizes(tif, tif.series[series].keyframe)
 
 
 def tiff_voxel_size(
     tif: tifffile.TiffFile,
-) -> dict:  # z, y, x -> nm, None where the file does not tell
-    "What a TIFF file says about its voxel size."
-    if tif.is_ome:
-        pixels = ElementTree.fromstring(tif.ome_metadata).find(".//{*}Pixels")
-        names = {a: f"PhysicalSize{a.upper()}" for a in "zyx"}
-        return {a: _length(pixels.get(n), pixels.get(f"{n}Unit", "µm")) for a, n in names.items()}
-    tags, imagej = tif.pages[0].tags, tif.imagej_metadata or {}
-    unit = imagej.get("unit") or getattr(tags.get("ResolutionUnit"), "value", None)
-    unit = unit.name if hasattr(unit, "name") else str(unit).replace("\\u00B5", "µ")
-    return dict(
-        z=_length(imagej.get("spacing"), unit),
-        y=_length(_per_pixel(tags.get("YResolution")), unit),
-        x=_length(_per_pixel(tags.get("XResolution")), unit),
-    )
+    series: int = 0,  # which image of the file
+    unit: str = None,  # of its lengths, where it names none or a wrong one
+) -> tuple:  # z, y, x -> nm, None where the file does not tell; notes on what could not be used
+    "The voxel size of a TIFF file."
+    sizes, notes = {}, []
+    for axis, (value, stated) in tiff_lengths(tif, series).items():
+        named = str(unit or stated).replace("\\u00B5", "µ")
+        sizes[axis] = _length(value, named)
+        if value is not None and sizes[axis] is None and stated not in (None, "NONE"):
+            notes.append(
+                f"{axis} {value:.6g} {named}" if isinstance(value, float) else f"{axis} {value} {named}"
+            )
+    unusable = [f"{', '.join(notes)}: no length"] if notes else []
+    return sizes, unusable
 
 # %% ../../nbs/api/volumes/formats.ipynb #9f77dcd1
 class TiffData:
-    "The first series of images in a TIFF file, mapped or page by page."
+    "One series of images in a TIFF file, mapped or page by page."
 
     def __init__(
         self,
         path: str | Path,  # .tif
+        series: int = 0,  # which, if there are several
+        unit: str = None,  # of its lengths, where it names none or a wrong one
     ):
-        self.path, self.lock = path, threading.Lock()
+        self.path, self.index, self.unit, self.lock = path, series, unit, threading.Lock()
         with listening("tifffile", "invalid page offset") as heard, reading(path, "TIFF"):
             self.tif = tifffile.TiffFile(path)
-            self.series = self.tif.series[0]
-            self.mapped = tifffile.memmap(path, mode="r") if self.series.dataoffset is not None else None
-            self.size = tiff_voxel_size(self.tif)
+            self.series = _one_series(self.tif, series, path)
+            mapped = self.series.dataoffset is not None
+            self.mapped = tifffile.memmap(path, series=series, mode="r") if mapped else None
+            self.size, self.unusable = tiff_voxel_size(self.tif, series, unit)
         if heard:
             raise InputError(
                 f"{str(path)!r} is cut short: its list of pages leads out of the file; copy it again"
@@ -451,7 +501,16 @@ class TiffData:
         return stack_pages(self.read_page, self.shape[: -len(self.page)], self.page, self.dtype, key)
 
     def __reduce__(self):
-        return TiffData, (self.path,)
+        return TiffData, (self.path, self.index, self.unit)
+
+
+def _one_series(tif, index, path):
+    "The series of that number; `InputError` lists those that there are."
+    whole = isinstance(index, int) and not isinstance(index, bool)
+    if whole and 0 <= index < len(tif.series):
+        return tif.series[index]
+    found = [f"{i}: {s.axes.lower()} {s.shape}" for i, s in enumerate(tif.series[:8])]
+    raise InputError(f"{str(path)!r} has no series {index!r}: expected one of {'; '.join(found)}")
 
 # %% ../../nbs/api/volumes/formats.ipynb #8dbb2c6a
 def tiff_axes(
@@ -492,6 +551,7 @@ class TiffFolder:
     def __init__(
         self,
         path: str | Path,  # the folder
+        unit: str = None,  # of its lengths, where it names none or a wrong one
     ):
         self.path = Path(path)
         files = [f for f in self.path.iterdir() if f.suffix.lower() in (".tif", ".tiff")]
@@ -501,7 +561,7 @@ class TiffFolder:
         with reading(self.files[0], "TIFF"), tifffile.TiffFile(self.files[0]) as first:
             page, pages = first.pages[0], len(first.pages)
             self.page, self.dtype = page.shape, page.dtype
-            self.size = tiff_voxel_size(first)
+            self.size, self.unusable = tiff_voxel_size(first, unit=unit)
         if len(self.page) != 2 or pages > 1:
             raise InputError(
                 f"{str(self.files[0])!r} has {pages} pages of shape {self.page}: "
@@ -525,33 +585,34 @@ class TiffFolder:
         return stack_pages(self.read_page, self.shape[:1], self.page, self.dtype, key)
 
 # %% ../../nbs/api/volumes/formats.ipynb #0a589694
-def _notes(data, given):
-    "What was assumed."
-    notes = []
-    if not given and set("IQ") & set(data.axes):
-        notes.append("pages taken for z")
-    if data.count > 1:
-        notes.append(f"first of {data.count} images in the file")
+def _missing_sizes(data):
+    "What the file does not tell."
     missing = [axis for axis, nm in data.size.items() if not nm]
     known = [f"{axis} {nm:g} nm" for axis, nm in data.size.items() if nm]
-    if missing:
-        only = f", only {', '.join(known)}" if known else ""
-        notes.append(f"no voxel size for {' '.join(missing)}{only}")
-    return "; ".join(notes)
+    only = f", only {', '.join(known)}" if known else ""
+    return [f"no voxel size for {' '.join(missing)}{only}"] if missing else []
 
 # %% ../../nbs/api/volumes/formats.ipynb #291d48b7
 def read_tiff(
     path: str | Path,  # a TIFF stack, or a folder with one TIFF file per slice
     axes: str = None,  # letters of "tczyx" in the order of the file, where it does not tell or is wrong
+    series: int = None,  # which image, if the file holds several; None: the first
+    unit: str = None,  # of its lengths, where it names none or a wrong one
 ) -> Source:  # axes z y x, with t and c before them if any
-    "Open a TIFF stack or a folder of TIFF slices; voxel size from OME, ImageJ or resolution tags."
+    "Open a TIFF stack or a folder of TIFF slices; voxel size from whatever place the file keeps it in."
     path = _existing(path)
-    data = TiffFolder(path) if path.is_dir() else TiffData(path)
+    if path.is_dir() and series is not None:
+        raise InputError(f"{str(path)!r} is a folder of slices: expected no series")
+    data = TiffFolder(path, unit) if path.is_dir() else TiffData(path, series or 0, unit)
     names = tiff_axes(data.axes, axes, data.shape, path)
     ordered = "".join(a for a in "tczyx" if a in names)
     array = LazyArray(data, [names.index(a) for a in ordered])
     voxel_size = tuple(data.size.values()) if all(data.size.values()) else None
-    return Source(array, ordered, voxel_size, None, _notes(data, axes))
+    notes = [] if axes or not set("IQ") & set(data.axes) else ["pages taken for z"]
+    first = data.count > 1 and series is None
+    assumed = [f"first of {data.count} images in the file; the others are series=1 and up"] if first else []
+    notes += [*assumed, *_missing_sizes(data), *data.unusable]
+    return Source(array, ordered, voxel_size, note="; ".join(notes), assumed=tuple(assumed))
 
 # %% ../../nbs/api/volumes/formats.ipynb #066b38b5
 def tiff_pixels(

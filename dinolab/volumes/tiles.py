@@ -341,7 +341,7 @@ def open_prediction(
     "Open a prediction; `InputError` when it is unfinished."
     group = open_store(path, KIND, what="prediction", maker="predict_to_zarr or dinolab predict")
     return Prediction(
-        open_multiscale(f"{path}/labels"),
+        open_multiscale(f"{path}/labels", missing="error"),
         group.attrs["settings"]["classes"],
         str(path),
         group["probabilities"] if "probabilities" in group else None,
