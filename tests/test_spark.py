@@ -699,3 +699,15 @@ def test_a_model_of_the_earlier_program(tmp_path):
     (tmp_path / "unet3plus_model.pt").write_bytes(b"")
     with pytest.raises(InputError, match="unet3plus_model.pt of another program"):
         load_unet3plus(tmp_path)
+
+
+def test_masks_of_other_colours_are_refused(models, data, tmp_path):
+    "Channels that were swapped are not mapped to the nearest colour."
+    shutil.copytree(data, tmp_path / "data")
+    for path in (tmp_path / "data/mask").rglob("*.jpg"):
+        red, green, blue = Image.open(path).convert("RGB").split()
+        Image.merge("RGB", (blue, red, green)).save(path, quality=95)
+    change = dict(data_root=str(tmp_path / "data"), save_path=str(tmp_path / "m"))
+    with pytest.raises(InputError, match="none of the colours #000000, #ff0000, #0000ff"):
+        train_unet3plus(**models[1] | change)
+    assert not (tmp_path / "m").exists()
