@@ -406,7 +406,7 @@ def make_overlap_loss(
         each = torch.ones(n) if weight is None else torch.as_tensor(weight, dtype=torch.float32)
         return sum(part(logits.float(), target, on, each.to(logits.device)) for part in chosen)
 
-    return partial(_weighted_sum, [loss], None)
+    return partial(_weighted_sum, [loss], None, weight)
 
 # %% ../../nbs/api/train/losses.ipynb #d5df97a5
 def _float_mask(logits, target, mask):
