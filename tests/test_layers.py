@@ -38,6 +38,8 @@ GATEWAYS = dict(
     jupyter_client="book.experiment",
     nnunetv2="tasks.nnunet",
     typer="cli",
+    onnx="tasks.export",
+    onnxruntime="tasks.export",
 )
 NOTEBOOKS = sorted((ROOT / "nbs/api").rglob("*.ipynb"))
 
@@ -140,6 +142,9 @@ def test_runtime_requirements_only():
         "monai",
         "tensorboard",
         "mwatershed",
+        "onnx",
+        "onnxruntime",
+        "onnxscript",
     ]
     code = f"import sys, importlib\nfor m in {banned}: sys.modules[m] = None\nfor m in {sorted(set(MODULES) - {'__init__'})}: importlib.import_module('dinolab.' + m)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

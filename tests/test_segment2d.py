@@ -435,17 +435,17 @@ def test_tables_and_splits(data, tmp_path):
 
 
 def test_bands_do_not_show(data, tmp_path, monkeypatch):
-    "A tall picture is done in bands of rows; each pixel is what it would be in one band."
+    "A tall picture is done region by region; each pixel is what it would be in one."
     done = small(data, tmp_path, freeze_backbone=True)
     image = np.random.default_rng(0).random((3, 700, 40)).astype(np.float32)
+    monkeypatch.setattr("dinolab.tasks.images.BUDGET", 1)
     labels, p = predict_image(done.model, image, (32, 32), probabilities=True)
     from dinolab.volumes.tiles import all_tiles, blend
-    from dinolab.tasks.images import BandPredictor
+    from dinolab.tasks.images import View, ViewPredictor
 
     tiles = all_tiles((1, 700, 40), (1, 32, 32), 0.5)
-    whole = blend(BandPredictor(done.model, image), (slice(0, 1), slice(0, 700), slice(0, 40)), tiles, 2)[
-        :, 0
-    ]
+    predict = ViewPredictor(done.model, image, View(), "the image")
+    whole = blend(predict, (slice(0, 1), slice(0, 700), slice(0, 40)), tiles, 2)[:, 0]
     assert np.abs(p / 255 - whole).max() <= 0.5 / 255 + 1e-6 and (labels == whole.argmax(0)).all()
 
 
@@ -461,8 +461,8 @@ def test_prediction_goes_on_and_loses_nothing(data, tmp_path):
     assert (np.asarray(Image.open(out / "0.png")) == 1).all() and (out / "1.png").read_bytes() == first
     predict_images(done.run.path, data[1] / "images", out, overwrite=True)
     assert not (np.asarray(Image.open(out / "0.png")) == 1).all()
-    with pytest.raises(InputError, match="share their names"):
-        predict_images(done.run.path, [data[0] / "images", data[1] / "images"], out)
+    both = predict_images(done.run.path, [data[0] / "images", data[1] / "images"], tmp_path / "both")
+    assert len(set(both.values())) == len(both) == 7 and all(Path(p).exists() for p in both.values())
     with pytest.raises(InputError, match="has 3 channels: expected 1; set in_channels=3"):
         Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(tmp_path / "x.png")
         wide = small(data, tmp_path / "runs", freeze_backbone=True, in_channels=1)

@@ -239,7 +239,7 @@ def test_side_outputs_cover_what_their_cells_cover():
             f.bias.fill_(2.0)
         assert all((o == 2).all() for o in net(torch.rand(2, 3, 70, 45)))
     from dinolab.models.heads import fit_logits
-    from dinolab.models.upsample import covered_size
+    from dinolab.models.sizes import covered_size
 
     ramp = (torch.arange(3.0) * 32 + 15.5)[None, None, None].expand(
         1, 1, 3, 3

@@ -11,7 +11,17 @@ from importlib import import_module
 
 from .base import app, run_command  # noqa: F401
 
-PAGES = ("experiments", "extract", "recipes", "spacecraft", "diffusion", "plans", "datasets", "facts")
+PAGES = (
+    "experiments",
+    "extract",
+    "recipes",
+    "exports",
+    "spacecraft",
+    "diffusion",
+    "plans",
+    "datasets",
+    "facts",
+)
 for page in PAGES:
     import_module(f"dinolab.cli.{page}")
 

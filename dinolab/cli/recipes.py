@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Config', 'Pairs', 'Keys', 'known_keys', 'complete_keys', 'complete_configs', 'RecipeCommand', 'as_keys',
-           'start_recipe', 'train', 'evaluate', 'is_pair', 'name_places', 'predict']
+           'start_recipe', 'train', 'evaluate', 'is_pair', 'is_model', 'name_places', 'predict']
 
 # %% ../../nbs/api/cli/recipes.ipynb #15abc038
 import os
@@ -152,12 +152,23 @@ def is_pair(
     return not Path(text).exists() and bool(nearest(name, roots, n=1))
 
 
+def is_model(
+    place: str,  # a path
+) -> bool:
+    "Whether a folder is a run or an export."
+    from dinolab.tasks.configs import is_exported
+
+    return (Path(place) / "run.json").is_file() or is_exported(place)
+
+
 def name_places(
-    args: list,  # IN ... OUT key=value ...
+    args: list,  # [RUN] IN ... OUT key=value ...
 ) -> tuple:  # source and store by name, the key=value among them
-    "Paths without a key: the last one is store, those before it are source."
+    "Paths without a key: the last one is store, those before it are source, unless the first is a run or an export."
     places = [a for a in args if not is_pair(a)]
     pairs = [a for a in args if is_pair(a)]
+    if len(places) > 2 and is_model(places[0]):
+        pairs.append(f"run={places.pop(0)}")
     if not places:
         return {}, pairs
     if len(places) == 1:
@@ -171,8 +182,8 @@ def predict(
     pairs: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[IN]... [OUT] [KEY=VALUE]...",
-            help="What to segment, where to, and keys such as run=runs/segmenter/... overlap=0.25.",
+            metavar="[RUN] [IN]... [OUT] [KEY=VALUE]...",
+            help="A run or an export (or the key run), what to segment, where to, and keys such as overlap=0.25.",
             show_default=False,
             autocompletion=complete_keys,
         ),

@@ -213,7 +213,7 @@ RENAMED = {
     "heads.Fine": "models.heads.FullResolutionHead",
     "heads.Pyramid": "models.heads.FeaturePyramid",
     "heads.WithImage": "models.heads.ImageStemNeck",
-    "heads.covered": "models.upsample.covered_size",
+    "heads.covered": "models.sizes.covered_size",
     "heads.make_neck": "models.heads.create_neck",
     "heads.stem": "models.heads.image_stem",
     "images.augment_planes": "data.augment_images.change_image",

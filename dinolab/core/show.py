@@ -455,6 +455,7 @@ def show_images(
     images: Sequence,  # h w, or h w 3 (uint8, or floats in 0..1)
     titles: Sequence = None,  # one per image
     ncols: int = None,  # images in a row; None for at most 4
+    legend: tuple = None,  # label arrays, and their classes as in label_colors: names and colours below
 ):  # matplotlib figure
     "Images side by side, each in its own intensity range."
     images = [gray_rgb(i) for i in images]
@@ -472,9 +473,11 @@ def show_images(
     top = 0.28 if titles else 0.05
     fig, axes = panel_figure(
         [column] * in_row,
-        margins=(0.05, 0.05, top, 0.05),
+        margins=(0.05, 0.05, top, 0.3 if legend else 0.05),
         gaps=(0.1, top + 0.05),
     )
+    if legend:
+        _legend(fig, *legend)
     for r, row in enumerate(rows):
         for column in axes[len(row) :]:
             column[r].remove()

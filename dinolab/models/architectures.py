@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['DINOV3_SIZES', 'DINOV2_SIZES', 'VISIONFM_STATS', 'FAMILIES', 'default_cfgs', 'PAPER_LAYERS', 'RESIZING', 'xfeat',
            'is_timm_model', 'timm_tags', 'timm_name', 'channel_stats', 'resolve_layers', 'resize_positions',
-           'PositionedViT', 'SkipRandom', 'constructor_arguments', 'build_model', 'is_pyramid', 'has_pyramid',
-           'prune_layers', 'with_intermediates', 'adapt_channels', 'filter_of', 'hub_files', 'layer_depths']
+           'PositionedViT', 'ExportableRope', 'SkipRandom', 'constructor_arguments', 'build_model', 'is_pyramid',
+           'has_pyramid', 'prune_layers', 'with_intermediates', 'adapt_channels', 'filter_of', 'hub_files',
+           'layer_depths', 'weights_licence']
 
 # %% ../../nbs/api/models/architectures.ipynb #bf3a5017
 import inspect
@@ -30,11 +31,13 @@ from timm.models import (
     group_parameters,
     register_model,
 )
+from timm.layers.pos_embed_sincos import RotaryEmbeddingDinoV3
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..core.errors import InputError, nearest, pick
+from .sizes import count_of, cubic_matrices
 from .xfeat import XFeat
 
 # %% ../../nbs/api/models/architectures.ipynb #2b54f8ca
@@ -184,10 +187,14 @@ def resize_positions(
 ) -> Tensor:  # 1 n' c
     "Bicubic resampling of learnt positions to another grid; the same object where the grid is the same."
     side = math.isqrt(positions.shape[1] - prefix)
-    if tuple(size) == (side, side):
+    if not torch.compiler.is_exporting() and tuple(size) == (side, side):
         return positions
     tokens, grid = positions[:, :prefix], positions[:, prefix:]
     grid = grid.float().unflatten(1, (side, side)).permute(0, 3, 1, 2)  # 1 c side side
+    if torch.compiler.is_exporting():
+        down, across = cubic_matrices(size, side, antialias, offset)
+        grid = down.to(grid) @ grid @ across.to(grid).T
+        return torch.cat([tokens, grid.flatten(2).mT.to(positions.dtype)], dim=1)
     if offset:
         target = dict(scale_factor=[(n + offset) / side for n in size])
     else:
@@ -213,13 +220,28 @@ class PositionedViT(VisionTransformer):
     def _pos_embed(self, x):  # b h w c
         prefix = 0 if self.no_embed_class else self.num_prefix_tokens
         positions = resize_positions(self.pos_embed, tuple(x.shape[1:3]), prefix, *self.resizing)
-        tokens = [t.expand(len(x), -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
+        tokens = [t.expand(x.shape[0], -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
         x = x.flatten(1, 2)  # b n c
         if self.no_embed_class:
             x = torch.cat([*tokens, x + positions], 1)
         else:
             x = torch.cat([*tokens, x], 1) + positions
         return self.pos_drop(x)
+
+# %% ../../nbs/api/models/architectures.ipynb #ef2f4f17
+class ExportableRope(RotaryEmbeddingDinoV3):
+    "timm's rotary positions of DINOv3, for an export too."
+
+    def _create_embed(self, feat_shape, no_aug=False):
+        if not torch.compiler.is_exporting() or self.normalize_coords != "separate":
+            return super()._create_embed(feat_shape, no_aug)
+        axes = []
+        for cells in feat_shape:
+            place = torch.arange(cells, dtype=torch.float32) + 0.5 + self.grid_offset
+            axes.append(place / count_of(cells).float())
+        grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
+        sin, cos = self._get_pos_embed_from_coords(2 * grid.flatten(0, 1) - 1)
+        return torch.cat([sin, cos], -1)
 
 # %% ../../nbs/api/models/architectures.ipynb #93db92db
 class SkipRandom(TorchDispatchMode):
@@ -255,6 +277,8 @@ def build_model(
     if type(model) is VisionTransformer and model.pos_embed is not None:
         model.__class__ = PositionedViT
     for module in model.modules():
+        if type(module) is RotaryEmbeddingDinoV3:
+            module.__class__ = ExportableRope
         for key, buffer in list(module.named_buffers(recurse=False)):
             if key in ("periods", "k_bias"):
                 module.register_buffer(key, buffer, persistent=True)
@@ -359,3 +383,11 @@ def layer_depths(
     if not hasattr(model, "group_matcher"):
         return {name: 0 for name, _ in model.named_parameters()}
     return group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+
+
+def weights_licence(
+    name: str,  # timm model name
+) -> str:  # None where timm does not say
+    "The licence of the pretrained weights of a timm model."
+    cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    return getattr(cfg, "license", None)

@@ -30,6 +30,7 @@ from dinolab.models.architectures import (
     with_intermediates,
 )
 from .norms import accept_single_values
+from .sizes import count_cells, cropped, padded_index
 from dinolab.models.pretrained import (
     PACKAGED,
     check_config,
@@ -78,7 +79,7 @@ class FeatureSpec:
         width: int,  # of the image, pixels
     ) -> list:  # (height, width) of each map
         "The size of each map of an image: a last cell that is only partly covered counts."
-        return [(math.ceil(height / s), math.ceil(width / s)) for s in self.strides]
+        return [(count_cells(height, s), count_cells(width, s)) for s in self.strides]
 
 # %% ../../nbs/api/models/backbones.ipynb #fd88a567
 def pad_to_stride(
@@ -87,6 +88,9 @@ def pad_to_stride(
 ) -> Tensor:  # b c h' w'; the same object where nothing is to be done
     "Pad right and bottom to a multiple of `stride`: reflected, or repeated where the image is too small for that."
     height, width = image.shape[-2:]
+    if torch.compiler.is_exporting():
+        rows, columns = (padded_index(n, stride, image.device) for n in (height, width))
+        return image.index_select(-2, rows).index_select(-1, columns)
     below, right = -height % stride, -width % stride
     if below:
         image = F.pad(image, (0, 0, 0, below), mode="reflect" if below < height else "replicate")
@@ -163,7 +167,7 @@ class Backbone(nn.Module):
         x = x.to(next(self.model.parameters()).dtype)
         maps = self._maps(pad_to_stride(x, self.stride))
         sizes = self.spec.sizes(*image.shape[-2:])
-        return [m[..., :h, :w] for m, (h, w) in zip(maps, sizes)]
+        return [cropped(m, *size) for m, size in zip(maps, sizes)]
 
     def _maps(self, x):
         if not hasattr(self.model, "forward_intermediates"):

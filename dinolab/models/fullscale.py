@@ -8,7 +8,6 @@ __all__ = ['DECODERS', 'shifted_matrices', 'upsampled_conv', 'multiplications', 
            'gate_logits', 'presence_loss', 'GuidedLogits', 'UNet3PlusHead']
 
 # %% ../../nbs/api/models/fullscale.ipynb #9fd71771
-import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ from ..core.errors import InputError, pick
 from ..core.settings import checked
 from .backbones import FeatureSpec
 from .norms import replace_norms
-from .upsample import covered_size
+from .sizes import count_cells, covered_size, cropped
 
 # %% ../../nbs/api/models/fullscale.ipynb #361cee0a
 @lru_cache(64)
@@ -103,7 +102,7 @@ class UpsampledConv(nn.Conv2d):
         if not self.paper_order and not torch.compiler.is_exporting() and self._pays(x, size):
             return upsampled_conv(x, self.weight, self.bias, size, cover)
         grown = F.interpolate(x, size=cover, mode="bilinear", align_corners=False)
-        return super().forward(grown[..., : size[0], : size[1]])
+        return super().forward(cropped(grown, *size))
 
     def _pays(self, x, size):
         "Whether the fast order has fewer multiplications."
@@ -161,7 +160,7 @@ def within_first(
     kept = [maps[0]]
     for m, stride in zip(maps[1:], strides[1:]):
         cells = stride / strides[0]
-        kept.append(m[..., : math.ceil(height / cells), : math.ceil(width / cells)])
+        kept.append(cropped(m, count_cells(height, cells), count_cells(width, cells)))
     return kept
 
 
@@ -236,7 +235,7 @@ class SimpleDecoder(nn.Module):
             height, width = maps[i].shape[2:]
             cover = covered_size(node.shape[2:], self.strides[i + 1] / self.strides[i])
             grown = F.interpolate(node, size=cover, mode="bilinear", align_corners=False)
-            node = self.smooth[i](self.lateral[i](maps[i]) + grown[..., :height, :width])
+            node = self.smooth[i](self.lateral[i](maps[i]) + cropped(grown, height, width))
             nodes.insert(0, node)
         joined = 0
         for conv, n, stride in zip(self.join, nodes, self.strides):

@@ -8,7 +8,7 @@ __all__ = ['WEIGHT_NAMES', 'WRAPPERS', 'NETWORKS', 'BACKBONES', 'WHOLE', 'PREFIX
            'PACKAGED', 'read_file', 'weight_files', 'find_state', 'join_chunks', 'convnext_from_hugging_face',
            'from_hugging_face', 'split_qkv_bias', 'FoundWeights', 'read_weights', 'image_side', 'match_architecture',
            'match_statistics', 'rename_for_timm', 'to_timm', 'load_checked', 'check_config', 'with_patience',
-           'pretrained_file', 'Packaged', 'packaged_weights', 'find_weights']
+           'pretrained_file', 'Packaged', 'packaged_weights', 'find_weights', 'push_folder']
 
 # %% ../../nbs/api/models/pretrained.ipynb #0297012d
 import argparse
@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import EntryNotFoundError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -647,3 +648,23 @@ def find_weights(
     model = timm_name(name, size)
     found = read_weights(pretrained_file(model), name)
     return found._replace(source="original") if re.search(r"dinov\d", model) else found
+
+# %% ../../nbs/api/models/pretrained.ipynb #8b0edfcf
+def push_folder(
+    folder,  # all files of it are uploaded
+    repo: str,  # user/name
+    private: bool = True,  # a new repository can be seen by its owner only
+    api=None,  # with create_repo and upload_folder; None: the hub's client
+) -> str:  # address of the repository
+    "Upload a folder; `InputError` where the hub cannot be used."
+    api = HfApi() if api is None else api
+    try:
+        address = api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=str(folder), commit_message="Exported by dinolab")
+    except (OSError, HfHubHTTPError, ValueError, RuntimeError) as e:
+        said = " ".join(str(e).split())[:120]
+        raise InputError(
+            f"{folder} is written, but cannot be pushed to {repo} ({type(e).__name__}: {said}): "
+            "is there a network, and has `hf auth login` been run?"
+        ) from None
+    return str(address)

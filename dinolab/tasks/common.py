@@ -7,16 +7,19 @@ __all__ = ['SAME', 'MAY_MOVE', 'WEIGHTS', 'OTHER_FOLDER', 'hold_out', 'hold_out_
            'files_content', 'describe_data', 'check_data', 'whole_path', 'describe_backbone', 'remake_backbone',
            'find_run', 'read_json', 'run_settings', 'with_defaults', 'check_settings_of', 'run_to_resume', 'begin_run',
            'Trained', 'read_about', 'Opened', 'Network', 'Task', 'weights_file', 'take_over', 'has_begun', 'train',
-           'evaluate', 'predicted_classes', 'check_finite', 'Example', 'ClassScores', 'worst_figure', 'keep_scores',
-           'ResultFolder']
+           'evaluate', 'predicted_classes', 'check_finite', 'write_table', 'Example', 'ClassScores', 'worst_figure',
+           'keep_scores', 'ResultFolder']
 
 # %% ../../nbs/api/tasks/common.ipynb #9a7b514e
+import csv
+import io
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 
@@ -27,7 +30,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..core.errors import InputError, MissingError
-from ..core.files import plain, settings_hash, write_json
+from ..core.files import atomic_write, plain, settings_hash, write_json
 from ..core.keys import key_seed
 from ..core.identity import content_of, identity, stamp_of, unchanged
 from ..core.progress import phase, progress
@@ -550,6 +553,19 @@ def check_finite(
         )
     return values
 
+# %% ../../nbs/api/tasks/common.ipynb #0e150a3c
+def write_table(
+    path,  # .csv
+    rows: Sequence,  # a dict per row, all with the same keys
+):
+    "Rows as a table."
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    with atomic_write(path) as f:
+        f.write(text.getvalue())
+
 # %% ../../nbs/api/tasks/common.ipynb #468485be
 @dataclass
 class Example:
@@ -561,6 +577,11 @@ class Example:
     image: Callable  # -> h w or h w 3, in 0..1
     truth: np.ndarray  # h w
     labels: np.ndarray  # h w
+
+
+def _present(counts):
+    "How many classes are in labels or predictions."
+    return int(np.count_nonzero(counts.matrix.sum(0) + counts.matrix.sum(1)))
 
 
 class ClassScores:
@@ -577,20 +598,32 @@ class ClassScores:
         self.counts = ConfusionMatrix(self.names)
         spacing = dict(voxel_size=voxel_size) if voxel_size else {}
         self.borders = BoundaryF(self.names, tolerance, **spacing)
-        self.each, self.worst = [], []
+        self.each, self.worst, self.rows = [], [], []
 
     def compare(
         self,
         labels: np.ndarray,  # *s, predicted
         truth: np.ndarray,  # *s
         valid: np.ndarray,  # *s, boolean
+        **about,  # what the row of this item begins with, such as its name
     ) -> float:  # mean IoU of this item; None where nothing counts
         "Count one item."
         one = ConfusionMatrix(self.names).update(labels, truth, valid)
         self.counts.merge(one)
+        before = self.borders.counts.copy()
         self.borders.update(labels, truth, valid)
-        self.each.append(one.metrics()["mean_iou"])
+        own = copy(self.borders)
+        own.counts = self.borders.counts - before
+        scores = one.metrics()
+        known = dict(valid_share=float(np.mean(valid)), classes=_present(one))
+        self.rows.append(about | known | scores | own.metrics())
+        self.each.append(scores["mean_iou"])
         return self.each[-1]
+
+    def present(self) -> list:  # names
+        "Classes that are in labels or predictions; the scores are over these."
+        counts = self.counts.matrix
+        return [name for name, there in zip(self.names, counts.sum(0) + counts.sum(1)) if there]
 
     def show(
         self,
@@ -615,7 +648,8 @@ def worst_figure(
         image = e.image()
         images += [image, overlay_labels(image, e.truth, classes), overlay_labels(image, e.labels, classes)]
         titles += [e.title, "labels", f"prediction, {e.said}"]
-    return show_images(images, titles, ncols=3)
+    drawn = [e.truth for e in scores.worst] + [e.labels for e in scores.worst]
+    return show_images(images, titles, ncols=3, legend=(drawn, classes))
 
 
 def keep_scores(
@@ -627,6 +661,8 @@ def keep_scores(
 ) -> dict:  # split/name -> number
     "Write the scores of an evaluation into a run."
     if scores is not None:
+        if scores.rows and "image" in scores.rows[0]:
+            write_table(run.path / f"{split}_scores.csv", scores.rows)
         scores.counts.write_csv(run.path / "confusion.csv")
         run.figure(scores.counts.figure(), f"{split}_confusion")
         run.figure(worst_figure(scores, colours), f"{split}_worst")
@@ -685,16 +721,38 @@ class ResultFolder:
     def _refuse(self, why):
         raise InputError(f"{self.path}: {why}; {OTHER_FOLDER}")
 
+    def claim(self):
+        "Nothing of other settings stays beside what is to be made: `InputError`, or it goes with overwrite."
+        for name, line in list(self.made.items()):
+            there = (self.path / name).exists()
+            if line["key"] == self.key or not there:
+                continue
+            if not self.overwrite:
+                before = self.known.get(line["key"], {})
+                check_same(before, self.settings, f"{self.path / name}", OTHER_FOLDER)
+            (self.path / name).unlink()
+            del self.made[name]
+
+    def kept(self) -> dict:  # name -> line of .made_by.jsonl
+        "The results of these settings that are there."
+        lines = {name: line for name, line in self.made.items() if line["key"] == self.key}
+        return {name: line for name, line in lines.items() if (self.path / name).exists()}
+
+    def orphans(self) -> list:  # names
+        "Results of these settings whose source is gone."
+        return [name for name, line in self.kept().items() if not os.path.exists(line["source"]["place"])]
+
     def add(
         self,
         name: str,  # of the result
         source,  # path of what it was made from
+        **facts,  # what else is remembered of it, plain values
     ):
         "Remember a result that was written."
         self.path.mkdir(parents=True, exist_ok=True)
         if self.key not in self.known or not self.file.exists():
             append_line(self.file, dict(key=self.key, settings=self.settings))
             self.known[self.key] = self.settings
-        line = dict(file=name, key=self.key, source=identity(source))
+        line = dict(file=name, key=self.key, source=identity(source)) | facts
         append_line(self.file, line)
         self.made[name] = line

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SETTING_RULES', 'CHOICES', 'PLAIN', 'VOXELS', 'PIXELS', 'SIDE', 'JOBS', 'NamesOrCount', 'Several', 'ClassesOfMasks',
-           'Named', 'kinds_of', 'Settings', 'with_settings', 'plain_settings', 'Training', 'Reading', 'TrainUNet3D',
-           'EvaluateUNet3D', 'PredictUNet3D', 'TrainSegmenter', 'EvaluateSegmenter', 'PredictImages', 'TrainUNet3Plus',
-           'EvaluateUNet3Plus', 'InferUNet3Plus', 'numbers_of']
+           'Named', 'kinds_of', 'Settings', 'with_settings', 'plain_settings', 'is_exported', 'Training', 'Reading',
+           'TrainUNet3D', 'EvaluateUNet3D', 'PredictUNet3D', 'TrainSegmenter', 'EvaluateSegmenter', 'PredictImages',
+           'TrainUNet3Plus', 'EvaluateUNet3Plus', 'InferUNet3Plus', 'numbers_of']
 
 # %% ../../nbs/api/tasks/configs.ipynb #42f1a1dc
 import functools
@@ -94,6 +94,8 @@ CHOICES = dict(
     norm=("group", "batch"),
     decoder=("full", "simple"),
     npz_dtype=("bool", "uint8"),
+    tta=("none", "flips", "turns"),
+    probability_format=("npz", "tiff8", "tiff16"),
 )  # texts of which there are few
 
 
@@ -197,6 +199,14 @@ def plain_settings(
         if f.name not in leave_out and isinstance(value, PLAIN):
             found[f.name] = value
     return found
+
+# %% ../../nbs/api/tasks/configs.ipynb #8b35e3dd
+def is_exported(
+    place,  # a folder
+) -> bool:
+    "Whether a folder is an export."
+    files = ("model.safetensors", "config.json")
+    return isinstance(place, (str, Path)) and all((Path(place) / name).is_file() for name in files)
 
 # %% ../../nbs/api/tasks/configs.ipynb #1772b3a8
 class Training(Settings):
@@ -435,6 +445,7 @@ class EvaluateSegmenter(Settings):
     which: str = "best"  # or last checkpoint
     tile: int | tuple = None  # pixels; None: the crops of the training
     overlap: float = 0.5  # share of a tile that the next one covers
+    tta: str = "none"  # test-time augmentation, averaged: flips (4 views), turns (8) or none
     tolerance: float = 2.0  # pixels, of borders
     weights: str = None  # where the weights of the backbone are now; None: where they were in training
     device: str = "auto"  # auto, cpu or cuda
@@ -453,7 +464,12 @@ class PredictImages(Settings):
     which: str = "best"  # or last checkpoint
     tile: int | tuple = None  # pixels, one number or height and width; None: the crops of the training
     overlap: float = 0.5  # share of a tile that the next one covers
-    probabilities: bool = False  # write them too: .npz with an array of 8 bits, classes x height x width
+    tta: str = "none"  # test-time augmentation, averaged: flips (4 views), turns (8) or none
+    overlays: bool = True  # draw the image with its classes tinted, and a legend
+    probabilities: bool = False  # write them too
+    probability_format: str = (
+        "npz"  # npz (8 bits, classes x height x width), tiff8 or tiff16 (a band per class)
+    )
     white: float = None  # pixel value that becomes 1; None: as in the training
     overwrite: bool = False  # make masks again that are there
     weights: str = None  # where the weights of the backbone are now; None: where they were in training

@@ -27,6 +27,7 @@ from dinolab.tasks.configs import (
     EvaluateSegmenter,
     EvaluateUNet3D,
     Named,
+    is_exported,
     PredictImages,
     PredictUNet3D,
     TrainSegmenter,
@@ -336,7 +337,9 @@ def recipe_of(
 def _recipe_by_run(given):
     "What a run was trained by; None where none is named."
     run = given.texts.get("run")
-    return Run.open(run).info["experiment"] if isinstance(run, str) and run not in NOTHING else None
+    if not isinstance(run, str) or run in NOTHING:
+        return None
+    return "segmenter" if is_exported(run) else Run.open(run).info["experiment"]
 
 
 def _recipe_by_data(given):
@@ -383,7 +386,7 @@ def check_files(
         from dinolab.data.manifest import load_manifest
 
         load_manifest(given["manifest"])
-    if given.get("run") is not None:
+    if given.get("run") is not None and not is_exported(given["run"]):
         Run.open(str(given["run"]))
 
 # %% ../../nbs/api/tasks/recipes.ipynb #dad1d3b4

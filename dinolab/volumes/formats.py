@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['UNIT_NM', 'NIFTI_AXES', 'to_nm', 'Source', 'full_index', 'LazyArray', 'reading', 'listening', 'NiftiData',
            'affine_grid', 'read_nifti', 'open_nifti', 'write_nifti', 'stack_pages', 'tiff_lengths', 'tiff_voxel_size',
-           'TiffData', 'tiff_axes', 'natural', 'TiffFolder', 'read_tiff', 'tiff_pixels']
+           'TiffData', 'tiff_axes', 'natural', 'TiffFolder', 'read_tiff', 'tiff_pixels', 'write_bands']
 
 # %% ../../nbs/api/volumes/formats.ipynb #f1419d71
 import gzip
@@ -621,3 +621,13 @@ def tiff_pixels(
     "All pixels of the first series of a TIFF file."
     with reading(path, "TIFF"):
         return tifffile.imread(path)
+
+# %% ../../nbs/api/volumes/formats.ipynb #640277f6
+def write_bands(
+    file,  # open for writing, bytes
+    bands: np.ndarray,  # n h w
+    description: str = "",  # what they are
+):
+    "Write a TIFF file of several bands, compressed."
+    options = dict(photometric="minisblack", planarconfig="separate", compression="deflate")
+    tifffile.imwrite(file, bands, description=description, metadata=None, **options)
