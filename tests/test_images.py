@@ -262,10 +262,10 @@ def test_look_up_is_a_dictionary(kind, table, seed):
 
 def reads(monkeypatch):
     "The masks that are read from now on."
-    import dinolab.data.images as images
+    import dinolab.data.windows as windows
 
-    seen, read = [], images.read_mask
-    monkeypatch.setattr(images, "read_mask", lambda path, classes: seen.append(path) or read(path, classes))
+    seen, read = [], windows.read_mask
+    monkeypatch.setattr(windows, "read_mask", lambda path, classes: seen.append(path) or read(path, classes))
     return seen
 
 
@@ -328,20 +328,21 @@ def test_a_damaged_memory_is_made_anew(tmp_path, content):
 
 def test_a_check_that_was_killed_goes_on(tmp_path, monkeypatch):
     import dinolab.data.images as images
+    import dinolab.data.windows as windows
 
     monkeypatch.setattr(images, "AT_ONCE", 1)
     some, kept = pairs(tmp_path), tmp_path / "checked.json"
-    read = images.read_mask
+    read = windows.read_mask
 
     def stop_at_the_third(path, classes):
         if path == some[2].mask:
             raise KeyboardInterrupt
         return read(path, classes)
 
-    monkeypatch.setattr(images, "read_mask", stop_at_the_third)
+    monkeypatch.setattr(windows, "read_mask", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         count_labels(some, TWO, remember=kept)
-    monkeypatch.setattr(images, "read_mask", read)
+    monkeypatch.setattr(windows, "read_mask", read)
     seen = reads(monkeypatch)
     count_labels(some, TWO, remember=kept)
     assert seen == [some[2].mask]

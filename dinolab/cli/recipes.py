@@ -149,7 +149,8 @@ def is_pair(
     roots = {key.split(".")[0] for key in known_keys("predict")}
     if name.split(".")[0] in roots:
         return True
-    return not Path(text).exists() and bool(nearest(name, roots, n=1))
+    misspelt = len(name) > 1 and nearest(name, roots, n=1)  # one letter is half of tta
+    return bool(misspelt) and not Path(text).exists()
 
 
 def is_model(

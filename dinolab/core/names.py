@@ -260,6 +260,7 @@ GONE = {
     "cli.Flags": "cli.grammar.FunctionCommand makes the commands of a function",
     "cli.run_flags": "cli.grammar.FunctionCommand makes the commands of a function",
     "engine.check_facts": "core.settings.check_same compares all settings",
+    "formats.tiff_pixels": "data.pixels.read_pixels reads TIFF as well",
     "infer.intersection": "core.region.Box has intersect",
     "site.NOTEBOOK": "site.build writes links itself",
     "site.page_name": "site.build writes links itself",

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['LIMIT', 'AREA', 'FOREIGN', 'KINDS', 'MOST_OVERLAPPING', 'COLOUR', 'index_type', 'look_up', 'colour_codes',
-           'nearest_colour', 'near_colours', 'Classes', 'plain_mask', 'is_grey', 'whole_numbers', 'mask_pixels',
-           'read_mask', 'read_layers', 'NamedClasses', 'name_classes', 'read_classes', 'manifest_classes']
+           'nearest_colour', 'near_colours', 'Classes', 'plain_mask', 'is_grey', 'whole_numbers', 'whole_palette',
+           'mask_pixels', 'read_mask', 'read_layers', 'NamedClasses', 'name_classes', 'read_classes',
+           'manifest_classes']
 
 # %% ../../nbs/api/data/classes.ipynb #b8949231
 import csv
@@ -16,14 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import yaml
-from PIL import Image, ImageOps
 from scipy.ndimage import minimum_filter
 
 from ..core.errors import InputError, MissingError, pick
 from ..core.settings import check_settings
 from ..core.show import rgb_table
 from .manifest import load_manifest
-from .pixels import read_pixels
+from .pixels import open_raster, read_window
 
 # %% ../../nbs/api/data/classes.ipynb #4796f228
 def index_type(
@@ -335,28 +335,22 @@ def whole_numbers(
     return filled.astype(np.int64), known
 
 # %% ../../nbs/api/data/classes.ipynb #baefb75d
+def whole_palette(
+    palette: np.ndarray,  # n 3, or None
+) -> np.ndarray:  # m 3, m at least 256; None where there is none
+    "A palette with a colour for each index of 8 bits: those that the file leaves out are black."
+    missing = 0 if palette is None else max(0, 256 - len(palette))
+    return np.pad(palette, [(0, missing), (0, 0)]) if missing else palette
+
+
 def mask_pixels(
     path,  # PNG, TIFF ...
 ) -> tuple:  # h w or h w c, as stored; palette n 3, or None
     "What a file of a mask holds."
-    palette = None
-    if Path(path).suffix.lower() in (".png", ".gif", ".bmp") and Path(path).is_file():
-        palette = _palette_of(path)
-    return palette or (read_pixels(path), None)
-
-
-def _palette_of(path):
-    "Indices and colours of a file with a palette; None where it has none, or cannot be read."
-    try:
-        with Image.open(path) as image:
-            if image.mode != "P":
-                return None
-            indices = np.asarray(ImageOps.exif_transpose(image))
-            colours = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
-    except Exception:
-        return None
-    missing = int(indices.max(initial=0)) + 1 - len(colours)
-    return indices, np.pad(colours, [(0, max(0, missing)), (0, 0)])
+    raster = open_raster(path, indexed=True)
+    pixels, _ = read_window(raster, path)
+    pixels = pixels[..., 0] if raster.bands == 1 else pixels
+    return pixels, whole_palette(raster.palette)
 
 
 def read_mask(

@@ -92,6 +92,7 @@ CHOICES = dict(
     features=("cached", "live"),
     mask_kind=("auto", "labels", "binary", "colours", "nearest", "overlap"),
     norm=("group", "batch"),
+    scaling=("white", "percentile", "meanstd"),
     decoder=("full", "simple"),
     npz_dtype=("bool", "uint8"),
     tta=("none", "flips", "turns"),
@@ -390,7 +391,10 @@ class TrainSegmenter(Training):
     mask_kind: str = "auto"  # labels, binary, colours, nearest (colours after JPEG), overlap (a channel per class), or auto
     skip_unreadable: bool = False  # leave out files that cannot be read
     ignore: int = 255  # value in masks that does not count
-    white: float = None  # pixel value that becomes 1; None: by the type
+    white: float = (
+        None  # pixel value that becomes 1; None: by the type, the file, or the largest of all images
+    )
+    scaling: str = "white"  # or percentile, meanstd: a range for each band, measured on the training images
     in_channels: int = 3  # of the images; one channel is repeated
     backbone: Named = "dinov3"  # family, timm name, or a Backbone
     backbone_size: str = "small"  # within a family

@@ -33,8 +33,9 @@ from ..core.progress import progress
 from ..core.region import Box
 from ..data.classes import Classes, read_mask
 from ..data.folders import ImagePair, list_images
-from ..data.images import read_pair
-from ..data.pixels import read_image
+from ..data.geotiff import georeference
+from ..data.pixels import OpenImage, Range, as_range, open_image, plain_range, read_image
+from ..data.windows import pair_pieces
 from ..models.backbones import create_backbone, layer_scales
 from ..models.fullscale import GuidedLogits, presence_loss
 from ..models.heads import create_segmentation_model, default_layers
@@ -120,8 +121,7 @@ class ImageValidation:
         device = next(model.parameters()).device
         overlap, names = self.classes.overlap, list(self.classes.names)
         losses, counts = [], OverlapCounts(names) if overlap else ConfusionMatrix(names)
-        for pair in self.pairs:
-            arrays = read_pair(pair, self.classes, self.channels, self.white)
+        for arrays in self._pieces():
             image, label, valid = (torch.from_numpy(np.ascontiguousarray(a))[None].to(device) for a in arrays)
             if not valid.any():
                 continue
@@ -129,6 +129,11 @@ class ImageValidation:
             losses.append(float(self.step.loss(logits, label.long(), valid)))
             counts.update(predicted_classes(logits, overlap), label, valid)
         return dict(loss=float(np.mean(losses)), mean_iou=counts.metrics()["mean_iou"])
+
+    def _pieces(self):
+        "All images with their masks, large ones in pieces."
+        for pair in self.pairs:
+            yield from pair_pieces(pair, self.classes, self.channels, self.white)
 
 # %% ../../nbs/api/tasks/images.ipynb #1739e7a0
 NETWORK = (
@@ -173,7 +178,7 @@ def segmenter_network(
         classes=asdict(classes),
         crop=opened.more["crop"],
         in_channels=s.in_channels,
-        white=s.white,
+        white=plain_range(opened.more["white"]),
     )
     scales = _backbone_rates(model, s) if all_trained else None
     return Network(model, about, scales=scales, keep=partial(keep_data, opened=opened))
@@ -205,7 +210,7 @@ def segmenter_validation(
 ) -> ImageValidation:
     "The validation set as the loop looks at it."
     return ImageValidation(
-        opened.valid, opened.more["classes"], step, opened.more["crop"], s.in_channels, s.white
+        opened.valid, opened.more["classes"], step, opened.more["crop"], s.in_channels, opened.more["white"]
     )
 
 # %% ../../nbs/api/tasks/images.ipynb #184a7f54
@@ -396,9 +401,8 @@ def predict_pairs(
 ) -> Iterator:  # of labels h w
     "Labels of images, one by one."
     check_exclusive(trained)
-    about = trained.about
     for pair in pairs:
-        image = read_image(pair.image, about["in_channels"], about["white"])
+        image = trained.open(pair.image)
         size = find_tile(tile, trained, image)
         yield predict_image(trained.model, image, size, overlap, name=pair.image, tta=tta)[0]
 
@@ -415,6 +419,19 @@ class TrainedSegmenter(Trained):
     def classes(self) -> Classes:
         "What the indices mean."
         return Classes(**self.about["classes"])
+
+    @property
+    def white(self):
+        "What is white: a number, a Range, or None for what files say."
+        return as_range(self.about["white"])
+
+    def open(
+        self,
+        path,  # of an image
+        white=None,  # what is white there; None: as in the training
+    ) -> OpenImage:  # c h w, read tile by tile
+        "An image as the network takes it."
+        return open_image(path, self.about["in_channels"], white or self.white).ready()
 
 
 NEEDED = ("network", "lora", "backbone", "classes", "crop", "in_channels", "white")  # in model.json
@@ -483,7 +500,7 @@ class Exported(TrainedSegmenter):
     ) -> tuple:  # labels h w, index of the class; probabilities n h w, float32
         "Segment one image of any size."
         check_exclusive(self)
-        planes = as_planes(image, self.about["in_channels"], self.about["white"])
+        planes = as_planes(image, self.about["in_channels"], self.white)
         size = find_tile(tile, self, planes)
         options = dict(probabilities=True, tta=tta, white=65535)
         labels, p = predict_image(self.model, planes, size, overlap, **options)
@@ -508,6 +525,9 @@ def as_planes(
     if len(x) not in (1, channels):
         order = "h w c" if x.dtype.kind == "u" else "c h w"
         raise InputError(f"image of {len(x)} channels, read as {order}: expected {channels}")
+    if isinstance(white, Range):
+        x = white.apply(x)
+        return np.repeat(x, channels, 0) if len(x) < channels else x
     top = white or (np.iinfo(x.dtype).max if x.dtype.kind == "u" else 1.0)
     x = x.astype(np.float32) / np.float32(top)
     if not np.isfinite(x).all() or x.min() < 0 or x.max() > 1:
@@ -572,21 +592,22 @@ def predict_images(
     wrong = []
     for i in progress(todo, desc="predict", unit="image"):
         try:
-            image = read_image(files[i], trained.about["in_channels"], white)
+            image = trained.open(files[i], s.white)
+            reference = georeference(files[i])
+            found = predict_image(
+                trained.model,
+                image,
+                find_tile(s.tile, trained, image),
+                s.overlap,
+                s.probabilities,
+                name=str(files[i]),
+                tta=s.tta,
+                white=FORMS[form or "npz"][1],
+            )
         except InputError as e:
             wrong.append(str(e))
             continue
-        found = predict_image(
-            trained.model,
-            image,
-            find_tile(s.tile, trained, image),
-            s.overlap,
-            s.probabilities,
-            name=str(files[i]),
-            tta=s.tta,
-            white=FORMS[form or "npz"][1],
-        )
-        row = writer.write(names[i], image, *found)
+        row = writer.write(names[i], image, *found, reference=reference)
         for file in writer.files(names[i])[::-1]:
             results.add(file, files[i], row=row)
     summarise(results, writer)
@@ -674,7 +695,7 @@ class ImageScores(ClassScores):
 
     def _shown(self, pair):
         "An image as it is drawn."
-        image = read_image(pair.image, None, self.about["white"])
+        image = read_image(pair.image, None, as_range(self.about["white"]))
         return image[0] if len(image) != 3 else image.transpose(1, 2, 0)
 
     def metrics(self) -> dict:  # name -> number

@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from ..core.errors import InputError
 from ..core.files import atomic_write, write_json
 from ..core.show import PALETTE, overlay_labels, rgb_table
+from ..data.geotiff import Georeference, write_geotiff
 from ..data.classes import Classes
 from ..volumes.formats import write_bands
 
@@ -273,6 +274,7 @@ class ResultWriter:
         image,  # c h w in 0..1; an array, or what is sliced like one
         labels: np.ndarray,  # h w, index of the class
         probabilities: np.ndarray = None,  # n h w, 8 or 16 bits
+        reference: Georeference = None,  # of the image: the mask is written as GeoTIFF too
     ) -> Mapping:  # column -> number, for the table
         "All files of one image, the mask last."
         place = self.folder / name
@@ -280,5 +282,9 @@ class ResultWriter:
             write_probabilities(place, probabilities, self.classes, self.form)
         if self.overlays:
             write_overlay(self.folder / f"overlays/{name}.jpg", draw_overlay(image, labels, self.classes))
+        if reference is not None and mask_type(self.classes.values) is np.uint8:
+            values = np.array(self.classes.values, np.uint8)[labels]
+            colours = ["#" + bytes(ink).hex() for ink in _palette(self.classes).tolist()]
+            write_geotiff(place.with_name(f"{place.name}.tif"), values, reference, colours)
         write_mask(self.folder / self.files(name)[0], labels, self.classes)
         return count_row(labels, self.classes)

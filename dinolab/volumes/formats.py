@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['UNIT_NM', 'NIFTI_AXES', 'to_nm', 'Source', 'full_index', 'LazyArray', 'reading', 'listening', 'NiftiData',
            'affine_grid', 'read_nifti', 'open_nifti', 'write_nifti', 'stack_pages', 'tiff_lengths', 'tiff_voxel_size',
-           'TiffData', 'tiff_axes', 'natural', 'TiffFolder', 'read_tiff', 'tiff_pixels', 'write_bands']
+           'TiffData', 'tiff_axes', 'natural', 'TiffFolder', 'read_tiff', 'opened_tiff', 'write_tiff', 'write_bands']
 
 # %% ../../nbs/api/volumes/formats.ipynb #f1419d71
 import gzip
@@ -615,12 +615,27 @@ def read_tiff(
     return Source(array, ordered, voxel_size, note="; ".join(notes), assumed=tuple(assumed))
 
 # %% ../../nbs/api/volumes/formats.ipynb #066b38b5
-def tiff_pixels(
+@contextmanager
+def opened_tiff(
     path: str | Path,  # a TIFF file
-) -> np.ndarray:  # as in the file
-    "All pixels of the first series of a TIFF file."
-    with reading(path, "TIFF"):
-        return tifffile.imread(path)
+):  # a TiffFile
+    "A TIFF file for reading in a `with` block; `InputError` where it is cut short or no TIFF."
+    with reading(path, "TIFF"), listening("tifffile", "invalid page offset") as heard:
+        with tifffile.TiffFile(path) as tif:
+            len(tif.pages)  # follows the chain of pages to its end
+            if heard:
+                raise InputError(f"{str(path)!r} is cut short between two pages; copy it again")
+            yield tif
+
+
+def write_tiff(
+    path: str | Path,  # .tif
+    array: np.ndarray,  # h w, or h w c
+    **options,  # of tifffile.imwrite
+):
+    "Write a TIFF file, whole or not at all."
+    with atomic_write(path, "wb") as f:
+        tifffile.imwrite(f, array, **options)
 
 # %% ../../nbs/api/volumes/formats.ipynb #640277f6
 def write_bands(
