@@ -237,6 +237,7 @@ DEEP_TABLE = {  # name -> (writer, what it shows of the photograph in 0..1: h w 
         ),
         np.dstack([DEEP] * 5)[..., :13] / 65535,
     ),
+    "five last.tif": (tif(np.dstack([DEEP] * 2)[..., :5]), np.dstack([DEEP] * 2)[..., :5] / 65535),
     "three hundred.tif": (
         tif(np.dstack([DEEP] * 100), photometric="minisblack", planarconfig="contig"),
         np.dstack([DEEP] * 100) / 65535,

@@ -295,6 +295,12 @@ def declared_nodata(
         return None
 
 
+def _as_bands(tif, parts):
+    "Pages as bands, or as rows where an array h w c was written without a word on its axes: the shortest are bands."
+    pages, _, last = tif.series[0].shape
+    return tif.series[0].asarray() if last < pages else BandWindows(parts)
+
+
 def tiff_raster(
     path,  # a TIFF file
     page: int = None,  # number of the page; None: the only image
@@ -310,7 +316,7 @@ def tiff_raster(
         except NotShown:
             return None
         parts = [TiffWindows(path, p) for p in pages]
-        stored = parts[0] if len(parts) == 1 else BandWindows(parts)
+        stored = parts[0] if len(parts) == 1 else _as_bands(tif, parts)
         opacity, multiplied = _opacity(first) if len(parts) == 1 else (None, False)
         show = _Show(_shown_colours(first, indexed), opacity, multiplied)
         measured = None if mask is None else _Flat(TiffWindows(path, mask.aspage()))
