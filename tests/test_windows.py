@@ -14,6 +14,7 @@ import dinolab.data.windows as windows
 from dinolab.core.errors import InputError
 from dinolab.core.region import Box
 from dinolab.data.classes import Classes
+from dinolab.data.folders import pair_folders
 from dinolab.data.geotiff import georeference, write_geotiff
 from dinolab.data.images import ImageDataset, check_pairs, count_labels, read_scaled, scaled
 from dinolab.data.pixels import Range, as_range, open_image, plain_range, read_image
@@ -357,6 +358,57 @@ def test_from_placed_images_to_placed_masks(tmp_path, scaling, bands):
     assert 0 <= x.min() < 0.3 and 0.7 < x.max() <= 1
     predict_images(done.run.path, tmp_path / "images", tmp_path / "found")
     for i in range(4):
-        got = tifffile.imread(tmp_path / f"found/{i}.tif")
+        got = tifffile.imread(tmp_path / f"found/geotiff/{i}.tif")
         assert (got == np.asarray(Image.open(tmp_path / f"found/{i}.png"))).all() and got.shape == (96, 112)
-        assert georeference(tmp_path / f"found/{i}.tif") == place
+        assert georeference(tmp_path / f"found/geotiff/{i}.tif") == place
+    again = pair_folders(tmp_path / "images", tmp_path / "found")
+    assert [one.mask for one in again.pairs] == [str(tmp_path / f"found/{i}.png") for i in range(4)]
+
+
+def test_placed_results_are_kept_whole(tmp_path):
+    "A GeoTIFF that is missing is made again; values beyond 16 bits and probabilities lie where the image lies."
+    from dinolab.data.geotiff import DOUBLE, SHORT, Georeference
+    from dinolab.tasks.images import predict_images, train_segmenter
+    from dinolab.train.settings import TrainArgs
+
+    place = Georeference(
+        (
+            (33550, DOUBLE, (2.0, 2.0, 0.0)),
+            (33922, DOUBLE, (0.0, 0, 0, 4e5, 5e6, 0)),
+            (34735, SHORT, (1, 1, 0, 1, 1025, 0, 1, 1)),
+        )
+    )
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+    for i in range(2):
+        mask = np.kron(rng(i).integers(0, 2, (2, 3)), np.ones((16, 16))).astype(np.int32)
+        image = np.repeat((50 + 100 * mask)[..., None], 3, 2).astype(np.uint8)
+        tifffile.imwrite(tmp_path / f"images/{i}.tif", image, photometric="rgb", extratags=place.extratags())
+        tifffile.imwrite(tmp_path / f"masks/{i}.tif", mask * 100000)
+    args = TrainArgs(epochs=1, batch_size=2, monitor="mean_iou", mode="max", lr=3e-3, device="cpu")
+    options = dict(backbone="resnet10t", head="linear", neck="none", crop=32, crops_per_epoch=2)
+    options |= dict(holdout=0.0, train=args, out=tmp_path / "runs")
+    options |= dict(classes={0: "ground", 100000: "roof"})
+    done = train_segmenter(tmp_path / "images", tmp_path / "masks", **options)
+    out = tmp_path / "found"
+    given = dict(probabilities=True, probability_format="tiff8", overlays=False)
+    found = predict_images(done.run.path, tmp_path / "images", out, **given)
+    assert sorted(found.values()) == [str(out / f"{i}.tif") for i in range(2)]
+    for name in ("0.tif", "1.tif", "0_probabilities.tif"):
+        assert georeference(out / name) == place
+    assert set(np.unique(tifffile.imread(out / "0.tif"))) <= {0, 100000}
+
+    options["classes"] = ["ground", "roof"]
+    for i in range(2):
+        Image.fromarray((tifffile.imread(tmp_path / f"masks/{i}.tif") > 0).astype(np.uint8)).save(
+            tmp_path / f"masks/{i}.png"
+        )
+        (tmp_path / f"masks/{i}.tif").unlink()
+    done = train_segmenter(tmp_path / "images", tmp_path / "masks", **options)
+    out = tmp_path / "small"
+    predict_images(done.run.path, tmp_path / "images", out)
+    lost, kept = out / "geotiff/0.tif", out / "geotiff/1.tif"
+    lost.unlink()
+    before = kept.stat().st_mtime_ns
+    predict_images(done.run.path, tmp_path / "images", out)
+    assert georeference(lost) == place and kept.stat().st_mtime_ns == before

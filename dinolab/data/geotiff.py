@@ -36,6 +36,14 @@ class Georeference:
 
     tags: tuple  # of (number, type of TIFF, values)
 
+    def extratags(self) -> list:
+        "The tags as tifffile writes them."
+        found = []
+        for code, kind, values in self.tags:
+            count = len(values) + 1 if kind == ASCII else len(values)
+            found.append((code, kind, count, values, True))
+        return found
+
 
 def georeference(
     path,  # an image
@@ -89,10 +97,7 @@ def write_geotiff(
     nodata: int = None,  # value of pixels that do not count
 ):
     "Write a mask that lies where its image lies, whole or not at all."
-    tags = []
-    for code, kind, values in reference.tags if reference else ():
-        count = len(values) + 1 if kind == ASCII else len(values)
-        tags.append((code, kind, count, values, True))
+    tags = reference.extratags() if reference else []
     if nodata is not None:
         tags.append((GDAL_NODATA, ASCII, len(str(nodata)) + 1, str(nodata), True))
     options = dict(photometric="minisblack")

@@ -586,7 +586,8 @@ def predict_images(
     writer.check(names)
     results = ResultFolder(folder, made_with(trained, s, white), s.overwrite)
     results.claim()
-    todo = [i for i, p in enumerate(files) if any(results.wanted(f, p) for f in writer.files(names[i]))]
+    wanted = [writer.files(name, _is_placed(file)) for name, file in zip(names, files)]
+    todo = [i for i, p in enumerate(files) if any(results.wanted(f, p) for f in wanted[i])]
     folder.mkdir(parents=True, exist_ok=True)
     write_classes(folder, trained.classes)
     wrong = []
@@ -608,7 +609,7 @@ def predict_images(
             wrong.append(str(e))
             continue
         row = writer.write(names[i], image, *found, reference=reference)
-        for file in writer.files(names[i])[::-1]:
+        for file in wanted[i][::-1]:
             results.add(file, files[i], row=row)
     summarise(results, writer)
     if wrong:
@@ -616,6 +617,14 @@ def predict_images(
             f"{len(wrong)} of {len(files)} images could not be read, the others are done: {wrong[0]}"
         )
     return {str(p): str(folder / writer.files(name)[0]) for p, name in zip(files, names)}
+
+
+def _is_placed(file):
+    "Whether an image says where it lies; what is wrong with it is said when it is read."
+    try:
+        return georeference(file) is not None
+    except InputError:
+        return False
 
 
 def made_with(

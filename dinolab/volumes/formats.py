@@ -12,6 +12,7 @@ import gzip
 import logging
 import re
 import threading
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -642,7 +643,8 @@ def write_bands(
     file,  # open for writing, bytes
     bands: np.ndarray,  # n h w
     description: str = "",  # what they are
+    extratags: Sequence = (),  # as tifffile writes them
 ):
     "Write a TIFF file of several bands, compressed."
     options = dict(photometric="minisblack", planarconfig="separate", compression="deflate")
-    tifffile.imwrite(file, bands, description=description, metadata=None, **options)
+    tifffile.imwrite(file, bands, description=description, metadata=None, extratags=extratags, **options)
