@@ -292,11 +292,11 @@ def with_defaults(
     there: dict,  # params of a run
     settings,  # of the training, now
 ) -> dict:  # name -> plain value
-    "The settings of a run; one that was not known yet when it was begun had its default."
-    known = {}
+    "The settings of a run; one that was not known yet when it was begun had its default, an object is not written down."
+    known, written = {}, plain_settings(settings)
     for f in fields(settings):
         value = asdict(f.default) if is_dataclass(f.default) else f.default
-        if f.name in settings.elsewhere or value is MISSING:
+        if f.name in settings.elsewhere or f.name not in written or value is MISSING:
             continue
         before = there.get(f.name, value)
         known[f.name] = value | before if isinstance(value, dict) and isinstance(before, dict) else before
