@@ -33,7 +33,9 @@ class ImagePair:
         return tuple(filter(None, self.mask if several else [self.mask]))
 
 # %% ../../nbs/api/data/folders.ipynb #3a094271
-SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp", ".webp", ".gif")
+SUFFIXES = tuple(
+    ".png .tif .tiff .jpg .jpeg .bmp .webp .gif .jp2 .j2k .avif .heic .heif .jxl .jxr .jls .pgm .ppm".split()
+)
 LEFTOVERS = ("__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini")
 
 
