@@ -496,6 +496,9 @@ def test_overlapping_classes_are_learned(tmp_path):
         if i:
             Image.fromarray(nucleus).save(tmp_path / f"masks/nucleus/{i}.png")
     args = TrainArgs(epochs=12, batch_size=2, lr=1e-2, monitor="mean_iou", mode="max", device="cpu")
+    with pytest.raises(InputError, match="^head='mask' with classes that overlap.*expected another head"):
+        train_segmenter(tmp_path / "images", tmp_path / "masks", head="mask", out=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
     done = train_segmenter(
         tmp_path / "images",
         tmp_path / "masks",

@@ -75,6 +75,7 @@ RUNS = dict(
     positions=dict(weights="positions.pth", freeze_backbone=True),
     grey=dict(channels=1, backbone="resnet18", layers=None, head="segformer", hidden_size=8),
     bands=dict(channels=5, backbone="convnext_atto", layers=None, head="upernet", hidden_size=8),
+    mask=dict(backbone="resnet10t", layers=None, head="mask", hidden_size=16, queries=5, decoder_layers=1),
 )
 
 
@@ -91,6 +92,8 @@ def test_an_export_needs_nothing_else(name, tmp_path):
         options["weights"] = str(tmp_path / options["weights"])
         torch.save(state, options["weights"])
     done = trained(tmp_path, **options)
+    if name == "mask":
+        assert (len(done.model.head.decoder.decoder.layers), done.about["network"]["queries"]) == (1, 5)
     channels = done.about["in_channels"]
     image = torch.rand(2, channels, 50, 61)
     with torch.no_grad():
@@ -189,6 +192,7 @@ NETWORKS = dict(
     stem=lambda: network(
         "resnet10t", "segformer", hidden_size=8, stem=4, upsampler="transpose", in_channels=5
     ),
+    mask=lambda: network("resnet10t", "mask", hidden_size=16, queries=4, decoder_layers=1),
     unet3plus=lambda: UNet3Plus("resnet10t", cat_channels=8, decoder="simple", cgm=True).eval(),
 )
 
@@ -208,7 +212,9 @@ def test_onnx_of_any_size(name, tmp_path):
     assert all(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", ("dpt14", pytest.param("upernet14", marks=pytest.mark.long)))
+@pytest.mark.parametrize(
+    "name", ("dpt14", *(pytest.param(f"{h}14", marks=pytest.mark.long) for h in ("upernet", "mask")))
+)
 def test_torch_export_of_any_size(name):
     "A patch of 14 gives strides of 3.5 and 7/8 pixels; what is traced at one size is right at others."
     head = name.removesuffix("14")

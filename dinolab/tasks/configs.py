@@ -82,8 +82,10 @@ class ClassesOfMasks(NamesOrCount):
 # %% ../../nbs/api/tasks/configs.ipynb #fb714405
 SETTING_RULES = dict(
     classes=NamesOrCount(),
+    decoder_layers=COUNT,
     layers=Several(Number(whole=True)),
     pool_scales=Several(COUNT),
+    queries=COUNT,
 )  # for every job, beside those of core.settings
 CHOICES = dict(
     device=("auto", "cpu", "cuda"),
@@ -407,6 +409,8 @@ class TrainSegmenter(Training):
     deep_supervision: bool = False  # of unet3plus: a loss at every node
     side_weight: float = None  # of the mean loss of all nodes but the finest; None: halved from node to node
     cgm: bool = False  # of unet3plus: classification-guided module
+    queries: int = None  # of mask: how many masks an image can have; None: 100
+    decoder_layers: int = None  # of mask: through which queries pass; None: 6
     neck: str = "auto"  # pyramid, none, or auto
     stem: int = 0  # channels of a full-resolution stem, for thin structures; 0: none
     upsampler: str = None  # of features to full resolution

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NETWORK', 'FLIPS', 'TURNS', 'VIEWS', 'BUDGET', 'IMAGES', 'NEEDED', 'EXPORT_KEYS', 'SegStep', 'tiled_logits',
-           'ImageValidation', 'segmenter_network', 'segmenter_step', 'segmenter_validation', 'View', 'ViewPredictor',
-           'region_side', 'all_regions', 'predict_image', 'find_tile', 'check_exclusive', 'predict_pairs',
-           'TrainedSegmenter', 'load_segmenter', 'build_segmenter', 'WholeImage', 'Exported', 'as_planes',
-           'load_exported', 'train_segmenter', 'predict_images', 'made_with', 'summarise', 'ImageScores',
+           'ImageValidation', 'check_overlap', 'segmenter_network', 'segmenter_step', 'segmenter_validation', 'View',
+           'ViewPredictor', 'region_side', 'all_regions', 'predict_image', 'find_tile', 'check_exclusive',
+           'predict_pairs', 'TrainedSegmenter', 'load_segmenter', 'build_segmenter', 'WholeImage', 'Exported',
+           'as_planes', 'load_exported', 'train_segmenter', 'predict_images', 'made_with', 'summarise', 'ImageScores',
            'evaluate_segmenter']
 
 # %% ../../nbs/api/tasks/images.ipynb #83551d4d
@@ -149,9 +149,27 @@ NETWORK = (
     "decoder",
     "deep_supervision",
     "cgm",
+    "queries",
+    "decoder_layers",
     "norm",
     "gradient_checkpointing",
 )
+
+
+def check_overlap(
+    s: TrainSegmenter,
+    classes: Classes,
+):
+    "Raise `InputError` for parts of networks that know one class per pixel, where classes overlap."
+    if classes.overlap and s.cgm:
+        raise InputError(
+            "cgm with classes that overlap: expected classes that exclude each other; leave cgm out"
+        )
+    if classes.overlap and s.head == "mask":
+        raise InputError(
+            "head='mask' with classes that overlap: its masks compete for each pixel; "
+            "expected another head, such as upernet, or a mask with one class per pixel"
+        )
 
 
 def segmenter_network(
@@ -159,6 +177,7 @@ def segmenter_network(
     opened: Opened,
 ) -> Network:
     "The network, from the seed, and its description."
+    check_overlap(s, opened.more["classes"])
     torch.manual_seed(s.train.seed)
     backbone = s.backbone
     if not isinstance(backbone, nn.Module):
@@ -196,10 +215,6 @@ def segmenter_step(
     "The loss, with class weights from the masks of the training set."
     if not opened.more["classes"].overlap:
         return SegStep(make_loss(s.loss, opened.more["weights"], side_weight=s.side_weight))
-    if s.cgm:
-        raise InputError(
-            "cgm with classes that overlap: expected classes that exclude each other; leave cgm out"
-        )
     return SegStep(make_overlap_loss(s.loss, opened.more["weights"]))
 
 
