@@ -11,6 +11,7 @@ from contextlib import redirect_stderr
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from dinolab.core.errors import InputError
@@ -19,9 +20,11 @@ from dinolab.models.heads import create_segmentation_model
 from dinolab.models.pretrained import push_folder
 from dinolab.models.specs import LoraSpec
 from dinolab.models.unet3plus import UNet3Plus
+from dinolab.synth.spacecraft import write_spark
 from dinolab.tasks.export import SIZES, export_onnx, export_run, weights_origin
 from dinolab.tasks.images import as_planes, load_exported, predict_image, train_segmenter
 from dinolab.tasks.recipes import run_recipe
+from dinolab.tasks.spark import load_unet3plus, train_unet3plus
 from dinolab.train.settings import TrainArgs
 
 VIT = "vit_tiny_patch16_224"
@@ -182,6 +185,32 @@ def test_arrays():
     assert np.allclose(as_planes(x.astype(np.uint16) * 257, 3), planes)
     assert np.array_equal(as_planes(torch.from_numpy(planes), 3), planes)
     assert as_planes(x[..., 0], 3).shape == (3, 9, 7)
+
+
+def test_an_export_of_unet3plus(tmp_path):
+    "Run folder and model folder lead to the same logits at the size of the training, and to masks at any size."
+    write_spark(tmp_path / "spark", dict(train=range(2), val=range(2, 4)), shape=(40, 48))
+    small = dict(backbone="resnet10t", pretrained=False, cat_channels=4, target_size=32, cgm=True)
+    args = dict(epochs=1, batch_size=2, num_workers=0, device="cpu", data_root=str(tmp_path / "spark"))
+    with redirect_stderr(io.StringIO()):
+        run = train_unet3plus(**small, **args, save_path=str(tmp_path / "model"), deep_supervision=True)
+    image, large = torch.rand(2, 3, 32, 32), torch.rand(1, 3, 41, 57)
+    shrunk = F.interpolate(large, size=(32, 32), mode="bilinear", antialias=True)
+    outs = []
+    with torch.no_grad():
+        trained = load_unet3plus(run / "unet3plus_best", fp16=False).model.cpu()
+        expected = trained(image)
+        back = F.interpolate(trained(shrunk), size=(41, 57), mode="bilinear")
+    for place, name in ((run, "out"), (run / "unet3plus_best", "again")):
+        outs.append(export_run(str(place), str(tmp_path / name)))
+    shutil.rmtree(run)
+    with torch.no_grad():
+        for out in outs:
+            loaded = load_exported(out)
+            assert (loaded.model(image) - expected).abs().max() <= 1e-5
+            assert (loaded.model(large) - back).abs().max() <= 1e-5
+    labels, p = loaded.predict(large[0].numpy())
+    assert (labels == back[0].argmax(0).numpy()).mean() > 0.999 and len(p) == len(loaded.classes)
 
 
 NETWORKS = dict(

@@ -94,6 +94,7 @@ def test_every_block_runs(folder):
     assert code == 0, printed[-6000:]
     assert len(re.findall(r"^==== done", printed, re.M)) == len(BLOCKS)
     assert np.array(Image.open(folder / "masks/image.png")).shape == (192, 192)
+    assert len(list((folder / "new_masks").glob("*.png"))) == 6
     made = (
         "features.zarr/zarr.json",
         "segmented.zarr/zarr.json",
