@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import gaussian_filter
 from examples import examples
 from hypothesis import given, strategies as st
 from skimage.metrics import adapted_rand_error, variation_of_information as skimage_voi
@@ -289,3 +290,24 @@ def test_errors():
         adapted_rand(np.ones(3, int), np.zeros(3, int))
     with pytest.raises(InputError, match="expected the same"):
         ConfusionMatrix(2).merge(ConfusionMatrix(3))
+
+
+@pytest.mark.parametrize(
+    "shape,voxel", [((60, 45), (1.0, 1.0)), ((33, 50), (0.4, 2.0)), ((17, 20, 9), (4.0, 1.0, 1.0))]
+)
+@pytest.mark.parametrize("tolerance", [0.0, 1.0, 3.7])
+def test_parts_add_up_to_the_whole(shape, voxel, tolerance, monkeypatch):
+    "Large images are counted part by part: the same numbers, also where what is near lies in the next part."
+    rng = np.random.default_rng(3)
+    p, t = (gaussian_filter(rng.normal(size=shape), 2) > 0.02 for _ in range(2))
+    mask = rng.random(shape) > 0.1
+
+    def counted():
+        borders = BoundaryF(2, tolerance, voxel).update(p.astype(int), t.astype(int), mask).counts
+        return borders.tolist(), count_pairs(p, t, 2, mask).tolist()
+
+    whole = counted()
+    assert whole[0][1][0] > 0
+    for part in (1, 100, 701):
+        monkeypatch.setattr("dinolab.train.metrics.PART", part)
+        assert counted() == whole

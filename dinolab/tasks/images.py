@@ -34,7 +34,7 @@ from ..core.region import Box
 from ..data.classes import Classes, read_mask
 from ..data.folders import ImagePair, list_images
 from ..data.geotiff import georeference
-from ..data.pixels import OpenImage, Range, as_range, open_image, plain_range, read_image
+from ..data.pixels import OpenImage, Range, as_range, open_image, plain_range
 from ..data.windows import pair_pieces
 from ..models.backbones import create_backbone, layer_scales
 from ..models.fullscale import GuidedLogits, presence_loss
@@ -65,10 +65,12 @@ from .configs import EvaluateSegmenter, PredictImages, TrainSegmenter, is_export
 from .image_data import evaluation_pairs, keep_data, open_images
 from dinolab.tasks.results import (
     FORMS,
+    MOST_PIXELS,
     ResultWriter,
     class_colours,
     mask_suffix,
     result_names,
+    shown_image,
     write_classes,
 )
 from ..train.checkpoints import load_checkpoint
@@ -715,12 +717,14 @@ class ImageScores(ClassScores):
             "nothing counts" if score is None else f"mean IoU {score:.2f}{' of one class' if alone else ''}"
         )
         wrong = -1.0 if score is None else 1 - score
-        self.show(Example(wrong, pair.name, said, lambda: self._shown(pair), truth, labels))
+        step = -(-max(labels.shape) // MOST_PIXELS)
+        small = [x[::step, ::step].copy() for x in (truth, labels)]
+        self.show(Example(wrong, pair.name, said, lambda: self._shown(pair, step), *small))
 
-    def _shown(self, pair):
+    def _shown(self, pair, step):
         "An image as it is drawn."
-        image = read_image(pair.image, None, as_range(self.about["white"]))
-        return image[0] if len(image) != 3 else image.transpose(1, 2, 0)
+        image = open_image(pair.image, None, as_range(self.about["white"]))
+        return shown_image(image.ready(), step)
 
     def metrics(self) -> dict:  # name -> number
         "All scores, and the mean over images of their mean IoU."
