@@ -13,13 +13,21 @@ from torch import nn
 import dinolab.data.windows as windows
 from dinolab.core.errors import InputError
 from dinolab.core.region import Box
-from dinolab.data.classes import Classes
+from dinolab.data.classes import Classes, read_mask
 from dinolab.data.folders import pair_folders
 from dinolab.data.geotiff import georeference, write_geotiff
 from dinolab.data.images import ImageDataset, check_pairs, count_labels, read_scaled, scaled
-from dinolab.data.pixels import Range, as_range, open_image, plain_range, read_image
+from dinolab.data.pixels import Range, as_range, open_image, pieces, plain_range, read_image
 from dinolab.data.ranges import Values, band_range, white_of
-from dinolab.data.windows import ClassPlaces, MaskView, nearest_pixels, open_pair, pair_pieces, read_mask_at
+from dinolab.data.windows import (
+    ClassPlaces,
+    MaskView,
+    nearest_pixels,
+    open_pair,
+    pair_pieces,
+    read_labels,
+    read_mask_at,
+)
 from dinolab.tasks.images import predict_image
 
 TWO = Classes(("a", "b"))
@@ -412,3 +420,19 @@ def test_placed_results_are_kept_whole(tmp_path):
     before = kept.stat().st_mtime_ns
     predict_images(done.run.path, tmp_path / "images", out)
     assert georeference(lost) == place and kept.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("value", [0, 1, 200, 255])
+def test_a_class_counts_whatever_gdal_calls_it(tmp_path, monkeypatch, value):
+    "Masks made by gdal_rasterize say that 0 is nodata; a value of a class is a class, in small and in large masks."
+    image, mask = scene()
+    mask[:7, :9] = 255
+    one = pair(tmp_path, image, mask)
+    tags = [(42113, 2, len(str(value)) + 1, str(value), True)]
+    tifffile.imwrite(one.mask, mask, extratags=tags)
+    label, valid = read_mask(one.mask, TWO)
+    assert (valid == (mask != 255)).all()
+    monkeypatch.setattr("dinolab.data.windows.HUGE", 100)
+    monkeypatch.setattr("dinolab.data.windows.pieces", lambda shape: pieces(shape, 4000))
+    for got in (read_labels(one.mask, TWO), [part[0:150, 0:220] for part in open_pair(one, TWO, 3)[1:]]):
+        assert (got[0] == label).all() and (got[1] == valid).all() and got[0].dtype == label.dtype

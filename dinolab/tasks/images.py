@@ -31,11 +31,11 @@ from ..core.errors import InputError, MissingError, pick
 from ..core.identity import state_hash
 from ..core.progress import progress
 from ..core.region import Box
-from ..data.classes import Classes, read_mask
+from ..data.classes import Classes
 from ..data.folders import ImagePair, list_images
 from ..data.geotiff import georeference
 from ..data.pixels import OpenImage, Range, as_range, open_image, plain_range
-from ..data.windows import pair_pieces
+from ..data.windows import pair_pieces, read_labels
 from ..models.backbones import create_backbone, layer_scales
 from ..models.fullscale import GuidedLogits, presence_loss
 from ..models.heads import create_segmentation_model, default_layers
@@ -706,7 +706,7 @@ class ImageScores(ClassScores):
         "Compare one image with its mask."
         if pair.mask is None:
             raise InputError(f"{pair.name} has no mask: expected one for evaluation")
-        truth, valid = read_mask(pair.mask, self.classes)
+        truth, valid = read_labels(pair.mask, self.classes)
         if truth.shape != labels.shape:
             raise InputError(
                 f"{pair.mask} has {truth.shape} pixels, its image {labels.shape}: expected the same size"
