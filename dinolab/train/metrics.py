@@ -33,7 +33,7 @@ def as_integers(
     return x
 
 
-PART = 2**24  # voxels that are counted at once
+PART = 2**22  # voxels that are counted at once
 
 
 def count_pairs(
@@ -308,8 +308,8 @@ class BoundaryF:
         on = np.broadcast_to(True, target.shape) if mask is None else np.asarray(mask)
         size = np.broadcast_to(np.asarray(self.voxel_size, float), target.ndim)
         length = target.shape[0]
-        rows = max(1, PART * length // max(1, target.size))
         margin = int(self.tolerance / size[0]) + 2
+        rows = max(4 * margin, PART * length // max(1, target.size))
         for first in range(0, length, rows):
             around = slice(max(0, first - margin), first + rows + margin)
             inner = slice(first - around.start, min(first + rows, length) - around.start)
