@@ -6,6 +6,8 @@ import functools
 import os
 import re
 import shutil
+import subprocess
+import sys
 import threading
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -44,14 +46,10 @@ PAGES = [page_of(n) for n in sidebar()]
 def book(tmp_path_factory):
     if "DINOLAB_BOOK" in os.environ:
         return (ROOT / os.environ["DINOLAB_BOOK"]).resolve()
-    from dinolab.site.build import build
-
-    before = os.getcwd()
-    os.chdir(ROOT)
-    try:
-        return build(tmp_path_factory.mktemp("book") / "site")
-    finally:
-        os.chdir(before)
+    place = tmp_path_factory.mktemp("book") / "site"
+    code = "import sys; from dinolab.site.build import build; build(sys.argv[1])"  # it runs cells: in a process of its own
+    subprocess.run([sys.executable, "-c", code, str(place)], cwd=ROOT, check=True)
+    return place
 
 
 class Quiet(SimpleHTTPRequestHandler):

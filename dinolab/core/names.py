@@ -221,6 +221,7 @@ RENAMED = {
     "images.folder_pictures": "data.folders.folder_pairs",
     "images.manifest_pictures": "data.tables.manifest_pairs",
     "images.table_pictures": "data.tables.table_pairs",
+    "segment2d.BandPredictor": "tasks.images.ViewPredictor",
     "segment2d.PictureValidation": "tasks.images.ImageValidation",
     "segment2d.predict_picture": "tasks.images.predict_image",
     "segment3d.Trained": "tasks.volumes.TrainedUNet3D",
