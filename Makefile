@@ -55,7 +55,7 @@ test: $(TEST)  ## all quick tests: notebooks and tests/ (minutes)
 test-readme: $(TEST)  ## the README, typed line by line in an empty folder (minutes)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest -q tests/test_readme_runs.py --readme
 
-test-long: $(TEST)  ## also kills, whole experiments, the README and every wrong call (an hour)
+test-long: $(TEST)  ## also kills, whole experiments and the README (an hour)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" tests/run --long
 
 gpu-check: $(BASE)  ## correctness and speed on this machine's GPU, into nbs/results/gpu.json (8 minutes)

@@ -17,7 +17,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--long",
         action="store_true",
-        help="also what takes minutes: kills, whole experiments, every wrong call",
+        help="also what takes minutes: kills and whole experiments",
     )
     parser.addoption("--readme", action="store_true", help="also type the README, as a newcomer would")
 

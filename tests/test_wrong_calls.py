@@ -233,23 +233,7 @@ def test_the_catalogue_is_large():
     assert call(("nnunet", "path"))[0] == 0 and call(("train", "--keys"))[0] == 0
 
 
-QUICK = CALLS[::7]
-LONG = [args for args in CALLS if args not in set(QUICK)]
-
-
-def named(calls):
-    "Parameters of a test, with readable ids."
-    return pytest.mark.parametrize("args", calls, ids=lambda args: " ".join(args)[:80])
-
-
-@named(QUICK)
-def test_refused(args, folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    assert faults(args, folder) == ""
-
-
-@pytest.mark.long
-@named(LONG)
+@pytest.mark.parametrize("args", CALLS, ids=lambda args: " ".join(args)[:80])
 def test_all_are_refused(args, folder, monkeypatch):
     monkeypatch.chdir(folder)
     assert faults(args, folder) == ""

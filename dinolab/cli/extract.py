@@ -93,12 +93,14 @@ def features_of_source(
     stated = numbers(source_voxel_size, "--source-voxel-size")
     check_settings(voxel_size=stated, intensity=intensity, n_components=components)
     blocks = whole_numbers(layers, "--layers")
+    from dinolab.tasks.configs import Reading
     from dinolab.tasks.recipes import is_there
 
     if not is_there(source):
         raise MissingError(f"no such path {source!r}: expected an image or a volume, or a URL")
     if weights not in (None, "auto", "none", "pretrained") and not is_there(weights):
         raise MissingError(f"weights: no file or folder {weights!r}; give an existing one, or pretrained")
+    Reading(channel=channel, time=time, series=series)  # refused before anything heavy is loaded
     import torch
 
     from dinolab.features.store import extract_to_zarr

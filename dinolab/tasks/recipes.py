@@ -387,7 +387,8 @@ def check_files(
 
         load_manifest(given["manifest"])
     if given.get("run") is not None and not is_exported(given["run"]):
-        Run.open(str(given["run"]))
+        run = Run.open(str(given["run"]))
+        run.status  # a damaged record is refused before anything heavy is loaded
 
 # %% ../../nbs/api/tasks/recipes.ipynb #dad1d3b4
 def run_recipe(
