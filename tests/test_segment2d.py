@@ -21,7 +21,10 @@ from dinolab.train.settings import TrainArgs
 from dinolab.data.pixels import read_image
 from dinolab.tasks.configs import JOBS, PredictImages, TrainSegmenter, numbers_of
 from dinolab.tasks.recipes import Given, make_settings, run_recipe, with_overrides
+from dinolab.volumes.tiles import all_tiles, blend
 from dinolab.tasks.images import (
+    View,
+    ViewPredictor,
     evaluate_segmenter,
     load_segmenter,
     predict_images,
@@ -434,19 +437,26 @@ def test_tables_and_splits(data, tmp_path):
         train_segmenter(data[0] / "images", table=tmp_path / "t.csv")
 
 
-def test_bands_do_not_show(data, tmp_path, monkeypatch):
-    "A tall picture is done region by region; each pixel is what it would be in one."
+@pytest.mark.parametrize("budget, strips", [(1, 4), (2**27, 1)])
+def test_parts_do_not_show(data, tmp_path, monkeypatch, budget, strips):
+    "Each pixel is what it would be in one part, and a tile is predicted once in each strip that it touches."
     done = small(data, tmp_path, freeze_backbone=True)
-    image = np.random.default_rng(0).random((3, 700, 40)).astype(np.float32)
-    monkeypatch.setattr("dinolab.tasks.images.BUDGET", 1)
-    labels, p = predict_image(done.model, image, (32, 32), probabilities=True)
-    from dinolab.volumes.tiles import all_tiles, blend
-    from dinolab.tasks.images import View, ViewPredictor
+    image = np.random.default_rng(0).random((3, 150, 250)).astype(np.float32)
+    monkeypatch.setattr("dinolab.tasks.images.BUDGET", budget)
+    tiles = all_tiles((1, 150, 250), (1, 32, 32), 0.5)
+    predict, seen = ViewPredictor(done.model, image, View(), "the image"), []
 
-    tiles = all_tiles((1, 700, 40), (1, 32, 32), 0.5)
-    predict = ViewPredictor(done.model, image, View(), "the image")
-    whole = blend(predict, (slice(0, 1), slice(0, 700), slice(0, 40)), tiles, 2)[:, 0]
+    class Counted(ViewPredictor):
+        def __call__(self, region):
+            seen.append(region)
+            return super().__call__(region)
+
+    monkeypatch.setattr("dinolab.tasks.images.ViewPredictor", Counted)
+    labels, p = predict_image(done.model, image, (32, 32), probabilities=True)
+    whole = blend(predict, np.s_[0:1, 0:150, 0:250], tiles, 2)[:, 0]
     assert np.abs(p / 255 - whole).max() <= 0.5 / 255 + 1e-6 and (labels == whole.argmax(0)).all()
+    touched = sum(len({x // 64 for x in range(t.start[2], t.stop[2])}) for t in tiles)
+    assert len(seen) - 1 == (len(tiles) if strips == 1 else touched)  # less the probe of the corner
 
 
 def test_prediction_goes_on_and_loses_nothing(data, tmp_path):

@@ -6,11 +6,9 @@
 __all__ = ['PACKAGES', 'has_package', 'extras', 'weights_here', 'package_index', 'devices', 'info']
 
 # %% ../../nbs/api/cli/facts.ipynb #3540f99c
-import configparser
 import os
 import platform
 import re
-import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -67,20 +65,11 @@ def weights_here() -> list:  # rows: weights, MB, folder
     return rows
 
 # %% ../../nbs/api/cli/facts.ipynb #67cbd4ab
-def package_index() -> str:  # address, without a password
-    "The package index that pip uses here."
-    found = os.environ.get("PIP_INDEX_URL")
-    folders = (sys.prefix, Path("~/.config/pip").expanduser(), Path("~/.pip").expanduser(), "/etc")
-    for folder in () if found else folders:
-        settings = configparser.RawConfigParser(strict=False)
-        try:
-            settings.read(Path(folder) / "pip.conf")
-        except configparser.Error:
-            continue
-        found = settings.get("global", "index-url", fallback=None)
-        if found:
-            break
-    return re.sub(r"//[^/@]*@", "//", found or "https://pypi.org/simple")
+def package_index() -> str:  # addresses, without passwords
+    "The package indexes that pip uses here."
+    from dinolab.data.indexes import index_settings, without_password
+
+    return ", ".join(map(without_password, index_settings().indexes)) or "none (pip's setting no-index)"
 
 # %% ../../nbs/api/cli/facts.ipynb #f504eba8
 def devices() -> list:  # rows: device, memory in GB, bf16

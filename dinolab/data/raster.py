@@ -150,13 +150,10 @@ class Raster:
         return turned(shown, self.orientation), known
 
     def _measured(self, pixels, place):
-        "Where neither the file's mask nor its value for nodata leaves a pixel out."
-        known = None
+        "Where the file's mask says so; without one, where its value for nodata does not stand, as GDAL has it."
         if self.measured is not None:
-            known = np.asarray(self.measured[place]) > 0
-        if self.nodata is not None:
-            known = measured_pixels(pixels, self.nodata) if known is None else known
-        return known
+            return np.asarray(self.measured[place]) > 0
+        return None if self.nodata is None else measured_pixels(pixels, self.nodata)
 
 
 def measured_pixels(

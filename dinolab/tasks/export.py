@@ -26,9 +26,10 @@ from .. import __version__
 from ..core.errors import InputError, MissingError
 from ..core.files import atomic_write, plain, swap_folder, write_json
 from ..core.identity import state_hash
+from ..data.packages import is_package_file
 from ..models.architectures import weights_licence
 from ..models.lora import lora_layers, merge
-from ..models.pretrained import push_folder
+from ..models.pretrained import PACKAGED, push_folder
 from ..models.weights import save_weights
 from .common import find_run, read_json
 from .images import load_exported, load_segmenter
@@ -56,10 +57,12 @@ def weights_origin(
         return dict(kind="random", name=full, licence=None, note=note)
     said = licence or "not known: ask where the weights come from"
     if weights == "pretrained":
-        note = f"pretrained weights of {full}, from the hub; licence {said}"
+        source = "a package index" if name in PACKAGED else "the hub"
+        note = f"pretrained weights of {full}, from {source}; licence {said}"
         return dict(kind="pretrained", name=full, licence=licence, note=note)
-    note = f"the file {Path(weights).name}, as {full}; the licence of such weights as a rule: {said}"
-    return dict(kind="file", name=full, file=Path(weights).name, licence=licence, note=note)
+    file = weights.partition("#")[0] if is_package_file(weights) else Path(weights).name
+    note = f"the file {file}, as {full}; the licence of such weights as a rule: {said}"
+    return dict(kind="file", name=full, file=file, licence=licence, note=note)
 
 # %% ../../nbs/api/tasks/export.ipynb #c300748d
 EXPORTED_NETWORK = dict(freeze_backbone=False, gradient_checkpointing=False)  # of no use after training

@@ -158,8 +158,10 @@ def orientation(
 def _usable(checks, skip):
     "Checked pairs, and what was left out; `InputError` where one cannot be used."
     bad = [c for c in checks if c.problem]
-    unreadable = [c for c in bad if skip and not _can_be_read(c.pair)]
-    wrong = [c for c in bad if c not in unreadable]
+    unreadable, wrong = [], []
+    for c in bad:
+        left_out = skip and not _can_be_read(c.pair)
+        (unreadable if left_out else wrong).append(c)
     if wrong:
         raise InputError(_problem(wrong, len(checks), skip))
     good = [c for c in checks if not c.problem]
@@ -298,7 +300,8 @@ def divide(
 ) -> np.ndarray:  # n, boolean: which pairs are for validation
     "What is for validation: the split that there is, or a hold-out."
     if chosen.valid is not None:
-        return np.array([c.pair not in chosen.train for c in checks])
+        train = {(p.name, p.image) for p in chosen.train}
+        return np.array([(c.pair.name, c.pair.image) not in train for c in checks])
     pairs = with_groups([c.pair for c in checks], s.group)
     groups = [p.group or p.name for p in pairs]
     present = np.array([c.counts for c in checks]) > 0

@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['NETWORK', 'FLIPS', 'TURNS', 'VIEWS', 'BUDGET', 'IMAGES', 'NEEDED', 'EXPORT_KEYS', 'SegStep', 'tiled_logits',
-           'ImageValidation', 'check_overlap', 'segmenter_network', 'segmenter_step', 'segmenter_validation', 'View',
-           'ViewPredictor', 'region_side', 'all_regions', 'predict_image', 'find_tile', 'check_exclusive',
-           'predict_pairs', 'TrainedSegmenter', 'load_segmenter', 'build_segmenter', 'WholeImage', 'Exported',
-           'as_planes', 'load_exported', 'train_segmenter', 'predict_images', 'made_with', 'summarise', 'ImageScores',
-           'evaluate_segmenter']
+           'ImageValidation', 'check_head', 'segmenter_network', 'segmenter_step', 'segmenter_validation', 'View',
+           'ViewPredictor', 'blended_rows', 'blended_views', 'all_parts', 'all_regions', 'predict_image', 'find_tile',
+           'check_exclusive', 'predict_pairs', 'TrainedSegmenter', 'load_segmenter', 'build_segmenter', 'WholeImage',
+           'Exported', 'as_planes', 'load_exported', 'train_segmenter', 'predict_images', 'made_with', 'summarise',
+           'ImageScores', 'evaluate_segmenter']
 
 # %% ../../nbs/api/tasks/images.ipynb #83551d4d
 import itertools
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -78,7 +78,7 @@ from ..train.device import find_device
 from ..train.losses import make_loss, make_overlap_loss
 from ..train.metrics import ConfusionMatrix, OverlapCounts, mean_of
 from ..train.runs import Run
-from ..volumes.tiles import all_tiles, blend, sliding_window
+from ..volumes.tiles import all_tiles, blend, sliding_window, tile_weight
 
 # %% ../../nbs/api/tasks/images.ipynb #1d0ace69
 @dataclass
@@ -158,11 +158,15 @@ NETWORK = (
 )
 
 
-def check_overlap(
+def check_head(
     s: TrainSegmenter,
     classes: Classes,
 ):
-    "Raise `InputError` for parts of networks that know one class per pixel, where classes overlap."
+    "Raise `InputError` for settings that the head cannot follow: a loss beside that of queries, classes that overlap."
+    if s.head == "mask" and s.loss != TrainSegmenter.loss:
+        raise InputError(
+            f"loss={s.loss!r} with head='mask': its queries bring a loss of their own; leave loss out"
+        )
     if classes.overlap and s.cgm:
         raise InputError(
             "cgm with classes that overlap: expected classes that exclude each other; leave cgm out"
@@ -179,7 +183,7 @@ def segmenter_network(
     opened: Opened,
 ) -> Network:
     "The network, from the seed, and its description."
-    check_overlap(s, opened.more["classes"])
+    check_head(s, opened.more["classes"])
     torch.manual_seed(s.train.seed)
     backbone = s.backbone
     if not isinstance(backbone, nn.Module):
@@ -324,23 +328,81 @@ class ViewPredictor:
 BUDGET = 2**27  # bytes of probabilities that are held at once
 
 
-def region_side(
+def blended_rows(
+    predict: Callable,  # Box -> n 1 h w, probabilities
+    strip: Box,  # rows and columns: all rows of some columns
+    tiles: list,  # of the whole image as one slice, from all_tiles
+    classes: int,  # n
+    bar=None,  # moved by tiles
+) -> Iterator:  # of Box, rows and columns; n h w, float32
+    "As `blend`, from the top downwards: each tile is predicted once, and rows are given out when no tile below touches them."
+    touching = [t for t in tiles if t.start[2] < strip.stop[1] and t.stop[2] > strip.start[1]]
+    shape, width = tiles[-1].stop, strip.shape[1]  # the last tile ends with the image
+    total, weight = np.zeros((classes, 0, width), np.float32), np.zeros((0, width), np.float32)
+    top = strip.start[0]
+    lines = [list(line) for _, line in itertools.groupby(touching, lambda t: t.start[1])]
+    below = [line[0].start[1] for line in lines[1:]] + [strip.stop[0]]
+    for line, stop in zip(lines, below):
+        missing = line[0].stop[1] - top - len(weight)
+        total = np.pad(total, ((0, 0), (0, missing), (0, 0)))
+        weight = np.pad(weight, ((0, missing), (0, 0)))
+        held = Box((0, top, strip.start[1]), (1, top + len(weight), strip.stop[1]))
+        for tile in line:
+            both = tile.intersect(held)
+            (_, *here), there = both.relative_to(held).slices, both.relative_to(tile).slices
+            w = tile_weight(tile, shape)[there][0]
+            total[(slice(None), *here)] += predict(tile)[(slice(None), *there)][:, 0] * w
+            weight[tuple(here)] += w
+            if bar is not None:
+                bar.update()
+        done = stop - top
+        yield Box((top, strip.start[1]), (stop, strip.stop[1])), total[:, :done] / weight[:done]
+        total, weight, top = total[:, done:], weight[done:], stop
+
+
+def blended_views(
+    views: list,  # of View, with what predicts it, and its tiles
+    region: Box,  # rows and columns of the image
+    size: tuple,  # height and width of the image
     classes: int,
-    views: int,  # of test-time augmentation
+    bar=None,  # moved by tiles
+) -> np.ndarray:  # n h w, float32
+    "Mean of the views of a region."
+    p = 0
+    for view, predict, tiles in views:
+        seen = view.box(region, size)
+        found = blend(predict, Box((0, *seen.start), (1, *seen.stop)), tiles, classes, bar)[:, 0]
+        p = p + view.back(found) / len(views)
+    return p
+
+
+def all_parts(
+    views: list,  # of View, with what predicts it, and its tiles
+    size: tuple,  # height and width of the image
     tile: tuple,  # height and width
-) -> int:  # pixels
-    "Side of the regions that an image is predicted in: as large as the budget allows, at least two tiles."
-    numbers = (2 if views == 1 else 3) * classes + 1
-    return max(2 * max(tile), int((BUDGET / 4 / numbers) ** 0.5))
+    classes: int,
+    bar=None,  # moved by tiles
+) -> Iterator:  # of Box, rows and columns; n h w, float32
+    "Probabilities of an image, part by part, within the budget: strips for one view, squares for several."
+    numbers = BUDGET // 4
+    if len(views) == 1:
+        _, predict, tiles = views[0]
+        side = max(2 * tile[1], numbers // ((classes + 1) * min(tile[0], size[0])))
+        for strip in all_regions(size, (size[0], side)):
+            yield from blended_rows(predict, strip, tiles, classes, bar)
+        return
+    side = max(2 * max(tile), int((numbers / (3 * classes + 1)) ** 0.5))
+    for region in all_regions(size, (side, side)):
+        yield region, blended_views(views, region, size, classes, bar)
 
 
 def all_regions(
     size: tuple,  # height and width
-    side: int,  # pixels
+    step: tuple,  # height and width of a region
 ) -> list:  # of Box
     "Regions that cover an image."
-    starts = itertools.product(*(range(0, n, side) for n in size))
-    return [Box.sized(start, (side, side)).clip(size) for start in starts]
+    starts = itertools.product(*(range(0, n, side) for n, side in zip(size, step)))
+    return [Box.sized(start, step).clip(size) for start in starts]
 
 
 def predict_image(
@@ -355,23 +417,19 @@ def predict_image(
     white: int = 255,  # value of probability 1: 255 or 65535
 ) -> tuple:  # labels h w; probabilities n h w, 8 or 16 bits, or None
     "Segment one image of any size."
-    model = model.eval()
-    size = tuple(image.shape[1:])
-    views = [(view, ViewPredictor(model, image, view, name)) for view in pick(VIEWS, tta, "tta")]
-    lattices = [all_tiles((1, *view.shape(size)), (1, *tile), overlap) for view, _ in views]
+    model, size = model.eval(), tuple(image.shape[1:])
+    views = []
+    for view in pick(VIEWS, tta, "tta"):
+        tiles = all_tiles((1, *view.shape(size)), (1, *tile), overlap)
+        views.append((view, ViewPredictor(model, image, view, name), tiles))
     corner = Box((0, 0, 0), (1, *(min(16, n) for n in size)))
     classes = len(views[0][1](corner))
     labels = np.empty(size, np.min_scalar_type(classes - 1))
     kept = _space((classes, *size), white) if probabilities else None
-    for region in all_regions(size, region_side(classes, len(views), tile)):
-        p = 0
-        for (view, predict), tiles in zip(views, lattices):
-            seen = view.box(region, size)
-            found = blend(predict, Box((0, *seen.start), (1, *seen.stop)), tiles, classes, bar)[:, 0]
-            p = p + view.back(found) / len(views) if len(views) > 1 else found
-        labels[region.slices] = p.argmax(0)
+    for part, p in all_parts(views, size, tile, classes, bar):
+        labels[part.slices] = p.argmax(0)
         if kept is not None:
-            kept[(slice(None), *region)] = np.round(p * white)
+            kept[(slice(None), *part)] = np.round(p * white)
     return labels, kept
 
 
