@@ -85,33 +85,49 @@ def hold_out_groups(
     if not share or len(order) < 2:
         return held
     wanted = max(1, round(share * len(groups)))
-    for unit in _deal(members, has, share, wanted):
+    for unit in _deal(np.array([len(m) for m in members]), has, share, wanted):
         held[members[unit]] = True
     return held
 
 
-def _deal(members, has, share, wanted):
+class _Held:
+    "Units that are held out so far."
+
+    def __init__(self, sizes, has):
+        self.sizes, self.has, self.left = sizes, has, has.sum(0)
+        self.units, self.items, self.of_class = set(), 0, np.zeros(has.shape[1], int)
+
+    def try_to_take(self, unit, most):
+        "Hold a unit out, unless there is no room, or a class would have no unit left to learn from."
+        if unit in self.units or self.items + self.sizes[unit] > most:
+            return
+        last = len(self.units) == len(self.sizes) - 1
+        if last or (self.left[self.has[unit]] < 2).any():
+            return
+        self.units.add(unit)
+        self.items += self.sizes[unit]
+        self.left[self.has[unit]] -= 1
+        self.of_class[self.has[unit]] += 1
+
+
+def _deal(sizes, has, share, wanted):
     "Units to hold out: of each class its share, the rarest first, then any, up to the wanted number of items."
-    sizes, left, taken = np.array([len(m) for m in members]), has.sum(0), []
-
-    def try_to_take(unit, most):
-        room = most - sizes[taken].sum() if taken else most
-        alone = (left[has[unit]] < 2).any() or len(taken) == len(members) - 1
-        if unit not in taken and sizes[unit] <= room and not alone:
-            taken.append(unit)
-            left[has[unit]] -= 1
-
+    held = _Held(sizes, has)
     for c in np.argsort(has.sum(0), kind="stable"):
         goal = max(1, round(share * has[:, c].sum()))
-        for unit in np.flatnonzero(has[:, c]):
-            if sum(has[taken, c]) < goal:
-                try_to_take(unit, wanted)
-    for unit in range(len(members)):
-        try_to_take(unit, wanted)
-    for unit in np.argsort(sizes, kind="stable"):
-        if not taken:
-            try_to_take(unit, len(sizes) * sizes.max())
-    return taken
+        for unit in np.flatnonzero(has[:, c]).tolist():
+            if held.of_class[c] >= goal or held.items >= wanted:
+                break
+            held.try_to_take(unit, wanted)
+    for unit in range(len(sizes)):
+        if held.items >= wanted:
+            break
+        held.try_to_take(unit, wanted)
+    for unit in np.argsort(sizes, kind="stable").tolist():
+        if held.units:
+            break
+        held.try_to_take(unit, len(sizes) * sizes.max())
+    return held.units
 
 # %% ../../nbs/api/tasks/common.ipynb #e2f5b571
 def as_list(x) -> list:
