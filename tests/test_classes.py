@@ -498,6 +498,12 @@ def test_overlapping_classes_are_learned(tmp_path):
     args = TrainArgs(epochs=12, batch_size=2, lr=1e-2, monitor="mean_iou", mode="max", device="cpu")
     with pytest.raises(InputError, match="^head='mask' with classes that overlap.*expected another head"):
         train_segmenter(tmp_path / "images", tmp_path / "masks", head="mask", out=tmp_path / "runs")
+    with pytest.raises(
+        InputError, match="^loss='ce' with head='mask': its queries bring a loss of their own"
+    ):
+        train_segmenter(
+            tmp_path / "images", tmp_path / "masks/cell", head="mask", loss="ce", out=tmp_path / "runs"
+        )
     assert not (tmp_path / "runs").exists()
     done = train_segmenter(
         tmp_path / "images",
@@ -517,3 +523,34 @@ def test_overlapping_classes_are_learned(tmp_path):
     assert done.run.history()[-1]["valid/mean_iou"] > 0.7, done.run.history()[-1]
     with pytest.raises(InputError, match="its classes overlap .cell, nucleus."):
         predict_images(done.run.path, tmp_path / "images", tmp_path / "out")
+
+
+def held_by_the_plain_way(sizes, has, share, wanted):
+    "Each class in turn, then all: what is held is counted anew for every unit."
+    taken = []
+
+    def try_to_take(unit):
+        left = has.sum(0) - has[taken].sum(0)
+        alone = (left[has[unit]] < 2).any() or len(taken) == len(sizes) - 1
+        if unit not in taken and sizes[taken].sum() + sizes[unit] <= wanted and not alone:
+            taken.append(unit)
+
+    for c in np.argsort(has.sum(0), kind="stable"):
+        for unit in np.flatnonzero(has[:, c]):
+            if has[taken, c].sum() < max(1, round(share * has[:, c].sum())):
+                try_to_take(unit)
+    for unit in range(len(sizes)):
+        try_to_take(unit)
+    return set(taken)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_held_out_units_are_those_of_the_plain_way(seed):
+    from dinolab.tasks.common import _deal
+
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(3, 40))
+    sizes, has = rng.integers(1, 4, n), rng.random((n, 4)) < rng.random(4)
+    wanted = max(4, round(0.3 * sizes.sum()))
+    expected = held_by_the_plain_way(sizes, has, 0.3, wanted)
+    assert not expected or _deal(sizes, has, 0.3, wanted) == expected

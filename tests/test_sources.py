@@ -11,7 +11,9 @@ import h5py
 import mrcfile
 import nibabel as nib
 import numpy as np
+import imagecodecs
 import pytest
+from PIL import Image
 import tifffile
 import zarr
 
@@ -609,3 +611,20 @@ def test_keys_of_recipes(tmp_path, capsys):
         train=("raw", "labels", "mask"), evaluate=("raw", "labels", "mask"), predict=("raw",)
     ).items():
         assert {f"{role}.{name}" for role in roles for name in options} <= set(known_keys(command))
+
+
+def test_a_photograph_is_a_slice_as_it_is_shown(tmp_path):
+    "Turned as it was held, inks as colours; colours of 16 bits are not reduced without a word."
+    pixels = np.random.default_rng(0).integers(0, 255, (4, 6, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "held.png", exif=exif)
+    shown = open_volume(tmp_path / "held.png", voxel_size=5, channel=0)
+    assert np.array_equal(shown.read()[0], np.rot90(pixels[..., 0], -1))
+    inks = Image.fromarray(pixels).convert("CMYK")
+    inks.save(tmp_path / "inks.jpg")
+    shown = open_volume(tmp_path / "inks.jpg", voxel_size=5, channel=1).read()[0]
+    assert np.array_equal(shown, np.asarray(Image.open(tmp_path / "inks.jpg").convert("RGB"))[..., 1])
+    (tmp_path / "deep.png").write_bytes(imagecodecs.png_encode(pixels.astype(np.uint16) << 8))
+    with pytest.raises(InputError, match="colours of 16 bits: expected 8 bits.*save it as TIFF"):
+        open_volume(tmp_path / "deep.png", voxel_size=5)
